@@ -1,0 +1,299 @@
+"""Image sets as uint8 arrays (N, H, W, C), their fingerprints, dequantization and batches.
+
+    images = load_images("cifar10-subset", "test")      # embedded in assets/: needs nothing
+    images = load_images("cifar10", "train", root)      # root (or JET_DATA) holds the sets
+    images = load_images("photos.npy", "test")          # any uint8 (N, H, W, C) array
+
+A bits-per-dimension number means something only beside the set that it was measured on, so every set
+carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and counts.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SPLITS = ("train", "test")  # the validation images of ImageNet are "test", too
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+CIFAR10_FILES = {
+    "train": {
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    },
+    "test": {
+        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+    },
+}
+ASSETS = Path(__file__).resolve().parent / "assets"
+SUBSET_FILE = ASSETS / "cifar10_subset.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownSet:
+    """What is known of a set before its images are there."""
+    variant: str  # which images these are: numbers of two variants are never comparable
+    shape: tuple[int, int, int]  # (H, W, C)
+    counts: dict  # images per split; None where the preparation decides
+    source: str  # where it comes from
+
+
+def _known_sets():
+    subset = "the first images of CIFAR-10 in official order, classes balanced; in assets/"
+    sets = {
+        "cifar10-subset": KnownSet("cifar10-subset", (32, 32, 3), {"train": 2048, "test": 512}, subset),
+        "cifar10": KnownSet("cifar10", (32, 32, 3), {"train": 50_000, "test": 10_000},
+                            "cifar-10-binary.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, unpacked"),
+    }
+    oord = {"train": 1_281_149, "test": 49_999}
+    full = {"train": 1_281_167, "test": 50_000}
+    split_by_us = {"train": None, "test": None}  # 13 to 14 million images, held-out split of one's own
+    for size in (32, 64):
+        variants = {
+            "imagenet{}-oord": (oord, f"train_{size}x{size}.tar and valid_{size}x{size}.tar "
+                                      "(van den Oord et al. 2016)"),
+            "imagenet{}-chrabaszcz": (full, f"Imagenet{size}_train and _val (Chrabaszcz et al. 2017)"),
+            "imagenet1k-{}-parquet": (full, f"Hugging Face parquet files of {size}-pixel images"),
+        }
+        for method in ("box", "lanczos", "bicubic"):
+            variants[f"imagenet1k-{{}}-{method}"] = (full, f"the original ImageNet-1k, {method} filter")
+            variants[f"imagenet21k-{{}}-{method}"] = (
+                split_by_us, f"the original ImageNet-21k (winter release), {method} filter")
+        for name, (counts, source) in variants.items():
+            variant = name.split("-")[-1]
+            sets[name.format(size)] = KnownSet(variant, (size, size, 3), counts, source)
+    return sets
+
+
+SETS = _known_sets()
+FINGERPRINTS = {  # of the sets that cannot differ from one machine to the next
+    ("cifar10-subset", "train"):
+        "50bf9f4dc953d9140fc8a0cc264cadfa7afcea6edb2f8fc66c6fee485c391a58",
+    ("cifar10-subset", "test"):
+        "9992641856ef710529d5e2429fb69a7f2106affe7dfc2d61f0ea34155668d0c7",
+    ("cifar10", "train"):
+        "7db256e89ed2d55f5f1c113beaf9a21a1e4c28f3f4fd374a35dc4301727cca4b",
+    ("cifar10", "test"):
+        "b90bf5fc55d5e0a76f1358afc9511ceb962591ae8418653bb5e5d103f36d4a46",
+}
+
+
+class DataError(ValueError):
+    """An image set that is missing, damaged or not what was asked for, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """One split of an image set."""
+    array: np.ndarray  # (N, H, W, C) uint8, in memory or memory-mapped
+    labels: np.ndarray | None  # (N,) or None
+    name: str
+    variant: str
+    split: str
+    known_fingerprint: str | None = None  # where it was verified or recorded when the set was made
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Hex SHA-256 of the line "N,H,W,C" and the pixels."""
+        return self.known_fingerprint or fingerprint(self.array)
+
+
+def fingerprint(array):
+    """Hex SHA-256 of the ASCII line "N,H,W,C\\n" followed by the uint8 pixels in C order."""
+    digest = hashlib.sha256(",".join(map(str, array.shape)).encode() + b"\n")
+    for start in range(0, len(array), 4096):
+        digest.update(np.ascontiguousarray(array[start:start + 4096]))
+    return digest.hexdigest()
+
+
+def image_shape(name_or_path, root=None):
+    """(H, W, C) of a set; for the sets in SETS the images need not be there."""
+    if name_or_path in SETS:
+        return SETS[name_or_path].shape
+    return load_images(name_or_path, "train", root).array.shape[1:]
+
+
+def load_images(name_or_path, split, root=None):
+    """One split ("train" or "test") of a set in SETS, of a prepared folder, or a .npy file.
+
+    A prepared folder holds train.npy, test.npy and manifest.json. A bare .npy serves whichever split
+    is asked for. root, else the environment variable JET_DATA, is where named sets are looked up.
+    Returns an ImageSet. Raises DataError (a ValueError) in one line for whatever is wrong.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split={split!r}: must be train or test (ImageNet's validation set is test)")
+    name = os.fspath(name_or_path)
+    if name == "cifar10-subset":
+        return _load_subset(split)
+    if name in SETS:
+        folder = _find_set(name, root)
+        return _load_cifar10(folder, split) if name == "cifar10" else _load_folder(folder, split, name)
+    path = Path(name)
+    if path.is_dir():
+        return _load_folder(path, split)
+    if path.suffix == ".npy":
+        array = _open_array(path)
+        return ImageSet(array=array, labels=None, name=name, variant="unknown", split=split)
+    raise DataError(f"data {name!r}: neither a known set ({', '.join(SETS)}), nor a folder, "
+                    "nor a .npy file that exists")
+
+
+def _find_set(name, root):
+    root = root or os.environ.get("JET_DATA")
+    inner = CIFAR10_FOLDER if name == "cifar10" else name
+    need = f"{name} ({SETS[name].source}) is needed as the folder {inner}"
+    if not root:
+        raise DataError(f"{need}: give the folder that holds it by --data-root or JET_DATA")
+    for folder in (Path(root) / inner, Path(root)):
+        if folder.is_dir() and folder.name == inner:
+            return folder
+    raise DataError(f"{need} in {root}, and is not there: put it there or change --data-root or JET_DATA")
+
+
+def _load_subset(split):
+    if not SUBSET_FILE.is_file():
+        raise DataError(f"{SUBSET_FILE} is missing: restore it (git checkout assets)")
+    try:
+        with np.load(SUBSET_FILE, allow_pickle=False) as arrays:
+            array, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{SUBSET_FILE} is damaged ({error}): restore it (git checkout assets)") from None
+    known = FINGERPRINTS["cifar10-subset", split]
+    if fingerprint(array) != known:
+        raise DataError(f"{SUBSET_FILE}: the {split} images were altered: git checkout assets")
+    return ImageSet(array=array, labels=labels, name="cifar10-subset", variant="cifar10-subset",
+                    split=split, known_fingerprint=known)
+
+
+def _load_cifar10(folder, split):
+    """The official binary layout: records of a label, then 1024 red, green and blue values each."""
+    records = []
+    for file, sha256 in CIFAR10_FILES[split].items():
+        try:
+            content = (folder / file).read_bytes()
+        except OSError as error:
+            raise DataError(f"cifar10: {folder / file}: {error.strerror}: unpack the archive again") from None
+        if len(content) != 10_000 * 3073:
+            raise DataError(f"cifar10: {folder / file} has {len(content):,} bytes instead of 30,730,000 "
+                            "(truncated?): unpack the archive again")
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"cifar10: {folder / file} is altered (its SHA-256 is not the official "
+                            "file's): unpack the archive again")
+        records.append(np.frombuffer(content, np.uint8).reshape(10_000, 3073))
+    records = np.concatenate(records)
+    array = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return ImageSet(array=array, labels=records[:, 0].astype(np.int64), name="cifar10",
+                    variant="cifar10", split=split, known_fingerprint=FINGERPRINTS["cifar10", split])
+
+
+def _load_folder(folder, split, name=None):
+    """A prepared set. Where name is given it must be that set, with its shape and counts."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found = str(manifest["name"])
+        variant, recorded = str(manifest["variant"]), manifest["fingerprints"][split]
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no manifest.json; a set is a folder with train.npy, test.npy and "
+                        "manifest.json") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'manifest.json'} is no manifest with name, variant and fingerprints "
+                        f"({type(error).__name__}: {error})") from None
+    array = _open_array(folder / f"{split}.npy")
+    if name:
+        known = SETS[name]
+        if found != name:
+            raise DataError(f"{folder} holds {found} (by its manifest), not {name}")
+        if array.shape[1:] != known.shape or known.counts[split] not in (None, len(array)):
+            raise DataError(f"{folder / split}.npy has shape {array.shape}: {name} {split} is "
+                            f"({known.counts[split]}, {', '.join(map(str, known.shape))})")
+    return ImageSet(array=array, labels=None, name=found, variant=variant, split=split,
+                    known_fingerprint=recorded)
+
+
+def _open_array(path):
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"data {str(path)!r}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"data {str(path)!r}: not a readable .npy file ({error})") from None
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
+        shape = getattr(array, "shape", "?")
+        raise DataError(f"data {str(path)!r}: {getattr(array, 'dtype', '?')} array of shape {shape}: must "
+                        "be uint8 (N, H, W, C) and not empty")
+    return array
+
+
+def dequantize(images_u8, noise_u):
+    """x = -1 + u8/255*2 + noise/127.5, in [-1, 1 + 1/127.5): the 256 bins tile it exactly.
+
+    images_u8: uint8, any shape; noise_u: floats of that shape in [0, 1). Returns a tensor of the
+    noise's type. Source: value_range(-1, 1) and the evaluator's noise in big_vision, bit for bit.
+    """
+    noise_u = torch.as_tensor(noise_u)
+    return torch.as_tensor(images_u8).to(noise_u.dtype) / 255 * 2 - 1 + noise_u / 127.5
+
+
+def quantize(x):
+    """floor((x + 1) * 127.5) clipped to 0..255 as uint8: undoes dequantize (float32: for noise in
+    [1e-3, 1 - 1e-3]; nearer an edge it may round into the next bin).
+
+    Raises ValueError when x is not finite, because no grey level stands for that.
+    """
+    x = torch.as_tensor(x)
+    if not x.isfinite().all():
+        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} values are not finite: "
+                         "no image can be made of them")
+    return ((x + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+# Every random draw has a key of its own, so that no draw depends on what was drawn before it: a
+# restart, another batch size or another number of processes sees the same images and the same noise.
+_ORDER, _NOISE, _EVALUATION = range(3)
+
+
+@functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, if not larger than the set
+def _epoch_order(num_images, seed, epoch):
+    return np.random.default_rng([seed, _ORDER, epoch]).permutation(num_images)
+
+
+def batch_indices(num_images, batch_size, seed, step):
+    """Image indices (batch_size,) of the global batch of a step.
+
+    Batches cut the endless row of shuffled epochs into equal pieces: every image is seen once in
+    every epoch, whatever the batch size.
+    """
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // num_images
+    return np.concatenate([
+        _epoch_order(num_images, seed, int(epoch))[position[epochs == epoch] % num_images]
+        for epoch in np.unique(epochs)])
+
+
+def training_batch(images, batch_size, seed, step, device="cpu"):
+    """The dequantized global batch of a step: float32 (B, C, H, W) on the device.
+
+    The noise is drawn on the device: equal for equal (seed, step) on the same kind of device.
+    """
+    indices = batch_indices(len(images.array), batch_size, seed, step)
+    pixels = torch.from_numpy(images.array[indices]).to(device)  # (B, H, W, C)
+    key = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)
+    generator = torch.Generator(device).manual_seed(int(key[0]))
+    noise = torch.rand(pixels.shape, generator=generator, device=device)
+    return dequantize(pixels, noise).permute(0, 3, 1, 2)
+
+
+def evaluation_noise(indices, shape, seed, draw):
+    """Uniform noise (len(indices), *shape), float32, from the CPU: keyed by (seed, draw, image)."""
+    return torch.from_numpy(np.stack([
+        np.random.default_rng([seed, _EVALUATION, draw, int(index)]).random(shape, dtype=np.float32)
+        for index in indices]))

@@ -1,0 +1,468 @@
+"""Jet, a normalizing flow whose couplings are small ViTs (arXiv 2412.15129): the density model.
+
+An image x is cut into N tokens of D values. Each coupling keeps one half of them, x1, and moves the
+other by what a network reads off x1 (the official code's order: add first, then scale):
+
+    z2 = (x2 + bias(x1)) * scale(x1),   scale = m * sigmoid(raw(x1)),   log|det| = sum log scale.
+
+A stack of couplings that take turns in what they keep maps x to z ~ N(0, I), and
+
+    log p(x) = log N(z; 0, I) + log|det dz/dx|                                        (in nats)
+
+is exact. Layouts and formulas are those of the official model (google-research/big_vision,
+models/proj/jet/jet.py), and tests/test_parity.py holds this file to its numbers.
+
+Shapes: B batch, C x H x W image, N tokens on an (H/p, W/p) grid, D = C*p*p values per token
+(p is the patch size), E width of the network, K attention heads.
+"""
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import quantize
+
+KINDS = ("channels", "spatial")
+SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv",
+                  "hstripes", "hstripes-inv")
+
+
+def setting(default, help, choices=None):
+    """A config field: its default, the sentence that the command line shows, the allowed names."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_settings(config):
+    """Raise ValueError naming the first field whose value does not fit its type or its choices."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        if choices and isinstance(field.default, tuple):
+            ok = isinstance(value, tuple) and value and all(v in choices for v in value)
+            rule = f"must be a non-empty list of {', '.join(choices)}"
+        elif choices:
+            ok, rule = value in choices, f"must be {' or '.join(choices)}"
+        elif isinstance(field.default, bool):
+            ok, rule = isinstance(value, bool), "must be true or false"
+        elif isinstance(field.default, int):
+            ok, rule = type(value) is int and value > 0, "must be a whole number above 0"
+        elif isinstance(field.default, float):
+            ok = type(value) in (int, float) and 0 < value < math.inf
+            rule = "must be a finite number above 0"
+        else:
+            continue
+        if not ok:
+            raise ValueError(f"{field.name}={value!r}: {rule}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JetConfig:
+    """What defines a Jet. Defaults are the official ImageNet-64 model (32 couplings x depth 2).
+
+    Raises ValueError that names the field, the value and the rule.
+    """
+    image_size: int | tuple[int, int] = setting((64, 64), "pixels per side, or height and width")
+    channels: int = setting(3, "image channels")
+    patch_size: int = setting(4, "pixels per side of a patch; one patch is one token (official: ps)")
+    num_couplings: int = setting(32, "couplings in the flow (official: depth)")
+    block: str = setting("vit", "network of a coupling: the paper's ViT, or our choice of a CNN",
+                         ("vit", "cnn"))
+    block_depth: int = setting(2, "blocks in the network of one coupling")
+    emb_dim: int = setting(512, "width of the network")
+    num_heads: int = setting(8, "attention heads (vit only)")
+    scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
+    kinds: tuple[str, ...] = setting(("channels",) * 4 + ("spatial",),
+                                     "what the couplings halve, repeated over all", KINDS)
+    spatial_splits: tuple[str, ...] = setting(
+        SPATIAL_SPLITS, "patterns of the spatial couplings, repeated over these", SPATIAL_SPLITS)
+    split_mode: str = setting("pairing", "pairing: x1 in, x2's bias and scale out (official); "
+                              "masking: all tokens in, x2 set to zero", ("pairing", "masking"))
+    actnorm: bool = setting(False, "Glow's ActNorm before each coupling")
+    invertible_dense: bool = setting(False, "Glow's invertible dense layer before each coupling")
+    gelu: str = setting("tanh", "GELU: tanh approximation (official) or exact", ("tanh", "exact"))
+    norm_eps: float = setting(1e-6, "epsilon of LayerNorm")
+
+    def __post_init__(self):
+        for name in ("image_size", "kinds", "spatial_splits"):  # JSON has lists for tuples
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.image_size, tuple) and len(set(self.image_size)) == 1:
+            object.__setattr__(self, "image_size", self.image_size[0])
+        check_settings(self)
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if len(sides) > 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"image_size={self.image_size!r}: must be a whole number above 0, "
+                             "or two of them (height and width)")
+        if any(side % self.patch_size for side in sides):
+            raise ValueError(f"patch_size={self.patch_size}: must divide image_size={self.image_size}")
+        if self.block == "vit" and self.emb_dim % self.num_heads:
+            raise ValueError(f"emb_dim={self.emb_dim}: must be divisible by num_heads={self.num_heads}")
+        self._check_halves()
+
+    def _check_halves(self):
+        where = f"with image_size={self.image_size} and patch_size={self.patch_size}"
+        if ("channels" in self.kinds or self.split_mode == "pairing") and self.token_dim % 2:
+            raise ValueError(f"channels={self.channels} {where}: the {self.token_dim} values of a "
+                             "token must be an even number to be halved")
+        for split in self.spatial_splits if "spatial" in self.kinds else ():
+            things, count = (("token rows", self.grid[0]) if split.startswith("hstripes")
+                             else ("tokens", self.num_tokens))
+            if count % 2:
+                raise ValueError(f"spatial_splits={split!r} {where}: the {count} {things} must be an "
+                                 "even number to be halved (kinds=('channels',) needs none)")
+
+    @property
+    def image_shape(self):
+        """(C, H, W)."""
+        size = self.image_size
+        return (self.channels, *(size if isinstance(size, tuple) else (size, size)))
+
+    @property
+    def grid(self):
+        """Token rows and columns, (H/p, W/p)."""
+        return self.image_shape[1] // self.patch_size, self.image_shape[2] // self.patch_size
+
+    @property
+    def num_tokens(self):
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def token_dim(self):
+        return self.channels * self.patch_size ** 2
+
+    @property
+    def coupling_splits(self):
+        """(kind, spatial split or None) of each coupling: spatial splits cycle over spatial ones."""
+        kinds = [self.kinds[i % len(self.kinds)] for i in range(self.num_couplings)]
+        spatial_before = [kinds[:i].count("spatial") for i in range(self.num_couplings)]
+        return tuple((kind, self.spatial_splits[s % len(self.spatial_splits)] if kind == "spatial"
+                      else None) for kind, s in zip(kinds, spatial_before))
+
+    @property
+    def logdet_cap_nats(self):
+        """The largest log-det that the couplings can reach: each scales half the values by m."""
+        return (self.num_couplings * self.num_tokens * self.token_dim / 2
+                * math.log(self.scale_factor))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim)
+        self.out = nn.Linear(config.emb_dim, config.emb_dim)
+        for weight in (*self.qkv.weight.chunk(3), self.out.weight):  # q, k, v each on their own
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h):
+        B, N, E = h.shape
+        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, K, N, E/K)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, E))
+
+
+class ViTBlock(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config, grid):
+        super().__init__()
+        E, self.gelu = config.emb_dim, _gelu(config)
+        self.norm1 = nn.LayerNorm(E, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(E, eps=config.norm_eps)
+        self.fc1 = nn.Linear(E, 4 * E)
+        self.fc2 = nn.Linear(4 * E, E)
+        for fc in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(fc.weight)
+            nn.init.normal_(fc.bias, std=1e-6)
+
+    def forward(self, h):
+        h = h + self.attention(self.norm1(h))
+        return h + self.fc2(self.gelu(self.fc1(self.norm2(h))))
+
+
+class CNNBlock(nn.Module):
+    """A pre-activation residual block: twice norm, GELU, 3x3 convolution over the token grid.
+
+    The block of the paper's Figure 2a is not known here; this one is our choice.
+    """
+
+    def __init__(self, config, grid):
+        super().__init__()
+        E, self.grid, self.gelu = config.emb_dim, grid, _gelu(config)
+        self.norms = nn.ModuleList(nn.LayerNorm(E, eps=config.norm_eps) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(E, E, 3, padding=1) for _ in range(2))
+        for conv in self.convs:
+            _lecun_normal(conv)
+
+    def forward(self, h):
+        residual = h
+        for norm, conv in zip(self.norms, self.convs):
+            residual = self.gelu(norm(residual)).unflatten(1, self.grid).permute(0, 3, 1, 2)
+            residual = conv(residual).permute(0, 2, 3, 1).flatten(1, 2)  # (B, E, h, w) -> (B, N, E)
+        return h + residual
+
+
+class Predictor(nn.Module):
+    """The network of one coupling: tokens (B, N, in) -> (bias, raw scale), each (B, N, out/2).
+
+    Its last layer starts at zero: a fresh coupling adds nothing and scales by m/2.
+    """
+
+    def __init__(self, config, in_dim, out_dim, grid):
+        super().__init__()
+        E = config.emb_dim
+        block = {"vit": ViTBlock, "cnn": CNNBlock}[config.block]
+        self.init_proj = nn.Linear(in_dim, E)
+        self.posemb = nn.Parameter(torch.randn(config.num_tokens, E) / math.sqrt(E))
+        self.blocks = nn.ModuleList(block(config, grid) for _ in range(config.block_depth))
+        self.final_norm = nn.LayerNorm(E, eps=config.norm_eps)
+        self.final_proj = nn.Linear(E, out_dim)
+        _lecun_normal(self.init_proj)
+        nn.init.zeros_(self.final_proj.weight)
+        nn.init.zeros_(self.final_proj.bias)
+
+    def forward(self, x):
+        h = self.init_proj(x) + self.posemb  # (B, N, E)
+        for block in self.blocks:
+            h = block(h)
+        return self.final_proj(self.final_norm(h)).chunk(2, dim=-1)
+
+
+def _gelu(config):
+    return nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+
+
+def _lecun_normal(layer):
+    """flax's default kernel: a normal cut at two deviations, rescaled to variance 1/fan_in."""
+    std = 1 / math.sqrt(layer.weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+
+
+def spatial_order(split, rows, columns):
+    """Token indices (N,) of a named spatial split: the first half conditions, the second is moved.
+
+    Parities of the flat index as in the official code, ascending within each. With an odd number of
+    columns its checkerboard has unequal parts, and the cut lies in the middle all the same.
+    """
+    token = torch.arange(rows * columns)
+    row = token // columns
+    parity = {"checkerboard": token + row, "vstripes": token, "hstripes": row}
+    swap = split.endswith("-inv")
+    return torch.argsort((parity[split.removesuffix("-inv")] + swap) % 2, stable=True)
+
+
+class Coupling(nn.Module):
+    """One affine coupling on tokens (B, N, D); x1 stays as it is, to the bit.
+
+    kind "channels" halves each token's values by a fixed random permutation, kind "spatial" halves
+    the tokens by a named pattern.
+    """
+
+    def __init__(self, config, kind, split):
+        super().__init__()
+        N, D, grid = config.num_tokens, config.token_dim, config.grid
+        self.scale_factor = config.scale_factor
+        self.masking = config.split_mode == "masking"
+        self.axis = 2 if kind == "channels" else 1
+        order = torch.randperm(D) if kind == "channels" else spatial_order(split, *grid)
+        self.register_buffer("order", order)  # x1's indices, then x2's
+        in_dim, out_dim = (D, 2 * D) if self.masking else (D // 2, D)
+        if not self.masking and kind == "spatial" and split.startswith("hstripes"):
+            # Half the rows, each token cut in two: the convolutions of a CNN see neighbours.
+            grid = (grid[0] // 2, grid[1] * 2)
+        self.net = Predictor(config, in_dim, out_dim, grid)
+
+    def _affine(self, x, kept, moved):
+        """bias and scale for x2, in x2's shape, and log|det| (B,): functions of x1 alone."""
+        x1 = x.index_select(self.axis, kept)
+        if self.masking:  # our reading of the paper: x2 is zeroed, outputs at x2's places are used
+            net_out = self.net(torch.zeros_like(x).index_copy(self.axis, kept, x1))
+            bias, raw = (out.index_select(self.axis, moved) for out in net_out)
+        else:  # a half of the tokens becomes N tokens of D/2 values, like a half of the channels
+            bias, raw = (out.reshape(x1.shape)
+                         for out in self.net(x1.reshape(len(x), x.shape[1], -1)))
+        # Under autocast the network may answer in bfloat16. From here on everything is computed from
+        # the same numbers in x's precision, or log-det and inverse would not fit what was applied.
+        bias, raw = bias.to(x.dtype), raw.to(x.dtype)
+        scale = self.scale_factor * torch.sigmoid(raw)
+        log_scale = F.logsigmoid(raw) + math.log(self.scale_factor)
+        return bias, scale, log_scale.flatten(1).sum(1)
+
+    def forward(self, x):
+        """x (B, N, D) -> z (B, N, D), log|det dz/dx| (B,) in nats."""
+        kept, moved = self.order.chunk(2)
+        bias, scale, logdet = self._affine(x, kept, moved)
+        z2 = (x.index_select(self.axis, moved) + bias) * scale
+        return x.index_copy(self.axis, moved, z2), logdet
+
+    def inverse(self, z):
+        """z (B, N, D) -> x (B, N, D), log|det dx/dz| (B,) in nats."""
+        kept, moved = self.order.chunk(2)
+        bias, scale, logdet = self._affine(z, kept, moved)  # z1 = x1
+        x2 = z.index_select(self.axis, moved) / scale - bias
+        return z.index_copy(self.axis, moved, x2), -logdet
+
+
+class ActNorm(nn.Module):
+    """Glow's ActNorm: one shift and one scale per value of a token, shared by all tokens."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.zeros(dim))
+
+    def initialize(self, x):
+        """Give this layer's output mean 0 and deviation 1 on the tokens x (B, N, D)."""
+        self.bias.copy_(-x.mean((0, 1)))
+        self.log_scale.copy_(-torch.log(x.std((0, 1), correction=0) + 1e-6))
+
+    def forward(self, x):
+        logdet = (x.shape[1] * self.log_scale.sum()).expand(len(x))
+        return (x + self.bias) * self.log_scale.exp(), logdet
+
+    def inverse(self, z):
+        logdet = (-z.shape[1] * self.log_scale.sum()).expand(len(z))
+        return z * (-self.log_scale).exp() - self.bias, logdet
+
+
+class InvertibleDense(nn.Module):
+    """Glow's invertible 1x1 convolution on a token's values: z = W x, W = P L U, a rotation at first.
+
+    P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal
+    sign * exp(log_diagonal), so log|det W| = sum log_diagonal.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        rotation, _ = torch.linalg.qr(torch.randn(dim, dim))
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        self.register_buffer("order", permutation.argmax(1))
+        self.register_buffer("sign", upper.diagonal().sign())
+        self.log_diagonal = nn.Parameter(upper.diagonal().abs().log())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+
+    def _factors(self):
+        lower = self.lower.tril(-1) + torch.eye(len(self.lower)).to(self.lower)
+        return lower, self.upper.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
+
+    def forward(self, x):
+        lower, upper = self._factors()
+        with torch.autocast(x.device.type, enabled=False):  # log-det must fit what is applied
+            z = (x @ (lower @ upper).T).index_select(2, self.order)
+        return z, (x.shape[1] * self.log_diagonal.sum()).expand(len(x))
+
+    def inverse(self, z):
+        lower, upper = self._factors()
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.index_copy(2, self.order, z).flatten(0, 1).T  # undo P; (D, B*N)
+            x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
+            x = torch.linalg.solve_triangular(upper, x, upper=True).T.reshape(z.shape)
+        return x, (-z.shape[1] * self.log_diagonal.sum()).expand(len(z))
+
+
+class Jet(nn.Module):
+    """The flow x <-> z between images and standard-normal noise of the same shape.
+
+    Fresh and without the two switches it is the identity (for m = 2). Initialised from torch's
+    global random generator.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
+        switches = ((config.actnorm, ActNorm), (config.invertible_dense, InvertibleDense))
+        self.actnorms, self.denses = (
+            nn.ModuleList(layer(config.token_dim) for _ in self.couplings if on)
+            for on, layer in switches)
+
+    def _layers(self):
+        """Every layer in the order of forward: a coupling comes after its switches' layers."""
+        groups = [layers for layers in (self.actnorms, self.denses, self.couplings) if len(layers)]
+        return [layer for step in zip(*groups) for layer in step]
+
+    def forward(self, x):
+        """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx| in nats.
+
+        Raises ValueError for another shape or an integer type.
+        """
+        tokens, logdet = self._patchify(x), x.new_zeros(len(x))
+        for layer in self._layers():
+            tokens, layer_logdet = layer(tokens)
+            logdet = logdet + layer_logdet
+        return self._unpatchify(tokens), logdet
+
+    def inverse(self, z):
+        """z (B, C, H, W) float -> x of z's shape, logdet (B,) = log|det dx/dz|: minus forward's."""
+        tokens, logdet = self._patchify(z), z.new_zeros(len(z))
+        for layer in reversed(self._layers()):
+            tokens, layer_logdet = layer.inverse(tokens)
+            logdet = logdet + layer_logdet
+        return self._unpatchify(tokens), logdet
+
+    @torch.no_grad()
+    def initialize(self, x):
+        """Set every ActNorm from the images x (B, C, H, W), first layer first; else do nothing."""
+        tokens = self._patchify(x)
+        for layer in self._layers() if self.config.actnorm else ():
+            if isinstance(layer, ActNorm):
+                layer.initialize(tokens)
+            tokens, _ = layer(tokens)
+
+    @torch.no_grad()
+    def sample(self, n, generator=None, temperature=1.0):
+        """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I).
+
+        The generator decides the device that the noise is drawn on. Raises ValueError when the
+        inverse overflows: a scale near 0 makes it explode.
+        """
+        weight = self.couplings[0].net.posemb
+        z = torch.randn(n, *self.config.image_shape, generator=generator, dtype=weight.dtype,
+                        device=generator.device if generator else weight.device)
+        x, _ = self.inverse(temperature * z.to(weight.device))
+        return quantize(x).permute(0, 2, 3, 1).contiguous()
+
+    def _patchify(self, x):
+        """(B, C, H, W) -> (B, N, D): tokens row by row, values by (row, column, channel)."""
+        (C, H, W), p = self.config.image_shape, self.config.patch_size
+        if x.shape[1:] != (C, H, W) or not x.is_floating_point():
+            raise ValueError(f"images of shape {tuple(x.shape)} and type {x.dtype}: this Jet takes "
+                             f"floating-point (B, {C}, {H}, {W})")
+        x = x.reshape(len(x), C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(len(x), self.config.num_tokens, self.config.token_dim)
+
+    def _unpatchify(self, tokens):
+        """(B, N, D) -> (B, C, H, W)."""
+        (C, H, W), p = self.config.image_shape, self.config.patch_size
+        x = tokens.reshape(len(tokens), H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(tokens), C, H, W)
+
+
+def bits_per_dim(z, logdet):
+    """Negative log-likelihood in bits per dimension (B,) of 8-bit images, from Jet's (z, logdet).
+
+    z (B, ...) under N(0, I); logdet (B,) in nats. x spans 1/127.5 per grey level, so log(127.5)
+    per dimension turns the density of x into one of the 256 levels (official: _bits_per_dim).
+    """
+    per_dim = z.square().flatten(1).mean(1) / 2 + math.log(2 * math.pi) / 2 + math.log(127.5)
+    return (per_dim - logdet / z.shape[1:].numel()) / math.log(2)
+
+
+def forward_flops(config):
+    """FLOPs of one image's forward pass: matrix products and convolutions, a multiply-add is two."""
+    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
+    in_dim, out_dim = (D, 2 * D) if config.split_mode == "masking" else (D // 2, D)
+    if config.block == "vit":  # qkv, out, MLP: 4 + 8 matrices of E x E; scores and their use
+        block = 2 * N * 12 * E * E + 2 * 2 * N * N * E
+    else:
+        block = 2 * N * 2 * 9 * E * E
+    coupling = 2 * N * E * (in_dim + out_dim) + config.block_depth * block
+    dense = 2 * N * D * D if config.invertible_dense else 0  # building W, once a batch, aside
+    return config.num_couplings * (coupling + dense)
