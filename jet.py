@@ -29,15 +29,18 @@ SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv"
                   "hstripes", "hstripes-inv")
 
 
-def setting(default, help, choices=None):
-    """A config field: its default, the sentence that the command line shows, the allowed names."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, minimum=None):
+    """A config field: default, the sentence that the command line shows, and what is allowed: some
+    names, or numbers from a minimum on (without one: whole numbers from 1, others above 0)."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(config):
     """Raise ValueError naming the first field whose value does not fit its type or its choices."""
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata.get("choices")
+        value = getattr(config, field.name)
+        choices, minimum = field.metadata.get("choices"), field.metadata.get("minimum")
         if choices and isinstance(field.default, tuple):
             ok = isinstance(value, tuple) and value and all(v in choices for v in value)
             rule = f"must be a non-empty list of {', '.join(choices)}"
@@ -46,10 +49,12 @@ def check_settings(config):
         elif isinstance(field.default, bool):
             ok, rule = isinstance(value, bool), "must be true or false"
         elif isinstance(field.default, int):
-            ok, rule = type(value) is int and value > 0, "must be a whole number above 0"
+            lowest = 1 if minimum is None else minimum
+            ok = type(value) is int and value >= lowest
+            rule = f"must be a whole number, {lowest} or more"
         elif isinstance(field.default, float):
-            ok = type(value) in (int, float) and 0 < value < math.inf
-            rule = "must be a finite number above 0"
+            ok = type(value) in (int, float) and (value > 0 or value == minimum) and value < math.inf
+            rule = "must be a finite number above 0" + (" or 0" if minimum == 0 else "")
         else:
             continue
         if not ok:
@@ -92,8 +97,8 @@ class JetConfig:
         check_settings(self)
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if len(sides) > 2 or not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"image_size={self.image_size!r}: must be a whole number above 0, "
-                             "or two of them (height and width)")
+            raise ValueError(f"image_size={self.image_size!r}: must be a whole number, 1 or "
+                             "more, or two of them (height and width)")
         if any(side % self.patch_size for side in sides):
             raise ValueError(f"patch_size={self.patch_size}: must divide image_size={self.image_size}")
         if self.block == "vit" and self.emb_dim % self.num_heads:

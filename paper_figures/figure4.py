@@ -1,0 +1,96 @@
+"""Figure 4: which couplings should a Jet have? bits/dim against the share of channel couplings.
+
+    python paper_figures/figure4.py --scale small      # results/ablate_coupling_small.csv -> out/
+
+One line per kind of spatial split; the paper's figure is on ImageNet-1k at 64 x 64.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from paper_figures import style
+from paper_figures.results_csv import ROOT, ResultsError, read_results
+
+SWEPT = ("coupling_ratio", "spatial_split")
+# A complete figure has every ratio (channel : spatial) with every split, for each seed. A run may stand
+# for several of them, "mix|row", where its couplings are the same. experiments/ablate_coupling.py runs this.
+RATIOS = ("channel-only", "8:1", "4:1", "2:1", "1:1", "spatial-only")
+SMOKE_RATIOS = ("channel-only", "4:1", "1:1", "spatial-only")
+SPLITS = tuple(style.SPLIT_STYLES)
+
+
+def ratios(scale):
+    """The coupling ratios of the figure at a scale."""
+    return SMOKE_RATIOS if scale == "smoke" else RATIOS
+
+
+def load(path):
+    """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
+    rows = read_results(path, SWEPT)
+    scale = rows["scale"].iloc[0]
+    rows = rows[(rows["split"] == "test") & (rows["step"] == rows["total_steps"])]
+    shared = rows[rows["spatial_split"].str.contains("|", regex=False)]
+    for name in SWEPT:
+        rows = rows.assign(**{name: rows[name].str.split("|")}).explode(name)
+    found = set(zip(rows["coupling_ratio"], rows["spatial_split"], rows["seed"]))
+    missing = [f"{ratio} {split} seed {seed}" for seed in sorted(rows["seed"].unique())
+               for ratio in ratios(scale) for split in SPLITS if (ratio, split, seed) not in found]
+    if missing or rows.empty:
+        raise ResultsError(f"{path}: {len(missing)} runs of Figure 4 are missing: {', '.join(missing)}: "
+                           "run experiments/ablate_coupling.py to complete them")
+    return rows, shared
+
+
+def draw(path, out_dir=style.OUT):
+    """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
+    rows, shared = load(path)
+    scale, dataset = rows["scale"].iloc[0], rows["dataset"].iloc[0]
+    num_seeds = rows["seed"].nunique()
+    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.75))
+    for split, look in style.SPLIT_STYLES.items():
+        line = rows[rows["spatial_split"] == split].groupby("channel_share")["bits_per_dim"]
+        line = line.agg(["mean", "min", "max"])
+        axes.plot(line.index, line["mean"], label=split, **look)
+        if num_seeds > 1:
+            axes.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2, lw=0)
+    # One run stands for all four splits where there is no spatial coupling.
+    no_spatial = rows[rows["channel_share"] == 1]
+    axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3)
+
+    axes.set_xlabel("share of channel couplings (realised)")
+    axes.set_ylabel("bits/dim, test (lower is better)")
+    count = f"{rows['num_images'].iloc[0]:,} test images"
+    figure.suptitle(f"Figure 4, {scale} scale: {style.DATASET_TITLES.get(dataset, dataset)}, {count}",
+                    fontsize=7.5)
+    names = rows.groupby("channel_share")["coupling_ratio"].agg(lambda r: " = ".join(dict.fromkeys(r)))
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
+    top.tick_params(length=2, pad=1)
+    spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
+    axes.legend(title=f"spatial split ({spread})", title_fontsize=6.5, ncols=2, handlelength=1.6)
+    same = [f"{row.coupling_ratio}: {row.spatial_split.replace('|', ' = ')}"
+            for row in shared.drop_duplicates(list(SWEPT)).itertuples() if row.channel_share < 1]
+    if same:
+        figure.supxlabel(f"{'; '.join(same)}: the same couplings, run once", fontsize=6)
+    if scale == "smoke":
+        style.mark_smoke(axes)
+    return style.save(figure, f"figure4_{scale}", out_dir)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="figure4.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="smoke", choices=("smoke", "small", "medium", "paper"))
+    parser.add_argument("--csv", type=Path, help="default: results/ablate_coupling_<scale>.csv")
+    parser.add_argument("--out", type=Path, default=style.OUT, help="default: paper_figures/out")
+    flags = parser.parse_args(arguments)
+    try:
+        for path in draw(flags.csv or ROOT / f"results/ablate_coupling_{flags.scale}.csv", flags.out):
+            print(path)
+    except (ResultsError, OSError) as error:
+        sys.exit(f"figure4.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
