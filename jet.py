@@ -59,6 +59,8 @@ def check_settings(config):
             continue
         if not ok:
             raise ValueError(f"{field.name}={value!r}: {rule}")
+        if isinstance(field.default, float):  # 3 and 3.0 are one configuration
+            object.__setattr__(config, field.name, float(value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class JetConfig:
         for name in ("image_size", "kinds", "spatial_splits"):  # JSON has lists for tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.image_size, tuple) and len(set(self.image_size)) == 1:
+        if isinstance(self.image_size, tuple) and self.image_size == self.image_size[:1] * 2:
             object.__setattr__(self, "image_size", self.image_size[0])
         check_settings(self)
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
