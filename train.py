@@ -162,16 +162,19 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     log = RunLog(run_dir, state["step"])
     log.write(f"{'resumed' if state['step'] else 'started'} at step {state['step']}: {hardware(device)}, "
               f"{threads} threads, torch {torch.__version__}, commit {' '.join(git_commit())}")
-    begun = time.monotonic() - state["seconds"]
-    saved = time.monotonic()
+    first, seconds_before = state["step"], state["seconds"]
+    begun = saved = time.monotonic()
     with progress_bar(config, state["step"], label, quiet) as bar:
-        for step in range(state["step"], stop):
+        for step in range(first, stop):
             x = training_batch(images["train"], config.batch_size, config.seed, step, device)
             if step == 0:
                 jet.initialize(x)  # ActNorm's
             loss, grad_norm = training_step(jet, optimizer, x, step, config)
-            state["step"], state["seconds"] = step + 1, time.monotonic() - begun
-            show_step(bar, loss, config.batch_size)
+            state["step"], seconds = step + 1, time.monotonic() - begun
+            state["seconds"] = seconds_before + seconds
+            rate = (step + 1 - first) * config.batch_size / seconds
+            bar.set_postfix_str(f"{loss:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
+            bar.update()
             log.step(state, config, loss, grad_norm)
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.total_steps:
                 state["rows"] += _evaluate_splits(jet, images, step + 1)
@@ -360,12 +363,6 @@ def progress_bar(config, step, label, quiet):
     return tqdm(total=config.total_steps, initial=step, disable=quiet, desc=label or config.data,
                 mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
                 bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]")
-
-
-def show_step(bar, loss, batch_size):
-    rate = bar.format_dict["rate"] or (bar.n - bar.initial + 1) / max(bar.format_dict["elapsed"], 1e-3)
-    bar.set_postfix_str(f"{loss:.3f} bits/dim, {rate * batch_size:.0f} images/s", refresh=False)
-    bar.update()
 
 
 # ---- what ran it

@@ -1,0 +1,177 @@
+"""Image sets, fingerprints, dequantization and the random draws of batches and evaluation."""
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import (DataError, batch_indices, dequantize, evaluation_noise, fingerprint, image_shape, load_images,
+                  quantize, training_batch)
+
+
+def test_quantize_inverts_dequantize():
+    levels = torch.arange(256, dtype=torch.uint8)
+    for u in (1e-3, 0.25, 0.5, 1 - 1e-3):
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(quantize(dequantize(levels, torch.full((256,), u, dtype=dtype))), levels)
+    x = dequantize(levels, torch.zeros(256, dtype=torch.float64))
+    assert x[0] == -1 and x[255] == 1 and torch.allclose(x.diff(), torch.tensor(1 / 127.5).double())
+    assert quantize(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_quantize_refuses_what_is_not_finite(value):
+    with pytest.raises(ValueError, match="1 of 2 values are not finite"):
+        quantize(torch.tensor([0.0, value]))
+
+
+@pytest.mark.parametrize("split, room", [("train", [205] * 8 + [204] * 2), ("test", [52] * 2 + [51] * 8)])
+def test_embedded_subset(split, room):
+    images = load_images("cifar10-subset", split)
+    assert images.array.shape == (sum(room), 32, 32, 3) and images.array.dtype == np.uint8
+    assert np.bincount(images.labels).tolist() == room
+    assert images.fingerprint == fingerprint(images.array)
+    assert (images.name, images.variant, images.split) == ("cifar10-subset", "cifar10-subset", split)
+
+
+def test_embedded_subset_follows_its_rule():
+    """The first image of each split of CIFAR-10 is in it; so are the next, until a class is full."""
+    assert load_images("cifar10-subset", "train").labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
+    assert load_images("cifar10-subset", "test").labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+
+
+def test_fingerprint_is_the_documented_hash():
+    array = np.arange(2 * 3 * 4 * 1, dtype=np.uint8).reshape(2, 3, 4, 1)
+    assert fingerprint(array) == hashlib.sha256(b"2,3,4,1\n" + array.tobytes()).hexdigest()
+    assert fingerprint(array) != fingerprint(array.reshape(2, 4, 3, 1))
+    assert fingerprint(array[:, ::-1]) == hashlib.sha256(b"2,3,4,1\n" + array[:, ::-1].tobytes()).hexdigest()
+
+
+def test_every_set_of_the_paper_is_known_by_shape_and_counts():
+    assert data.SETS["imagenet64-oord"].shape == (64, 64, 3)
+    assert data.SETS["imagenet32-oord"].counts == {"train": 1_281_149, "test": 49_999}
+    assert data.SETS["imagenet32-chrabaszcz"].counts == {"train": 1_281_167, "test": 50_000}
+    assert data.SETS["cifar10"].counts == {"train": 50_000, "test": 10_000}
+    assert image_shape("imagenet64-chrabaszcz") == (64, 64, 3)  # without the images
+    variants = {(name, known.variant) for name, known in data.SETS.items()}
+    assert len(variants) == len(data.SETS)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder in the layout of CIFAR-10 with other images, whose checksums count as official."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng, files = np.random.default_rng(0), {"train": {}, "test": {}}
+    for split, names in data.CIFAR10_FILES.items():
+        for name in names:
+            records = rng.integers(0, 256, (10_000, 3073), dtype=np.uint8)
+            records[:, 0] %= 10
+            (folder / name).write_bytes(records.tobytes())
+            files[split][name] = hashlib.sha256(records.tobytes()).hexdigest()
+            if split == "train":
+                break  # one of the five is enough
+    monkeypatch.setattr(data, "CIFAR10_FILES", files)
+    monkeypatch.delenv("JET_DATA", raising=False)
+    return folder
+
+
+def test_cifar10_layout(cifar, monkeypatch):
+    raw = np.frombuffer((cifar / "test_batch.bin").read_bytes(), np.uint8).reshape(10_000, 3073)
+    images = load_images("cifar10", "test", cifar.parent)
+    assert images.labels[7] == raw[7, 0]
+    assert images.array[7, 2, 5].tolist() == [raw[7, 1 + 1024 * channel + 32 * 2 + 5] for channel in range(3)]
+    monkeypatch.setenv("JET_DATA", str(cifar))  # the folder itself will do, too
+    assert np.array_equal(load_images("cifar10", "test").array, images.array)
+
+
+def test_cifar10_missing_truncated_or_altered(cifar, tmp_path):
+    with pytest.raises(DataError, match="--data-root or JET_DATA"):
+        load_images("cifar10", "test")
+    with pytest.raises(DataError, match="is not there"):
+        load_images("cifar10", "test", tmp_path / "nowhere")
+    file = cifar / "test_batch.bin"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(DataError, match="30,729,999 bytes instead of 30,730,000"):
+        load_images("cifar10", "test", cifar)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="test_batch.bin is altered"):
+        load_images("cifar10", "test", cifar)
+    file.unlink()
+    with pytest.raises(DataError, match="test_batch.bin: No such file"):
+        load_images("cifar10", "test", cifar)
+
+
+def test_npy_file_and_prepared_folder(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 8, 4, 1), dtype=np.uint8)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"{split}.npy", array)
+    images = load_images(tmp_path / "test.npy", "train")
+    assert np.array_equal(images.array, array) and isinstance(images.array, np.memmap)
+    assert images.split == "train" and images.variant == "unknown" and images.fingerprint == fingerprint(array)
+    manifest = {"name": "mine", "variant": "box", "fingerprints": dict.fromkeys(("train", "test"), fingerprint(array))}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    images = load_images(tmp_path, "test")
+    assert (images.name, images.variant, len(images.array)) == ("mine", "box", 5)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "name": "imagenet64-oord"}))
+    (tmp_path / "imagenet64-oord").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"imagenet64-oord test is \(49999, 64, 64, 3\)"):
+        load_images("imagenet64-oord", "test", tmp_path)
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8),
+    np.array([{"code": 1}], dtype=object)])
+def test_npy_of_another_kind_is_refused(tmp_path, array):
+    np.save(tmp_path / "bad.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match="bad.npy") as error:
+        load_images(tmp_path / "bad.npy", "test")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_and_splits_are_refused(tmp_path):
+    (tmp_path / "bad.npy").write_bytes(b"not an array")
+    for name, split, message in (("cifar-10", "test", "'cifar-10': neither a known set"),
+                                 ("cifar10-subset", "validation", "must be train or test"),
+                                 (tmp_path / "no.npy", "test", "no such file"),
+                                 (tmp_path / "bad.npy", "test", "not a readable .npy"),
+                                 (tmp_path, "test", "no manifest.json")):
+        with pytest.raises(DataError, match=message):
+            load_images(name, split)
+
+
+def test_batches_see_every_image_once_an_epoch_whatever_their_size():
+    orders = []
+    for batch_size in (1, 3, 10, 25):
+        orders.append(np.concatenate([batch_indices(10, batch_size, 5, step) for step in range(150 // batch_size)]))
+        assert np.array_equal(orders[0], orders[-1])
+    for epoch in orders[0].reshape(15, 10):
+        assert sorted(epoch) == list(range(10))
+    assert not np.array_equal(orders[0][:10], orders[0][10:20])  # another order in each epoch
+    assert not np.array_equal(orders[0][:10], batch_indices(10, 10, 6, 0))  # and for each seed
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    images = load_images("cifar10-subset", "test")
+    torch.manual_seed(1)
+    first = training_batch(images, 8, 0, 3)
+    torch.manual_seed(2)
+    training_batch(images, 8, 0, 2)
+    assert torch.equal(training_batch(images, 8, 0, 3), first)
+    for seed, step in ((1, 3), (0, 4)):
+        other = training_batch(images, 8, seed, step)
+        assert not torch.equal((other + 1) * 127.5 % 1, (first + 1) * 127.5 % 1)  # other noise, too
+    assert torch.equal(quantize(first).permute(0, 2, 3, 1),
+                       torch.from_numpy(images.array[batch_indices(512, 8, 0, 3)]))
+
+
+def test_evaluation_noise_is_keyed_by_seed_draw_and_image():
+    noise = evaluation_noise(range(6), (4, 4, 3), seed=1, draw=0)
+    assert noise.dtype == torch.float32 and 0 <= noise.min() and noise.max() < 1
+    assert torch.equal(evaluation_noise([5, 2], (4, 4, 3), 1, 0), noise[[5, 2]])
+    for seed, draw in ((2, 0), (1, 1)):
+        assert not torch.equal(evaluation_noise(range(6), (4, 4, 3), seed, draw), noise)
+    assert len(noise.flatten(1).unique(dim=0)) == 6
