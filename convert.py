@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -45,7 +46,11 @@ def load_jet(path, **overrides):
     else:
         content = read_tensors(path)
         if content.get("format") == CHECKPOINT_FORMAT:
-            source = _Source(known=content["config"]["model"], state=content["model"])
+            try:
+                source = _Source(known=content["config"]["model"], state=content["model"])
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: a checkpoint without its config or model "
+                                      f"({type(error).__name__}: {error})") from None
         elif "channel_projections" in content:
             source = _read_jet_pytorch(path, content, overrides)
         else:
@@ -56,7 +61,8 @@ def load_jet(path, **overrides):
 def read_tensors(path):
     """The dict of tensors and plain values in a .pt file, without running code from it."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # the errors say it in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError:

@@ -37,8 +37,8 @@ class TrainingError(RuntimeError):
     """A run that cannot start, go on or be saved, in one line."""
 
 
-class NonFiniteError(TrainingError):
-    """A loss or gradient that is not finite: the run's own fault."""
+class NonFiniteError(TrainingError, ValueError):
+    """A loss, a gradient or a measured number that is not finite: the run's own fault."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,21 @@ def training_step(model, optimizer, x, step, config):
     return loss, grad_norm
 
 
+@contextlib.contextmanager
+def _full_float32():
+    """float32 means float32 on GPUs, too: TF32, PyTorch's default for convolutions, changes numbers."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allow in zip(backends, saved):
+            backend.allow_tf32 = allow
+
+
+@_full_float32()
 def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=2,
           compile=False, checkpoint_every_s=60, label="", quiet=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
@@ -196,6 +211,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
 
 
 @torch.no_grad()
+@_full_float32()
 def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
@@ -204,7 +220,8 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
     Returns a dict: bits_per_dim (mean over images and draws), bits_per_dim_se (standard error over
     images; nan for one image), num_images, logdet_nats (mean log|det| of an image), and with per_image
     bits_per_dim_per_image, float64 (N,). Computes in the type of the Jet's weights.
-    Raises ValueError for other arrays and, naming the image, for a result that is not finite.
+    Raises ValueError for other arrays, and its subclass NonFiniteError, naming the image, for a result
+    that is not finite.
     """
     array = getattr(images, "array", images)
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or draws < 1 or batch_size < 1:
@@ -216,14 +233,13 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
         for start in range(0, len(array), batch_size):
             batch = slice(start, min(start + batch_size, len(array)))
             noise = evaluation_noise(range(batch.start, batch.stop), array.shape[1:], seed, draw)
-            x = dequantize(np.ascontiguousarray(array[batch]), noise.to(weight.dtype))
-            with torch.backends.cudnn.flags(allow_tf32=False):  # never in a reported number
-                z, logdet = jet(x.permute(0, 3, 1, 2).to(weight.device))
+            x = dequantize(np.array(array[batch]), noise.to(weight.dtype))
+            z, logdet = jet(x.permute(0, 3, 1, 2).to(weight.device))
             bits[batch] += bits_per_dim(z, logdet).double().cpu().numpy() / draws
             logdets[batch] += logdet.double().cpu().numpy() / draws
     if not np.isfinite(bits).all():
         index = int(np.flatnonzero(~np.isfinite(bits))[0])
-        raise ValueError(f"evaluate: image {index} has {bits[index]} bits/dim ({(~np.isfinite(bits)).sum()} "
+        raise NonFiniteError(f"evaluate: image {index} has {bits[index]} bits/dim ({(~np.isfinite(bits)).sum()} "
                          "images are not finite): no number can be reported")
     result = {"bits_per_dim": float(bits.mean()),
               "bits_per_dim_se": float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else math.nan,
@@ -340,10 +356,10 @@ class RunLog:
     def __init__(self, run_dir, step):
         """Rows of metrics.csv after this step, which a killed run left, are dropped: they come again."""
         self.log, self.metrics = run_dir / "log.txt", run_dir / "metrics.csv"
-        rows = self.metrics.read_text().splitlines()[1:] if self.metrics.exists() else []
-        kept = [row for row in rows if row.count(",") == self.COLUMNS.count(",")
-                and int(row.split(",")[0]) <= step]
-        write_atomically(self.metrics, "\n".join([self.COLUMNS, *kept]) + "\n")
+        rows = self.metrics.read_text().splitlines(keepends=True)[1:] if self.metrics.exists() else []
+        kept = [row for row in rows if row.endswith("\n") and row.count(",") == self.COLUMNS.count(",")
+                and row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+        write_atomically(self.metrics, "".join([self.COLUMNS + "\n", *kept]))
 
     def write(self, message):
         with open(self.log, "a") as file:
@@ -360,7 +376,7 @@ class RunLog:
 
 def progress_bar(config, step, label, quiet):
     """A bar over the steps of a run: bits/dim of the last batch, images/s, time left."""
-    return tqdm(total=config.total_steps, initial=step, disable=quiet, desc=label or config.data,
+    return tqdm(total=config.total_steps, initial=step, disable=quiet, desc=label or Path(config.data).name,
                 mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
                 bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]")
 
@@ -391,7 +407,7 @@ def hardware(device):
 
 
 def git_commit():
-    """(commit, "clean" or "dirty") of this code; empty outside a git checkout. Results do not count."""
+    """(commit, "clean" or "dirty") of this code; ("", "") outside a git checkout. Results do not count."""
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
     try:
@@ -476,8 +492,11 @@ def one_line_errors(program, *more):
     """End the program in one line, with no traceback, for what is not a bug."""
     try:
         yield
-    except (DataError, CheckpointError, TrainingError, OSError, *more) as error:
+    except (DataError, CheckpointError, TrainingError, *more) as error:
         sys.exit(f"{program}: error: {error}")
+    except OSError as error:
+        sys.exit(f"{program}: error: {error.filename or 'writing'}: {error.strerror or error}: the same command "
+                 "goes on when this is mended")
     except KeyboardInterrupt:
         sys.exit(f"{program}: interrupted: the same command goes on from the last checkpoint")
 

@@ -1,0 +1,182 @@
+"""Weight files: what they tell, what is asked for, and that nothing in them is trusted."""
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert import CheckpointError, load_jet, read_tensors
+from jet import SPATIAL_SPLITS, Jet, JetConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+PORT = GOLDEN / "jet_pytorch_port.pt"
+
+
+def official(name):
+    return dict(np.load(GOLDEN / f"{name}.npz"))
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write an official tree as .npz."""
+    def write(tree, name="tree.npz"):
+        np.savez(tmp_path / name, **tree)
+        return tmp_path / name
+    return write
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """One of our checkpoints, as train.py writes them."""
+    config = JetConfig(image_size=8, num_couplings=2, block_depth=1, emb_dim=8, num_heads=2)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(config)}, "model": Jet(config).state_dict()}, path)
+    return path
+
+
+def same_weights(one, two):
+    return one.state_dict().keys() == two.state_dict().keys() and all(
+        torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+def test_official_config_is_read_off_the_file():
+    config = load_jet(GOLDEN / "jet_nonsquare_ext.npz").config
+    assert (config.image_size, config.patch_size, config.num_couplings) == ((24, 16), 4, 7)
+    assert (config.block_depth, config.emb_dim, config.num_heads, config.scale_factor) == (1, 12, 4, 2.0)
+    assert config.kinds == ("channels", "spatial", "spatial", "channels", "spatial", "spatial", "channels")
+    assert config.spatial_splits == SPATIAL_SPLITS[:4]
+    assert (config.gelu, config.norm_eps) == ("tanh", 1e-6)
+
+
+@pytest.mark.parametrize("name, missing", [("jet_channels_spatial", {}), ("jet_nonsquare_ext", {"image_size": (24, 16)})])
+@pytest.mark.parametrize("prefix", ["params/", ""])
+def test_official_tree_without_meta_asks_for_what_it_cannot_tell(save, name, missing, prefix):
+    tree = {prefix + key.removeprefix("params/"): value for key, value in official(name).items() if key.startswith("params/")}
+    path = save(tree)
+    with pytest.raises(CheckpointError, match="does not tell (scale_factor|image_size)"):
+        load_jet(path)
+    if missing:
+        with pytest.raises(CheckpointError, match="does not tell image_size"):
+            load_jet(path, scale_factor=2.0)
+    assert same_weights(load_jet(path, scale_factor=2.0, **missing), load_jet(GOLDEN / f"{name}.npz"))
+    assert load_jet(path, scale_factor=3.0, **missing).config.scale_factor == 3.0
+
+
+def test_class_conditional_tree_is_refused(save):
+    tree = official("jet_spatial_only")
+    tree["params/couplings/dnn/MultiHeadDotProductAttention_0/query/kernel"] = np.zeros((6, 24, 4, 6), np.float32)
+    with pytest.raises(CheckpointError, match="class-conditional"):
+        load_jet(save(tree))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tree: tree.pop("params/couplings/dnn/posemb"), "not an official Jet parameter tree"),
+    (lambda tree: tree.pop("params/couplings/dnn/final_proj/bias"), "do not fit"),
+    (lambda tree: tree.update({"params/couplings/dnn/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}), "do not fit"),
+    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.ones((6, 16, 16))}), "none of the known"),
+])
+def test_damaged_official_trees_are_refused(save, change, message):
+    tree = official("jet_spatial_only")
+    change(tree)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_jet(save(tree))
+    assert "\n" not in str(error.value)
+
+
+def test_port_needs_num_heads_and_tells_the_rest(tmp_path):
+    with pytest.raises(CheckpointError, match="does not tell num_heads"):
+        load_jet(PORT)
+    config = load_jet(PORT, num_heads=4).config
+    assert (config.gelu, config.norm_eps, config.scale_factor) == ("exact", 1e-5, 2.0)
+    assert config.kinds == JetConfig().kinds and config.num_couplings == 12
+    with pytest.raises(CheckpointError, match="emb_dim=32 was given, but the file says 24"):
+        load_jet(PORT, num_heads=4, emb_dim=32)
+    with pytest.raises(CheckpointError, match="depth=3: no field of JetConfig"):
+        load_jet(PORT, num_heads=4, depth=3)
+
+
+def test_port_with_another_order_of_kinds_asks_for_it(tmp_path):
+    content = torch.load(PORT, weights_only=True)
+    content["channel_projections"] = content["channel_projections"][:6]
+    content["spatial_projections"] = content["spatial_projections"][[0, 1, 0, 1, 0, 1]]
+    torch.save(content, tmp_path / "port.pt")
+    with pytest.raises(CheckpointError, match="does not tell their order"):
+        load_jet(tmp_path / "port.pt", num_heads=4)
+    jet = load_jet(tmp_path / "port.pt", num_heads=4, kinds=("channels", "spatial"))
+    assert [coupling.axis for coupling in jet.couplings] == [2, 1] * 6
+    assert jet.config.coupling_splits[3] == ("spatial", "checkerboard-inv")
+
+
+def test_ours_loads_without_touching_the_global_generator(checkpoint):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    jet = load_jet(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, torch.load(checkpoint)["model"][name]) for name, tensor in jet.state_dict().items())
+    with pytest.raises(CheckpointError, match="emb_dim=16 was given, but the file says 8"):
+        load_jet(checkpoint, emb_dim=16)
+
+
+def test_a_file_that_would_run_code_runs_none(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (Path(tmp_path / "it ran").touch, ())
+    for name, write in (("zip.pt", lambda path: torch.save({"format": "jet-checkpoint-1", "model": Code()}, path)),
+                        ("bare.pt", lambda path: path.write_bytes(pickle.dumps(Code())))):
+        write(tmp_path / name)
+        with pytest.raises(CheckpointError) as error:
+            load_jet(tmp_path / name)
+        assert "\n" not in str(error.value)
+    np.savez(tmp_path / "code.npz", **{"params/couplings/dnn/posemb": np.array([Code()], dtype=object)})
+    with pytest.raises(CheckpointError):
+        load_jet(tmp_path / "code.npz")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint at all", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_empty_and_foreign_files_are_refused(tmp_path, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=str(path)) as error:
+        load_jet(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["ours", "official"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, checkpoint, source):
+    whole = (checkpoint if source == "ours" else GOLDEN / "jet_spatial_only.npz").read_bytes()
+    path = tmp_path / ("cut.pt" if source == "ours" else "cut.npz")
+    for tenths in range(10):
+        path.write_bytes(whole[:len(whole) * tenths // 10])
+        with pytest.raises(CheckpointError) as error:
+            load_jet(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda content: content.pop("model"), "KeyError"),
+    (lambda content: content["config"]["model"].update(emb_dim=9), "emb_dim=9: must be divisible"),
+    (lambda content: content["config"]["model"].update(width=9), "width"),
+    (lambda content: content["config"]["model"].update(emb_dim=16), "do not fit"),
+    (lambda content: content["model"]["couplings.0.order"].zero_(), "is not a permutation"),
+    (lambda content: content.update(format="jet-checkpoint-7"), "neither a checkpoint of ours"),
+    (lambda content: content.update(config=3), "config"),
+])
+def test_altered_checkpoints_are_refused(checkpoint, change, message):
+    content = torch.load(checkpoint)
+    change(content)
+    torch.save(content, checkpoint)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_jet(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_lists_are_refused(tmp_path):
+    for path in (tmp_path / "no.pt", tmp_path / "no.npz", tmp_path):
+        with pytest.raises(CheckpointError, match="no such file"):
+            load_jet(path)
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        read_tensors(tmp_path / "list.pt")

@@ -1,0 +1,123 @@
+"""Figure 4 from a fixture: what is drawn, equal bytes, and what is refused."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import ablate_coupling, sweep
+from paper_figures import figure4, style
+from paper_figures.results_csv import ResultsError, columns
+
+
+def fixture_rows(scale, seeds=(0,)):
+    """Rows as the sweep would write them, with numbers made up from the channel share."""
+    rows = []
+    for seed in seeds:
+        for i, point in enumerate(ablate_coupling.configs(scale)):
+            run = point.run(seed, figure4.ROOT)
+            share = sweep.channel_share(point.config.model)
+            for split in ("train", "test"):
+                row = dict.fromkeys(columns(figure4.SWEPT), 1) | point.labels
+                rows.append(row | {
+                    "experiment": "ablate_coupling", "scale": scale, "run_id": run.run_id, "seed": seed, "split": split,
+                    "channel_share": share, "bits_per_dim": 5 + (share - 0.8) ** 2 + 0.01 * i + 0.02 * seed,
+                    "dataset": point.config.data, "variant": "v", "num_images": 10_000, "fingerprint": "f"})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(rows):
+        rows.to_csv(tmp_path / "in.csv", index=False)
+        return tmp_path / "in.csv"
+    return write
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, instead of their files."""
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
+    yield figures
+    style.plt.close("all")
+
+
+def texts(figure):
+    return " ".join(text.get_text() for text in figure.findobj(style.matplotlib.text.Text))
+
+
+@pytest.mark.parametrize("scale, ratios", [("smoke", 4), ("small", 6), ("paper", 6)])
+def test_a_line_for_each_split_over_the_realised_shares(save, drawn, scale, ratios):
+    rows = fixture_rows(scale)
+    figure4.draw(save(rows))
+    (figure, name), = drawn
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in figure4.SPLITS}
+    assert name == f"figure4_{scale}" and list(lines) == list(figure4.SPLITS)
+    for split, line in lines.items():
+        mine = rows[(rows["split"] == "test") & rows["spatial_split"].str.contains(split)].sort_values("channel_share")
+        assert np.allclose(line.get_xdata(), mine["channel_share"]) and len(mine) == ratios
+        assert np.allclose(line.get_ydata(), mine["bits_per_dim"])
+    assert len({line.get_color() for line in lines.values()}) == len({line.get_marker() for line in lines.values()}) == 4
+    text = texts(figure)
+    assert scale in text and style.DATASET_TITLES[rows["dataset"][0]] in text and "lower is better" in text
+    assert ("not evidence" in text) == (scale == "smoke")
+    assert ("8:1: checkerboard = mix" in text) == (scale == "small")
+    assert figure.get_size_inches()[0] == style.COLUMN_WIDTH
+
+
+def test_seeds_are_drawn_as_mean_and_band(save, drawn):
+    figure4.draw(save(fixture_rows("small", seeds=(0, 1, 2))))
+    axes = drawn[0][0].axes[0]
+    assert len(axes.collections) == 4 and "3 seeds" in axes.get_legend().get_title().get_text()
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    line = axes.lines[0].get_ydata()
+    assert np.isclose(band.max() - line.max(), 0.02) and np.isclose(line.min() - band.min(), 0.02)
+
+
+def test_files_are_byte_stable_and_depend_on_the_numbers(save, tmp_path):
+    rows = fixture_rows("smoke")
+    paths = [figure4.draw(save(rows), tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*paths):
+        assert one.read_bytes() == two.read_bytes() and len(one.read_bytes()) > 5000
+    assert {path.suffix for path in paths[0]} == {".pdf", ".png"}
+    rows["bits_per_dim"] += 0.1
+    assert figure4.draw(save(rows), tmp_path / "three")[1].read_bytes() != paths[0][1].read_bytes()
+
+
+def changed(change):
+    rows = fixture_rows("smoke", seeds=(0, 1))
+    return change(rows)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r[~((r["coupling_ratio"] == "4:1") & (r["spatial_split"] == "mix") & (r["seed"] == 1))],
+     "1 runs of Figure 4 are missing: 4:1 mix seed 1"),
+    (lambda r: r[r["coupling_ratio"] != "channel-only"], "8 runs of Figure 4 are missing: channel-only row seed 0"),
+    (lambda r: r[r["split"] == "train"], "are missing"),
+    (lambda r: r.assign(step=0), "are missing"),
+    (lambda r: pd.concat([r, r[:1]]), "is there twice"),
+    (lambda r: r.assign(extra=1), "unknown columns extra"),
+    (lambda r: r.drop(columns="variant"), "missing columns variant"),
+    (lambda r: r.assign(bits_per_dim=[np.nan, *r["bits_per_dim"][1:]]), "has no number"),
+    (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, v"),
+    (lambda r: r.assign(scale=["small", *r["scale"][1:]]), "mixes scale small, smoke"),
+    (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "measured on different images"),
+    (lambda r: r[:0], "has no rows")])
+def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(save, tmp_path, change, message):
+    path = save(changed(change))
+    with pytest.raises(ResultsError, match=message):
+        figure4.draw(path, tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        figure4.main(["--csv", str(path), "--out", str(tmp_path / "out")])
+    assert str(stop.value.code).startswith("figure4.py: error: ") and "\n" not in stop.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_csv_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no such file"):
+        figure4.main(["--csv", str(tmp_path / "none.csv")])
+
+
+def test_the_command_line_draws(save, tmp_path, capsys):
+    figure4.main(["--csv", str(save(fixture_rows("medium"))), "--out", str(tmp_path)])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "figure4_medium.pdf"), str(tmp_path / "figure4_medium.png")]

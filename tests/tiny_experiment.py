@@ -1,0 +1,25 @@
+"""An experiment of three points that trains in a second each; test_sweep.py runs it."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments import sweep
+from jet import JetConfig
+from train import TrainConfig
+
+SWEPT = ("width",)
+
+
+def configs(scale):
+    return [sweep.Point(labels={"width": str(width)}, config=TrainConfig(
+        data="cifar10-subset", batch_size=8, total_steps=12, lr=1e-2, model=JetConfig(
+            image_size=32, patch_size=8, num_couplings=2, block_depth=1, emb_dim=width, num_heads=2)))
+        for width in (4, 6, 8)]
+
+
+def draw(csv, out_dir):
+    return [csv]
+
+
+if __name__ == "__main__":
+    sweep.main("tiny_experiment", __doc__, configs, SWEPT, draw)
