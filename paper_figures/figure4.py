@@ -47,7 +47,7 @@ def draw(path, out_dir=style.OUT):
     rows, shared = load(path)
     scale, dataset = rows["scale"].iloc[0], rows["dataset"].iloc[0]
     num_seeds = rows["seed"].nunique()
-    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.75))
+    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.85))
     for split, look in style.SPLIT_STYLES.items():
         line = rows[rows["spatial_split"] == split].groupby("channel_share")["bits_per_dim"]
         line = line.agg(["mean", "min", "max"])
@@ -60,9 +60,8 @@ def draw(path, out_dir=style.OUT):
 
     axes.set_xlabel("share of channel couplings (realised)")
     axes.set_ylabel("bits/dim, test (lower is better)")
-    count = f"{rows['num_images'].iloc[0]:,} test images"
-    figure.suptitle(f"Figure 4, {scale} scale: {style.DATASET_TITLES.get(dataset, dataset)}, {count}",
-                    fontsize=7.5)
+    title = style.DATASET_TITLES.get(dataset, Path(dataset).name)
+    figure.suptitle(f"Figure 4, {scale} scale\n{title}, {rows['num_images'].iloc[0]:,} test images", fontsize=7.5)
     names = rows.groupby("channel_share")["coupling_ratio"].agg(lambda r: " = ".join(dict.fromkeys(r)))
     top = axes.secondary_xaxis("top")
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
