@@ -94,11 +94,12 @@ class JetConfig:
         for name in ("image_size", "kinds", "spatial_splits"):  # JSON has lists for tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.image_size, tuple) and self.image_size == self.image_size[:1] * 2:
+        if isinstance(self.image_size, tuple) and self.image_size[:1] * 2 == self.image_size != ():
             object.__setattr__(self, "image_size", self.image_size[0])
         check_settings(self)
         sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        if len(sides) > 2 or not all(type(side) is int and side > 0 for side in sides):
+        if (len(sides) != 2 and sides != (self.image_size,)
+                or not all(type(side) is int and side > 0 for side in sides)):
             raise ValueError(f"image_size={self.image_size!r}: must be a whole number, 1 or "
                              "more, or two of them (height and width)")
         if any(side % self.patch_size for side in sides):

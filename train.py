@@ -204,6 +204,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     test = state["rows"][-1]
     done = {"config": config.to_dict(), "rows": state["rows"],
             **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
+            "num_params": sum(parameter.numel() for parameter in jet.parameters()),
             "train_seconds": state["seconds"], **_provenance(images, device, threads)}
     write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
     log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
@@ -286,9 +287,14 @@ def _flat(values, prefix=""):
 def read_done(run_dir):
     """The content of a finished run's done.json, or None."""
     path = Path(run_dir) / DONE_NAME
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
+        done = json.loads(path.read_text())
+        if not {"rows", "num_params", "git_commit"} <= done.keys():
+            raise ValueError("incomplete")
+        return done
+    except (ValueError, AttributeError) as error:
         raise TrainingError(f"{path}: damaged ({error}): delete it, and the same command evaluates "
                             "again") from None
 

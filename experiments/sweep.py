@@ -70,8 +70,7 @@ class Run:
         fixed |= {name: getattr(model, name) for name in ("num_couplings", "block", "block_depth", "emb_dim",
                                                           "patch_size")}
         fixed |= {"experiment": experiment, "scale": scale, "run_id": self.run_id, **self.point.labels,
-                  "channel_share": channel_share(model), "num_params": num_parameters(model),
-                  "train_flops": train_flops(config)}
+                  "channel_share": channel_share(model), "train_flops": train_flops(config)}
         return [{**fixed, **{name: row[name] for name in ("step", "split", "bits_per_dim", "bits_per_dim_se",
                                                           "num_images")},
                  "images_seen": row["step"] * config.batch_size,
