@@ -13,13 +13,12 @@ import pickle
 import re
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from jet import Jet, JetConfig, spatial_order
+from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_FORMAT = "jet-checkpoint-1"
@@ -41,27 +40,34 @@ def load_jet(path, **overrides):
     path = Path(path)
     if path.is_dir():
         path = path / CHECKPOINT_NAME
+    for name, value in overrides.items():
+        if name not in JetConfig.__dataclass_fields__:
+            raise CheckpointError(f"{name}={value!r}: no field of JetConfig "
+                                  f"({', '.join(JetConfig.__dataclass_fields__)})")
+    content = _read_npz(path) if path.suffix == ".npz" else read_tensors(path)
     if path.suffix == ".npz":
-        source = _read_official(path, overrides)
+        kind, read = "an official parameter tree", _official_source
+    elif content.get("format") == CHECKPOINT_FORMAT:
+        kind, read = "a whole checkpoint of ours", _our_source
+    elif "channel_projections" in content:
+        kind, read = "a state dict of jet-pytorch", _jet_pytorch_source
     else:
-        content = read_tensors(path)
-        if content.get("format") == CHECKPOINT_FORMAT:
-            try:
-                source = _Source(known=content["config"]["model"], state=content["model"])
-            except (KeyError, TypeError) as error:
-                raise CheckpointError(f"{path}: a checkpoint without its config or model "
-                                      f"({type(error).__name__}: {error})") from None
-        elif "channel_projections" in content:
-            source = _read_jet_pytorch(path, content, overrides)
-        else:
-            raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of jet-pytorch")
+        raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of jet-pytorch")
+    try:
+        source = read(path, content, overrides)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a foreign file can make of names, types and shapes
+        raise CheckpointError(f"{path}: not {kind} ({_one_line(error)})") from None
     return _build(path, source, overrides)
 
 
 def read_tensors(path):
-    """The dict of tensors and plain values in a .pt file, without running code from it."""
+    """The dict of tensors and plain values in a .pt file, its checksums verified, no code run."""
     try:
         with warnings.catch_warnings(action="ignore"):  # the errors say it in one line
+            if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+                raise zipfile.BadZipFile(f"{bad} fails its checksum")  # torch.load would not notice
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -69,11 +75,36 @@ def read_tensors(path):
         raise CheckpointError(f"{path}: holds more than tensors and plain values, or is no checkpoint; "
                               "not loaded, for it could run code") from None
     except Exception as error:  # torch.load raises nearly everything on damaged files
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: empty, truncated or no checkpoint ({reason})") from None
+        raise CheckpointError(f"{path}: empty, damaged or no checkpoint ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _read_npz(path):
+    """{name: array} of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # np.load, too
+        raise CheckpointError(f"{path}: empty, damaged or no .npz of arrays ({_one_line(error)})") from None
+
+
+def load_weights(path, jet, state):
+    """Load a state dict into a Jet. Raises CheckpointError where it does not fit."""
+    try:
+        jet.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(f"{path}: weights do not fit their configuration ({_one_line(error)})") from None
+    for name, buffer in jet.named_buffers():
+        if name.endswith("order") and not torch.equal(buffer.sort().values.cpu(), torch.arange(len(buffer))):
+            raise CheckpointError(f"{path}: {name} is not a permutation")
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,10 +117,6 @@ class _Source:
 
 
 def _build(path, source, overrides):
-    names = [field.name for field in dataclasses.fields(JetConfig)]
-    for name, value in overrides.items():
-        if name not in names:
-            raise CheckpointError(f"{name}={value!r}: no field of JetConfig ({', '.join(names)})")
     missing = [name for name in source.missing if name not in overrides]
     if missing:
         raise CheckpointError(f"{path} does not tell {' and '.join(missing)}: give it, as in "
@@ -103,17 +130,17 @@ def _build(path, source, overrides):
         if getattr(config, name) != getattr(told, name):
             raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file says "
                                   f"{getattr(told, name)!r}")
-    with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
-        jet = Jet(config)
     try:
-        jet.load_state_dict(source.state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: weights do not fit their configuration: {reason[:300]}") from None
-    for name, buffer in jet.named_buffers():
-        if name.endswith("order") and not torch.equal(buffer.sort().values, torch.arange(len(buffer))):
-            raise CheckpointError(f"{path}: {name} is not a permutation")
+        with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
+            jet = Jet(config)
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{path}: no memory for its configuration ({_one_line(error)})") from None
+    load_weights(path, jet, source.state)
     return jet
+
+
+def _our_source(path, content, overrides):
+    return _Source(known=dict(content["config"]["model"]), state=content["model"])
 
 
 def _grid_fields(path, num_tokens, token_dim, overrides):
@@ -133,15 +160,15 @@ def _grid_fields(path, num_tokens, token_dim, overrides):
 
 def _split_names(path, orders, assumed, overrides):
     """The names of spatial token orders."""
-    config = JetConfig(**{"kinds": ("channels",), **assumed,
-                          **{k: v for k, v in overrides.items() if k in ("image_size",)}})
+    image_size = overrides.get("image_size", assumed.get("image_size"))
+    config = JetConfig(**{**assumed, "image_size": image_size, "kinds": ("channels",), "split_mode": "masking"})
     if any(len(order) != config.num_tokens for order in orders):
         raise CheckpointError(f"{path}: image_size={config.image_size} and patch_size="
                               f"{config.patch_size} make {config.num_tokens} tokens, the file has "
                               f"{len(orders[0])}")
     names = []
     for order in orders:
-        fits = [name for name in JetConfig.spatial_splits
+        fits = [name for name in SPATIAL_SPLITS
                 if torch.equal(spatial_order(name, *config.grid), torch.as_tensor(order))]
         if not fits:
             raise CheckpointError(
@@ -151,14 +178,21 @@ def _split_names(path, orders, assumed, overrides):
     return tuple(names)
 
 
-def _one_hot_order(projections):
-    """y[m] = sum_k x[k] P[k, m], one-hot: for each m, the k. (L, n, n) -> (L, n)."""
-    return np.asarray(projections).argmax(1)
+def _one_hot_order(projection):
+    """y[m] = sum_k x[k] P[k, m] with one-hot columns: for each m, the k. (n, n) -> (n,)."""
+    projection = np.asarray(projection)
+    order = projection.argmax(0)
+    if not np.array_equal(projection, np.eye(len(projection))[:, order]):
+        raise ValueError("a projection is not one-hot")
+    return order
 
 
 # ---- the official parameter tree: one leaf per weight, its first axis is the coupling
 
-_OFFICIAL_BLOCK = {  # ours: theirs
+_OFFICIAL = {  # ours: theirs
+    "init_proj": "init_proj", "final_norm": "vit/encoder_norm", "final_proj": "final_proj",
+}
+_OFFICIAL_BLOCK = {
     "norm1": "LayerNorm_0", "norm2": "LayerNorm_1", "attention.out": "MultiHeadDotProductAttention_0/out",
     "fc1": "MlpBlock_0/Dense_0", "fc2": "MlpBlock_0/Dense_1",
 }
@@ -167,94 +201,78 @@ _OFFICIAL_BLOCK = {  # ours: theirs
 def official_weights(tree):
     """Our names and layouts for the trainable leaves of an official tree (or of its gradient).
 
-    tree: {"couplings/dnn/...": array (L, ...)}. Returns {our name: tensor}.
+    tree: {"couplings/dnn/...": array (L, ...)}. Returns {our name: tensor}. Raises KeyError for a
+    missing leaf and ValueError for one too many or of another shape.
     """
-    dnn = {name.removeprefix("couplings/dnn/"): np.asarray(leaf) for name, leaf in tree.items()
-           if name.startswith("couplings/dnn/")}
-    num_couplings, _, emb_dim = dnn["init_proj/kernel"].shape
-    weights = {}
+    leaves = {name.removeprefix("couplings/dnn/"): leaf for name, leaf in tree.items()}
+    num_couplings, _, num_tokens, emb_dim = leaves["posemb"].shape
+    weights = {"posemb": leaves.pop("posemb")[:, 0]}  # all (L, ...) until the end
 
-    def put(ours, i, theirs):
-        for kernel, weight in (("kernel", "weight"), ("scale", "weight"), ("bias", "bias")):
-            if f"{theirs}/{kernel}" in dnn:
-                leaf = dnn[f"{theirs}/{kernel}"][i]
-                if kernel == "kernel":  # flax has [in, out]; attention splits one of them by head
-                    leaf = leaf.reshape(-1, leaf.shape[-1]).T
-                weights[f"{ours}.{weight}"] = torch.tensor(leaf)
+    def put(ours, theirs):
+        """A kernel [in, out] or a scale is a weight; attention's output has its input split by head."""
+        kernel = leaves.pop(f"{theirs}/kernel", None)
+        weights[f"{ours}.weight"] = (leaves.pop(f"{theirs}/scale") if kernel is None else
+                                     kernel.reshape(num_couplings, -1, kernel.shape[-1]).swapaxes(1, 2))
+        weights[f"{ours}.bias"] = leaves.pop(f"{theirs}/bias")
 
-    for i in range(num_couplings):
-        net = f"couplings.{i}.net"
-        weights[f"{net}.posemb"] = torch.tensor(dnn["posemb"][i, 0])
-        for ours, theirs in (("init_proj", "init_proj"), ("final_norm", "vit/encoder_norm"),
-                             ("final_proj", "final_proj")):
-            put(f"{net}.{ours}", i, theirs)
-        for k in range(_official_depth(dnn)):
-            for ours, theirs in _OFFICIAL_BLOCK.items():
-                put(f"{net}.blocks.{k}.{ours}", i, f"vit/encoderblock_{k}/{theirs}")
-            attention = f"vit/encoderblock_{k}/MultiHeadDotProductAttention_0"
-            qkv = [(dnn[f"{attention}/{part}/kernel"][i].reshape(emb_dim, emb_dim).T,
-                    dnn[f"{attention}/{part}/bias"][i].reshape(emb_dim))
-                   for part in ("query", "key", "value")]
-            for name, leaves in zip(("weight", "bias"), zip(*qkv)):
-                weights[f"{net}.blocks.{k}.attention.qkv.{name}"] = torch.tensor(np.concatenate(leaves))
-    return weights
-
-
-def _official_depth(dnn):
-    return len({match[1] for name in dnn if (match := re.match(r"vit/encoderblock_(\d+)/", name))})
+    for ours, theirs in _OFFICIAL.items():
+        put(ours, theirs)
+    for k in range(_official_depth(tree)):
+        for ours, theirs in _OFFICIAL_BLOCK.items():
+            put(f"blocks.{k}.{ours}", f"vit/encoderblock_{k}/{theirs}")
+        qkv = []
+        for part in ("query", "key", "value"):
+            name = f"vit/encoderblock_{k}/MultiHeadDotProductAttention_0/{part}"
+            kernel, bias = leaves.pop(f"{name}/kernel"), leaves.pop(f"{name}/bias")  # (L, E, K, E/K), (L, K, E/K)
+            if kernel.shape[1] != emb_dim or kernel.shape[2:] != bias.shape[1:]:
+                raise ValueError(f"{name}: kernel {kernel.shape} and bias {bias.shape}")
+            qkv.append((kernel.reshape(num_couplings, emb_dim, -1).swapaxes(1, 2), bias.reshape(num_couplings, -1)))
+        for name, parts in zip(("weight", "bias"), zip(*qkv)):
+            weights[f"blocks.{k}.attention.qkv.{name}"] = np.concatenate(parts, axis=1)
+    if leaves:
+        raise ValueError(f"unknown leaf {sorted(leaves)[0]}")
+    return {f"couplings.{i}.net.{name}": torch.tensor(leaf[i])
+            for name, leaf in weights.items() for i in range(num_couplings)}
 
 
-def _read_official(path, overrides):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = {name[name.index("couplings/dnn/"):] if "couplings/dnn/" in name
-                     else name.split("/")[-1]: name for name in file.files
-                     if not name.startswith(("grad/", "traj"))}
-            tree = {short: file[name] for short, name in names.items()
-                    if short.startswith("couplings/dnn/") or short.endswith("FREEZE_ME")}
-            meta = json.loads(str(file["meta_json"])) if "meta_json" in file.files else None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: empty, truncated or no .npz of arrays ({error})") from None
+def _official_depth(tree):
+    return len({match[1] for name in tree if (match := re.search(r"/vit/encoderblock_(\d+)/", name))})
+
+
+def _official_source(path, content, overrides):
+    masks = "channel_coupling_masks-FREEZE_ME"
+    prefixes = [name.removesuffix(masks) for name in content if name.endswith(masks)]
+    if not prefixes:
+        raise KeyError(masks)
+    prefix = prefixes[0] if len(prefixes) == 1 else "params/"  # beside an optimizer's state
+    tree = {name.removeprefix(prefix): leaf for name, leaf in content.items()
+            if name.startswith(f"{prefix}couplings/dnn/")}
     if any("/dnn/MultiHeadDotProductAttention_0" in name for name in tree):
         raise CheckpointError(f"{path}: a class-conditional Jet (it has dnn/MultiHeadDotProductAttention_0)"
                               ": only unconditional ones can be loaded")
-    try:
-        return _official_source(path, tree, meta, overrides)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not an official Jet parameter tree "
-                              f"({type(error).__name__}: {error})") from None
-
-
-def _official_source(path, tree, meta, overrides):
-    channel_masks = tree["channel_coupling_masks-FREEZE_ME"]  # (L, D, D), zero where not used
-    spatial_masks = tree["spatial_coupling_masks-FREEZE_ME"]  # (L, N, N), zero where not used
+    channel_masks = content[prefix + masks]  # (L, D, D), zero where not used
+    spatial_masks = content[prefix + masks.replace("channel", "spatial")]  # (L, N, N), likewise
     weights = official_weights(tree)
     kinds = tuple("spatial" if mask.any() else "channels" for mask in spatial_masks)
-    orders = [_one_hot_order(masks[i:i + 1])[0] for i, masks in enumerate(
-        {"channels": channel_masks, "spatial": spatial_masks}[kind] for kind in kinds)]
-    for i, order in enumerate(orders):
-        weights[f"couplings.{i}.order"] = torch.tensor(order)
+    orders = [_one_hot_order((spatial_masks if kind == "spatial" else channel_masks)[i])
+              for i, kind in enumerate(kinds)]
+    weights |= {f"couplings.{i}.order": torch.tensor(order) for i, order in enumerate(orders)}
     query = tree["couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"]
-    dnn = [name.removeprefix("couplings/dnn/") for name in tree]
     known = {"num_couplings": len(kinds), "kinds": kinds, "emb_dim": query.shape[1],
-             "num_heads": query.shape[2], "block_depth": _official_depth(dnn)}
+             "num_heads": query.shape[2], "block_depth": _official_depth(tree)}
     missing = ()
-    if meta:
-        height, width, channels = meta["image"]
-        known |= {"image_size": (height, width), "channels": channels,
-                  "patch_size": meta["config"]["ps"], "scale_factor": meta["config"]["scale_factor"]}
-        assumed = {name: known[name] for name in ("image_size", "channels", "patch_size")}
+    if "meta_json" in content:
+        meta = json.loads(str(content["meta_json"]))
+        grid = {"image_size": tuple(meta["image"][:2]), "channels": meta["image"][2],
+                "patch_size": meta["config"]["ps"]}
+        known |= {**grid, "scale_factor": meta["config"]["scale_factor"]}
     else:
-        assumed = _grid_fields(path, spatial_masks.shape[1], channel_masks.shape[1], overrides)
+        grid = _grid_fields(path, spatial_masks.shape[1], channel_masks.shape[1], overrides)
         missing = ("scale_factor",)
     spatial = [order for order, kind in zip(orders, kinds) if kind == "spatial"]
     if spatial:
-        known["spatial_splits"] = _split_names(path, spatial, assumed, overrides)
-    return _Source(known=known, assumed=assumed, missing=missing, state=weights)
+        known["spatial_splits"] = _split_names(path, spatial, grid, overrides)
+    return _Source(known=known, assumed=grid, missing=missing, state=weights)
 
 
 # ---- the state dict of the package jet-pytorch 0.0.2
@@ -267,38 +285,34 @@ _JET_PYTORCH = {  # theirs: ours, in the order in which they are replaced
 }
 
 
-def _read_jet_pytorch(path, content, overrides):
+def _jet_pytorch_source(path, content, overrides):
     weights = {}
     for name, tensor in content.items():
         for theirs, ours in _JET_PYTORCH.items():
             name = re.sub(theirs, ours, name)
         weights[name] = tensor[0] if name.endswith(".posemb") else tensor
-    try:
-        channel_orders = _one_hot_order(weights.pop("channel_projections"))
-        spatial_orders = _one_hot_order(weights.pop("spatial_projections"))
-        num_couplings = len(channel_orders) + len(spatial_orders)
-        num_tokens, emb_dim = weights["couplings.0.net.posemb"].shape
-        token_dim = len(weights["couplings.0.net.final_proj.bias"])
-    except (KeyError, ValueError, AttributeError, TypeError, np.exceptions.AxisError) as error:
-        raise CheckpointError(f"{path}: not a state dict of jet-pytorch ({error})") from None
-    # What the package fixes: exact GELU and PyTorch's LayerNorm epsilon, unlike the official model;
-    # its default cycle of kinds, which the numbers of projections must confirm, and scale factor.
+    channel_orders = [_one_hot_order(projection) for projection in weights.pop("channel_projections")]
+    spatial_orders = [_one_hot_order(projection) for projection in weights.pop("spatial_projections")]
+    num_couplings = len(channel_orders) + len(spatial_orders)
+    num_tokens, emb_dim = weights["couplings.0.net.posemb"].shape
+    token_dim = len(weights["couplings.0.net.final_proj.bias"])
+    # What the package fixes: exact GELU and PyTorch's LayerNorm epsilon, unlike the official model; its
+    # default scale factor; its default cycle of kinds, which the numbers of projections must confirm.
     assumed = _grid_fields(path, num_tokens, token_dim, overrides) | {
         "gelu": "exact", "norm_eps": 1e-5, "scale_factor": 2.0}
-    kinds = overrides.get("kinds", JetConfig.kinds)
-    if not len(spatial_orders) or not len(channel_orders):
-        kinds = ("channels",) if len(channel_orders) else ("spatial",)
+    kinds = tuple(overrides.get("kinds", JetConfig.kinds))
+    if not spatial_orders or not channel_orders:
+        kinds = ("channels",) if channel_orders else ("spatial",)
     cycle = [kinds[i % len(kinds)] for i in range(num_couplings)]
     if cycle.count("spatial") != len(spatial_orders):
         raise CheckpointError(f"{path} has {len(channel_orders)} channel and {len(spatial_orders)} spatial "
                               "couplings and does not tell their order: give it, as in load_jet(path, "
                               "kinds=('channels', 'spatial'))")
-    known = {"num_couplings": num_couplings, "kinds": tuple(kinds), "emb_dim": emb_dim,
+    known = {"num_couplings": num_couplings, "kinds": kinds, "emb_dim": emb_dim,
              "block_depth": sum(name.startswith("couplings.0.") and name.endswith("fc1.bias")
                                 for name in weights)}
     orders = {"channels": iter(channel_orders), "spatial": iter(spatial_orders)}
-    for i, kind in enumerate(cycle):
-        weights[f"couplings.{i}.order"] = torch.tensor(next(orders[kind]))
-    if len(spatial_orders):
+    weights |= {f"couplings.{i}.order": torch.tensor(next(orders[kind])) for i, kind in enumerate(cycle)}
+    if spatial_orders:
         known["spatial_splits"] = _split_names(path, spatial_orders, assumed, overrides)
     return _Source(known=known, assumed=assumed, missing=("num_heads",), state=weights)

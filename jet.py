@@ -69,7 +69,8 @@ class JetConfig:
 
     Raises ValueError that names the field, the value and the rule.
     """
-    image_size: int | tuple[int, int] = setting((64, 64), "pixels per side, or height and width")
+    image_size: int | tuple[int, int] = setting((64, 64), "pixels per side, or height and width; "
+                                                "train.py takes the image set's")
     channels: int = setting(3, "image channels")
     patch_size: int = setting(4, "pixels per side of a patch; one patch is one token (official: ps)")
     num_couplings: int = setting(32, "couplings in the flow (official: depth)")
@@ -169,7 +170,7 @@ class Attention(nn.Module):
 
     def forward(self, h):
         B, N, E = h.shape
-        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, K, N, E/K)
+        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, E // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, K, N, E/K)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, E))
 
 
@@ -293,8 +294,8 @@ class Coupling(nn.Module):
             net_out = self.net(torch.zeros_like(x).index_copy(self.axis, kept, x1))
             bias, raw = (out.index_select(self.axis, moved) for out in net_out)
         else:  # a half of the tokens becomes N tokens of D/2 values, like a half of the channels
-            bias, raw = (out.reshape(x1.shape)
-                         for out in self.net(x1.reshape(len(x), x.shape[1], -1)))
+            B, N, D = x.shape
+            bias, raw = (out.reshape(x1.shape) for out in self.net(x1.reshape(B, N, D // 2)))
         # Under autocast the network may answer in bfloat16. From here on everything is computed from
         # the same numbers in x's precision, or log-det and inverse would not fit what was applied.
         bias, raw = bias.to(x.dtype), raw.to(x.dtype)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, read_tensors
+from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_weights, read_tensors
 from data import DataError, dequantize, evaluation_noise, image_shape, load_images, training_batch
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
 
@@ -69,6 +70,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "warmup_fraction"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
+        if self.seed >= 2 ** 63:
+            raise ValueError(f"seed={self.seed}: must be below 2**63")
         if not isinstance(self.data, str) or not self.data:
             raise ValueError(f"data={self.data!r}: must be the name or path of an image set")
         if not isinstance(self.model, JetConfig):
@@ -159,27 +162,30 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     CheckpointError (a damaged checkpoint), each in one line.
     """
     run_dir = Path(run_dir)
-    _claim(run_dir, config)
+    _refuse_other_config(run_dir, config)
     if (done := read_done(run_dir)) is not None:
         return done
     device = pick_device(device)
+    if not 1 <= threads <= 1024:
+        raise TrainingError(f"threads={threads}: must be from 1 to 1024")
     torch.set_num_threads(threads)
     images = {split: load_images(config.data, split, data_root) for split in ("train", "test")}
     jet = _fresh_jet(config, images["train"]).to(device)
     optimizer = make_optimizer(jet.parameters(), config)
-    state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint}
-    _restore(run_dir / CHECKPOINT_NAME, jet, optimizer, state)
-    if compile:
-        for coupling in jet.couplings:  # in place: the names in the checkpoint stay as they are
-            coupling.compile()
-
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
-    log = RunLog(run_dir, state["step"])
-    log.write(f"{'resumed' if state['step'] else 'started'} at step {state['step']}: {hardware(device)}, "
-              f"{threads} threads, torch {torch.__version__}, commit {' '.join(git_commit())}")
-    first, seconds_before = state["step"], state["seconds"]
-    begun = saved = time.monotonic()
-    with progress_bar(config, state["step"], label, quiet) as bar:
+
+    with _claimed(run_dir, config), progress_bar(config, label, quiet) as bar:
+        state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint}
+        _restore(run_dir / CHECKPOINT_NAME, config, jet, optimizer, state)
+        if compile:
+            for coupling in jet.couplings:  # in place: the names in the checkpoint stay as they are
+                coupling.compile()
+        first, seconds_before = state["step"], state["seconds"]
+        log = RunLog(run_dir, first)
+        log.write(f"{'resumed' if first else 'started'} at step {first}: {hardware(device)}, {threads} threads, "
+                  f"torch {torch.__version__}, commit {' '.join(git_commit())}")
+        bar.initial = bar.n = first
+        begun = saved = time.monotonic()
         for step in range(first, stop):
             x = training_batch(images["train"], config.batch_size, config.seed, step, device)
             if step == 0:
@@ -196,19 +202,19 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
             if step + 1 == stop or time.monotonic() - saved > checkpoint_every_s:
                 _save_checkpoint(run_dir, config, jet, optimizer, state)
                 saved = time.monotonic()
-    if state["step"] < config.total_steps:
-        log.write(f"stopped at step {state['step']}")
-        return {"step": state["step"]}
+        if state["step"] < config.total_steps:
+            log.write(f"stopped at step {state['step']}")
+            return {"step": state["step"]}
 
-    state["rows"] += _evaluate_splits(jet, images, config.total_steps)
-    test = state["rows"][-1]
-    done = {"config": config.to_dict(), "rows": state["rows"],
-            **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
-            "num_params": sum(parameter.numel() for parameter in jet.parameters()),
-            "train_seconds": state["seconds"], **_provenance(images, device, threads)}
-    write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
-    log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
-    return done
+        state["rows"] += _evaluate_splits(jet, images, config.total_steps)
+        test = state["rows"][-1]
+        done = {"config": config.to_dict(), "rows": state["rows"],
+                **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
+                "num_params": sum(parameter.numel() for parameter in jet.parameters()),
+                "train_seconds": state["seconds"], **_provenance(images, device, threads)}
+        write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
+        log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
+        return done
 
 
 @torch.no_grad()
@@ -224,7 +230,7 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
     Raises ValueError for other arrays, and its subclass NonFiniteError, naming the image, for a result
     that is not finite.
     """
-    array = getattr(images, "array", images)
+    array = np.asarray(getattr(images, "array", images))
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or draws < 1 or batch_size < 1:
         raise ValueError(f"evaluate: {array.dtype} array of shape {array.shape}, draws={draws}, "
                          f"batch_size={batch_size}: needs uint8 (N, H, W, C), N, draws, batch_size >= 1")
@@ -257,31 +263,50 @@ def _evaluate_splits(jet, images, step):
 
 # ---- the run folder
 
-def _claim(run_dir, config):
-    """Make the run folder this configuration's, or refuse it when it is another's."""
-    path, ours = run_dir / "config.json", config.to_dict()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{run_dir}: cannot be a run folder ({error.strerror}): choose another") from None
-    if not path.exists():
-        write_atomically(path, json.dumps(ours, indent=1) + "\n")
-    try:
-        theirs = json.loads(path.read_text())
-        changed = [f"{name} was {_flat(theirs).get(name)!r} and is now {_flat(ours).get(name)!r}"
-                   for name in sorted(_flat(ours).keys() | _flat(theirs).keys())
-                   if _flat(ours).get(name) != _flat(theirs).get(name)]
-    except (ValueError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged ({error}): use another run folder") from None
+def _refuse_other_config(run_dir, config):
+    """Refuse a run folder whose config.json is of another configuration."""
+    path = run_dir / "config.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{path}: damaged ({error}): use another run folder") from None
+        _refuse_changes(run_dir, theirs, config)
+
+
+def _refuse_changes(where, theirs, config):
+    """Raise TrainingError that names each field in which a stored config differs from ours."""
+    theirs, ours = _flat(theirs), _flat(config.to_dict())
+    changed = [f"{name} was {theirs.get(name)!r} and is now {ours.get(name)!r}"
+               for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     if changed:
-        raise TrainingError(f"{run_dir} belongs to another configuration: {'; '.join(changed)}: use another "
-                            "run folder, or the same settings to resume")
+        raise TrainingError(f"{where} belongs to another configuration: {'; '.join(changed)}: use another run "
+                            "folder, or the same settings to resume")
 
 
 def _flat(values, prefix=""):
     """{"model": {"block": ...}} -> {"model.block": ...}"""
-    return {name: value for key, item in values.items() for name, value in (
-        _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}).items()}
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    return {name: value for key, item in values.items() for name, value in _flat(item, f"{prefix}{key}.").items()}
+
+
+@contextlib.contextmanager
+def _claimed(run_dir, config):
+    """The run folder, with its config.json, for one process at a time: the lock ends with the process."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")
+    except OSError as error:
+        raise TrainingError(f"{run_dir}: cannot be a run folder ({error.strerror}): choose another") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"{run_dir}: another process is at this run: wait for it to end") from None
+        if not (run_dir / "config.json").exists():
+            write_atomically(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        yield
 
 
 def read_done(run_dir):
@@ -291,12 +316,15 @@ def read_done(run_dir):
         return None
     try:
         done = json.loads(path.read_text())
-        if not {"rows", "num_params", "git_commit"} <= done.keys():
-            raise ValueError("incomplete")
-        return done
-    except (ValueError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged ({error}): delete it, and the same command evaluates "
-                            "again") from None
+        for row in done["rows"]:
+            float(row["bits_per_dim"]) + row["num_images"] + row["logdet_nats"] + row["step"]
+            done[f"{row['split']}_fingerprint"]
+        if done["rows"][-1]["split"] == "test" and {"config", "num_params", "git_commit"} <= done.keys():
+            return done
+        raise ValueError("incomplete")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise TrainingError(f"{path}: damaged ({type(error).__name__}: {error}): delete it, and the same command "
+                            "evaluates again") from None
 
 
 def _fresh_jet(config, images):
@@ -310,28 +338,35 @@ def _fresh_jet(config, images):
         return Jet(config.model)
 
 
-def _restore(path, jet, optimizer, state):
-    """Load a checkpoint, where there is one, into the three of them."""
+def _restore(path, config, jet, optimizer, state):
+    """Continue from a checkpoint, where there is one: weights, Adam's moments, step, rows."""
     if not path.exists():
         return
     saved = read_tensors(path)
-    try:
-        if saved["train_fingerprint"] != state["train_fingerprint"]:
-            raise TrainingError(f"{path}: the training images have changed since this run began: bring them "
-                                "back or use another run folder")
-        jet.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state.update({name: saved[name] for name in state})
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, TrainingError):
-            raise
-        raise CheckpointError(f"{path}: not a checkpoint of this run ({type(error).__name__}: "
-                              f"{' '.join(str(error).split())[:200]}): move it away to begin again") from None
+    if saved.get("format") != CHECKPOINT_FORMAT or not {"config", "model", "optimizer", *state} <= saved.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of a run: move it away to begin again")
+    _refuse_changes(path, saved["config"], config)
+    if saved["train_fingerprint"] != state["train_fingerprint"]:
+        raise TrainingError(f"{path}: the training images have changed since this run began: bring them back "
+                            "or use another run folder")
+    load_weights(path, jet, saved["model"])
+    try:  # only the moments: the hyper-parameters are the config's
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
+        fits = all(optimizer.state[parameter][moment].shape == parameter.shape
+                   for parameter in jet.parameters() for moment in ("exp_avg", "exp_avg_sq"))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        fits = False
+    step, seconds, rows = saved["step"], saved["seconds"], saved["rows"]
+    if not (fits and type(step) is int and 0 < step <= config.total_steps and type(seconds) is float
+            and type(rows) is list):
+        raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this run: move it away to "
+                              "begin again")
+    state |= {"step": step, "seconds": seconds, "rows": rows}
 
 
 def _save_checkpoint(run_dir, config, jet, optimizer, state):
     content = {"format": CHECKPOINT_FORMAT, "config": config.to_dict(), **state,
-               "model": jet.state_dict(), "optimizer": optimizer.state_dict()}
+               "model": jet.state_dict(), "optimizer": optimizer.state_dict()["state"]}
     try:
         write_atomically(run_dir / CHECKPOINT_NAME, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -349,8 +384,10 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
 
 
@@ -362,7 +399,8 @@ class RunLog:
     def __init__(self, run_dir, step):
         """Rows of metrics.csv after this step, which a killed run left, are dropped: they come again."""
         self.log, self.metrics = run_dir / "log.txt", run_dir / "metrics.csv"
-        rows = self.metrics.read_text().splitlines(keepends=True)[1:] if self.metrics.exists() else []
+        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        rows = text.splitlines(keepends=True)[1:]
         kept = [row for row in rows if row.endswith("\n") and row.count(",") == self.COLUMNS.count(",")
                 and row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
         write_atomically(self.metrics, "".join([self.COLUMNS + "\n", *kept]))
@@ -380,9 +418,9 @@ class RunLog:
                            f"{state['seconds']:.3f}\n")
 
 
-def progress_bar(config, step, label, quiet):
+def progress_bar(config, label, quiet):
     """A bar over the steps of a run: bits/dim of the last batch, images/s, time left."""
-    return tqdm(total=config.total_steps, initial=step, disable=quiet, desc=label or Path(config.data).name,
+    return tqdm(total=config.total_steps, disable=quiet, desc=label or Path(config.data).name,
                 mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
                 bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]")
 
@@ -393,12 +431,14 @@ def pick_device(device):
     """auto, cpu or cuda -> torch.device; cuda that is not there is an error."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise TrainingError(f"device {device!r}: must be auto, cpu or cuda")
+    if device != "cpu" and not torch.cuda.is_available():
         raise TrainingError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use cpu or auto")
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise TrainingError(f"device {device!r}: must be auto, cpu or cuda") from None
+        return torch.empty(0, device=device).device
+    except RuntimeError as error:
+        raise TrainingError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def hardware(device):
@@ -488,8 +528,6 @@ def add_place_flags(parser):
 
 def place_options(flags):
     """What add_place_flags parsed, as train's keyword arguments."""
-    if flags["threads"] < 1:
-        raise TrainingError(f"--threads {flags['threads']}: must be 1 or more")
     return {name: flags[name] for name in ("data_root", "device", "threads", "compile", "checkpoint_every_s")}
 
 

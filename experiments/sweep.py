@@ -3,6 +3,7 @@
 An experiment declares a pure function configs(scale) -> [Point]; main() does the rest.
 """
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def print_table(rows, swept):
         "channel share": test["channel_share"].map("{:.3f}".format),
         "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
         "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
-        "train": [f"{train_bits[key]:.4f}" for key in zip(test["run_id"], test["step"])],
+        "train": [f"{train_bits.get(key, math.nan):.4f}" for key in zip(test["run_id"], test["step"])],
         "logdet/cap": test["logdet_cap_share"].map("{:.1%}".format),
         "seconds": test["train_seconds"].map("{:.1f}".format)})
     print(table.to_string(index=False))
@@ -159,7 +160,7 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
                         columns=columns(swept))
     order = {run.run_id: position for position, run in enumerate(runs)}
     for piece in pieces:
-        extra = read_results(piece, swept)
+        extra = read_results(piece, experiment, swept)
         if unknown := set(extra["run_id"]) - set(order):
             raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid; move the file away")
         rows = pd.concat([rows, extra[~extra["run_id"].isin(rows["run_id"])]] if len(rows) else [extra])
@@ -197,6 +198,8 @@ def main(experiment, description, configs, swept, draw, arguments=None):
             except ValueError as error:
                 parser.error(str(error))
             runs = grid[part - 1::parts]
+            if not runs:
+                parser.error(f"--shard {flags.shard}: the grid has only {len(grid)} runs")
             csv = csv.with_suffix(f".shard-{part}-of-{parts}.csv")
         if flags.dry_run:
             return print_plan(runs)

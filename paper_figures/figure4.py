@@ -4,13 +4,12 @@
 
 One line per kind of spatial split; the paper's figure is on ImageNet-1k at 64 x 64.
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
-from paper_figures.results_csv import ROOT, ResultsError, read_results
+from paper_figures.results_csv import ResultsError, read_results
 
 SWEPT = ("coupling_ratio", "spatial_split")
 # A complete figure has every ratio (channel : spatial) with every split, for each seed. A run may stand
@@ -27,16 +26,21 @@ def ratios(scale):
 
 def load(path):
     """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
-    rows = read_results(path, SWEPT)
+    rows = read_results(path, "ablate_coupling", SWEPT)
     scale = rows["scale"].iloc[0]
     rows = rows[(rows["split"] == "test") & (rows["step"] == rows["total_steps"])]
+    if rows.empty:
+        raise ResultsError(f"{path}: has no test rows of the last step")
     shared = rows[rows["spatial_split"].str.contains("|", regex=False)]
     for name in SWEPT:
         rows = rows.assign(**{name: rows[name].str.split("|")}).explode(name)
+    if len(bad := rows[rows.duplicated([*SWEPT, "seed"])]):
+        raise ResultsError(f"{path}: {bad.iloc[0]['coupling_ratio']} {bad.iloc[0]['spatial_split']} seed "
+                           f"{bad.iloc[0]['seed']} is there twice (run {bad.iloc[0]['run_id']})")
     found = set(zip(rows["coupling_ratio"], rows["spatial_split"], rows["seed"]))
     missing = [f"{ratio} {split} seed {seed}" for seed in sorted(rows["seed"].unique())
                for ratio in ratios(scale) for split in SPLITS if (ratio, split, seed) not in found]
-    if missing or rows.empty:
+    if missing:
         raise ResultsError(f"{path}: {len(missing)} runs of Figure 4 are missing: {', '.join(missing)}: "
                            "run experiments/ablate_coupling.py to complete them")
     return rows, shared
@@ -77,19 +81,5 @@ def draw(path, out_dir=style.OUT):
     return style.save(figure, f"figure4_{scale}", out_dir)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="figure4.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", default="smoke", choices=("smoke", "small", "medium", "paper"))
-    parser.add_argument("--csv", type=Path, help="default: results/ablate_coupling_<scale>.csv")
-    parser.add_argument("--out", type=Path, default=style.OUT, help="default: paper_figures/out")
-    flags = parser.parse_args(arguments)
-    try:
-        for path in draw(flags.csv or ROOT / f"results/ablate_coupling_{flags.scale}.csv", flags.out):
-            print(path)
-    except (ResultsError, OSError) as error:
-        sys.exit(f"figure4.py: error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    style.main(__file__, __doc__, "ablate_coupling", draw)

@@ -1,4 +1,6 @@
 """What all figures share: column width, type, colours, and files of equal bytes from equal numbers."""
+import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -6,7 +8,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OUT = Path(__file__).resolve().parent / "out"
+from paper_figures.results_csv import ResultsError
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "paper_figures/out"
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column paper
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 SPLIT_STYLES = {
@@ -43,3 +48,23 @@ def save(figure, name, out_dir=OUT):
         figure.savefig(path, metadata=metadata)
     plt.close(figure)
     return paths
+
+
+def main(script, description, experiment, draw, arguments=None):
+    """The command line of a figure: draw(csv, out_dir) from results/<experiment>_<scale>.csv."""
+    parser = argparse.ArgumentParser(prog=Path(script).name, description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--scale", default="smoke", choices=("smoke", "small", "medium", "paper"),
+                       help="draw the CSV of this scale (default: smoke)")
+    which.add_argument("--csv", type=Path, help="draw this CSV")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: paper_figures/out")
+    flags = parser.parse_args(arguments)
+    try:
+        for path in draw(flags.csv or ROOT / f"results/{experiment}_{flags.scale}.csv", flags.out):
+            print(path)
+    except ResultsError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    except OSError as error:
+        sys.exit(f"{parser.prog}: error: {error.filename or flags.out}: {error.strerror}: choose another --out")

@@ -70,11 +70,18 @@ def test_class_conditional_tree_is_refused(save):
         load_jet(save(tree))
 
 
+ATTENTION = "params/couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0"
+
+
 @pytest.mark.parametrize("change, message", [
-    (lambda tree: tree.pop("params/couplings/dnn/posemb"), "not an official Jet parameter tree"),
-    (lambda tree: tree.pop("params/couplings/dnn/final_proj/bias"), "do not fit"),
+    (lambda tree: tree.pop("params/couplings/dnn/posemb"), "not an official parameter tree .*posemb"),
+    (lambda tree: tree.pop("params/couplings/dnn/final_proj/bias"), "final_proj/bias"),
+    (lambda tree: tree.pop("params/channel_coupling_masks-FREEZE_ME"), "channel_coupling_masks"),
     (lambda tree: tree.update({"params/couplings/dnn/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}), "do not fit"),
-    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.ones((6, 16, 16))}), "none of the known"),
+    (lambda tree: tree.update({f"{ATTENTION}/key/kernel": tree[f"{ATTENTION}/key/kernel"].swapaxes(2, 3)}), "key: kernel"),
+    (lambda tree: tree.update({"params/couplings/dnn/vit/encoderblock_0/LayerNorm_9/scale": np.ones((6, 24))}), "unknown leaf"),
+    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.ones((6, 16, 16))}), "not one-hot"),
+    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.stack([np.eye(16)] * 6)}), "none of the known"),
 ])
 def test_damaged_official_trees_are_refused(save, change, message):
     tree = official("jet_spatial_only")
@@ -82,6 +89,13 @@ def test_damaged_official_trees_are_refused(save, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_jet(save(tree))
     assert "\n" not in str(error.value)
+
+
+def test_params_are_told_from_an_optimizer_state_beside_them(save):
+    tree = official("jet_spatial_only")
+    for name in [name for name in tree if name.startswith("params/")]:
+        tree[name.replace("params/", "opt/0/mu/")] = np.ones_like(tree[name])
+    assert same_weights(load_jet(save(tree)), load_jet(GOLDEN / "jet_spatial_only.npz"))
 
 
 def test_port_needs_num_heads_and_tells_the_rest(tmp_path):
@@ -155,6 +169,27 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, checkpoint, source):
         assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_is_refused(checkpoint):
+    whole = checkpoint.read_bytes()
+    for position in range(97, len(whole), len(whole) // 25):
+        checkpoint.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:])
+        try:
+            jet = load_jet(checkpoint)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+        else:  # a bit that means nothing: padding, or a date
+            checkpoint.write_bytes(whole)
+            assert same_weights(jet, load_jet(checkpoint))
+
+
+@pytest.mark.parametrize("overrides", [{"channels": 0}, {"channels": "3"}, {"patch_size": 0}, {"kinds": ()},
+                                       {"image_size": "x"}, {"num_heads": 5}, {"num_heads": 4, "image_size": 12}])
+def test_overrides_that_make_no_sense_are_refused(overrides):
+    with pytest.raises(CheckpointError, match="jet_pytorch_port.pt") as error:
+        load_jet(PORT, **{"num_heads": 4, **overrides})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda content: content.pop("model"), "KeyError"),
     (lambda content: content["config"]["model"].update(emb_dim=9), "emb_dim=9: must be divisible"),
@@ -162,7 +197,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, checkpoint, source):
     (lambda content: content["config"]["model"].update(emb_dim=16), "do not fit"),
     (lambda content: content["model"]["couplings.0.order"].zero_(), "is not a permutation"),
     (lambda content: content.update(format="jet-checkpoint-7"), "neither a checkpoint of ours"),
-    (lambda content: content.update(config=3), "config"),
+    (lambda content: content.update(config=3), "not a whole checkpoint of ours"),
+    (lambda content: content["config"]["model"].update(image_size=[]), "image_size"),
+    (lambda content: content["config"]["model"].update(emb_dim=2 * 10 ** 9), "no memory"),
 ])
 def test_altered_checkpoints_are_refused(checkpoint, change, message):
     content = torch.load(checkpoint)

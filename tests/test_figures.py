@@ -13,7 +13,7 @@ def fixture_rows(scale, seeds=(0,)):
     rows = []
     for seed in seeds:
         for i, point in enumerate(ablate_coupling.configs(scale)):
-            run = point.run(seed, figure4.ROOT)
+            run = point.run(seed, style.ROOT)
             share = sweep.channel_share(point.config.model)
             for split in ("train", "test"):
                 row = dict.fromkeys(columns(figure4.SWEPT), 1) | point.labels
@@ -39,6 +39,10 @@ def drawn(monkeypatch):
     monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
     yield figures
     style.plt.close("all")
+
+
+def main(*flags):
+    style.main("figure4.py", "", "ablate_coupling", figure4.draw, flags)
 
 
 def texts(figure):
@@ -93,12 +97,18 @@ def changed(change):
     (lambda r: r[~((r["coupling_ratio"] == "4:1") & (r["spatial_split"] == "mix") & (r["seed"] == 1))],
      "1 runs of Figure 4 are missing: 4:1 mix seed 1"),
     (lambda r: r[r["coupling_ratio"] != "channel-only"], "8 runs of Figure 4 are missing: channel-only row seed 0"),
-    (lambda r: r[r["split"] == "train"], "are missing"),
-    (lambda r: r.assign(step=0), "are missing"),
+    (lambda r: r[r["split"] == "train"], "has no test rows of the last step"),
+    (lambda r: r.assign(step=0), "has no test rows of the last step"),
+    (lambda r: r.assign(bits_per_dim=["many", *r["bits_per_dim"][1:]]), "has no number as bits_per_dim"),
+    (lambda r: r.assign(bits_per_dim=np.inf), "has no number as bits_per_dim"),
+    (lambda r: r.assign(split="valid"), "split valid is neither train nor test"),
+    (lambda r: r.assign(experiment="other"), "is of other, not of ablate_coupling"),
+    (lambda r: r.assign(lr=[2, *r["lr"][1:]]), "mixes lr 2, 1"),
+    (lambda r: pd.concat([r, r[:2].assign(run_id="another")]), "is there twice .run another"),
     (lambda r: pd.concat([r, r[:1]]), "is there twice"),
     (lambda r: r.assign(extra=1), "unknown columns extra"),
     (lambda r: r.drop(columns="variant"), "missing columns variant"),
-    (lambda r: r.assign(bits_per_dim=[np.nan, *r["bits_per_dim"][1:]]), "has no number"),
+    (lambda r: r.assign(bits_per_dim=[np.nan, *r["bits_per_dim"][1:]]), "has no number as bits_per_dim"),
     (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, v"),
     (lambda r: r.assign(scale=["small", *r["scale"][1:]]), "mixes scale small, smoke"),
     (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "measured on different images"),
@@ -108,16 +118,33 @@ def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(save, tmp_path, cha
     with pytest.raises(ResultsError, match=message):
         figure4.draw(path, tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
-        figure4.main(["--csv", str(path), "--out", str(tmp_path / "out")])
+        main("--csv", str(path), "--out", str(tmp_path / "out"))
     assert str(stop.value.code).startswith("figure4.py: error: ") and "\n" not in stop.value.code
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_csv_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
-        figure4.main(["--csv", str(tmp_path / "none.csv")])
+        main("--csv", str(tmp_path / "none.csv"))
 
 
 def test_the_command_line_draws(save, tmp_path, capsys):
-    figure4.main(["--csv", str(save(fixture_rows("medium"))), "--out", str(tmp_path)])
+    main("--csv", str(save(fixture_rows("medium"))), "--out", str(tmp_path))
     assert capsys.readouterr().out.split() == [str(tmp_path / "figure4_medium.pdf"), str(tmp_path / "figure4_medium.png")]
+
+
+@pytest.mark.parametrize("flags, message", [(["--scale", "large"], "invalid choice: 'large'"), (["--dpi", "3"], "unrecognized")])
+def test_a_wrong_flag_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        main(*flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_an_unreadable_csv_or_unwritable_folder_is_one_line(save, tmp_path):
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2,3\n4,5,6,7\n")
+    for flags in (["--csv", str(tmp_path / "ragged.csv")],
+                  ["--csv", str(save(fixture_rows("smoke"))), "--out", "/dev/null/out"]):
+        with pytest.raises(SystemExit) as stop:
+            main(*flags)
+        assert stop.value.code.startswith("figure4.py: error: ") and "\n" not in stop.value.code

@@ -157,14 +157,14 @@ def test_shards_split_the_grid_and_collect_merges_their_csvs(finished, tmp_path,
 
 
 def test_a_run_that_is_not_finite_fails_alone(tmp_path, monkeypatch, capsys):
-    def fails_for_width_6(model, optimizer, x, step, config, original=train_module.training_step):
-        if config.model.emb_dim == 6 and step == 3:
+    def fails_for_2_heads(model, optimizer, x, step, config, original=train_module.training_step):
+        if config.model.num_heads == 2 and step == 3:
             raise train_module.NonFiniteError("not finite at step 3")
         return original(model, optimizer, x, step, config)
-    monkeypatch.setattr(train_module, "training_step", fails_for_width_6)
-    with pytest.raises(SystemExit, match="1 of 3 runs failed: 6 seed 0: not finite at step 3"):
+    monkeypatch.setattr(train_module, "training_step", fails_for_2_heads)
+    with pytest.raises(SystemExit, match="1 of 3 runs failed: 2 seed 0: not finite at step 3"):
         run(tmp_path)
-    assert pd.read_csv(csv(tmp_path))["width"].unique().tolist() == [4, 8]
+    assert pd.read_csv(csv(tmp_path))["heads"].unique().tolist() == [1, 4]
 
 
 def test_dry_run_tells_the_state(finished, tmp_path, capsys):
@@ -179,6 +179,7 @@ def test_dry_run_tells_the_state(finished, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--scale", "large"], "invalid choice: 'large'"), (["--seeds", "0"], "--seeds 0: must be 1 or more"),
     (["--shard", "3/2"], "--shard 3/2: must be i/n"), (["--shard", "half"], "--shard half: must be i/n"),
+    (["--shard", "4/4"], "--shard 4/4: the grid has only 3 runs"),
     (["--seed", "1"], "unrecognized arguments"), (["--results-dir", "/dev/null/x"], "/dev/null/x"),
     (["--device", "tpu"], "device 'tpu'")])
 def test_a_users_mistake_is_one_line_and_a_failure(flags, message, tmp_path, capsys):

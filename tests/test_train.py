@@ -2,7 +2,7 @@
 import dataclasses
 import json
 import math
-import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train as train_module
-from convert import load_jet, read_tensors
+from convert import CheckpointError, load_jet, read_tensors
 from data import DataError, dequantize, evaluation_noise, load_images
 from jet import Jet, JetConfig, bits_per_dim
 from train import NonFiniteError, TrainConfig, TrainingError, evaluate, schedule, train
@@ -110,16 +110,63 @@ def test_a_changed_config_is_refused_by_field(tmp_path, config):
     assert checkpoint(tmp_path / "run")["step"] == 1
 
 
+def test_a_run_that_could_not_start_leaves_its_folder_unclaimed(tmp_path, config):
+    with pytest.raises(TrainingError, match="has images of 8 x 8 x 3; the model takes image_size=16"):
+        train(dataclasses.replace(config, model=dataclasses.replace(MODEL, image_size=16)), tmp_path / "run", quiet=True)
+    assert train(config, tmp_path / "run", stop_after=1, quiet=True) == {"step": 1}
+
+
+def test_a_second_process_on_a_run_folder_is_refused(tmp_path, config, monkeypatch):
+    def second(*arguments, original=train_module.training_step):
+        with pytest.raises(TrainingError, match="another process is at this run"):
+            train(config, tmp_path / "run", quiet=True)
+        return original(*arguments)
+    monkeypatch.setattr(train_module, "training_step", second)
+    assert train(config, tmp_path / "run", stop_after=1, quiet=True) == {"step": 1}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda saved: saved["config"].update(lr=1.0), "lr was 1.0 and is now 0.01"),
+    (lambda saved: saved.update(config=None), "belongs to another configuration"),
+    (lambda saved: saved.update(format=None), "not a checkpoint of a run"),
+    (lambda saved: saved.update(step=5), "the step does not fit"),
+    (lambda saved: saved.update(step="2"), "the step does not fit"),
+    (lambda saved: saved["optimizer"].clear(), "optimizer's state"),
+    (lambda saved: saved["optimizer"][0].update(exp_avg=torch.zeros(1)), "optimizer's state"),
+    (lambda saved: saved["model"]["couplings.0.order"].zero_(), "not a permutation"),
+    (lambda saved: saved["model"].popitem(), "do not fit")])
+def test_a_checkpoint_that_is_not_this_runs_is_refused(tmp_path, config, change, message):
+    train(config, tmp_path / "run", stop_after=2, quiet=True)
+    saved = checkpoint(tmp_path / "run")
+    change(saved)
+    torch.save(saved, tmp_path / "run/checkpoint.pt")
+    with pytest.raises((CheckpointError, TrainingError), match=message) as error:
+        train(config, tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_notes_of_a_run_are_mended_or_refused(tmp_path, config):
+    train(config, tmp_path / "run", stop_after=2, quiet=True)
+    (tmp_path / "run/metrics.csv").write_bytes(b"header\n\xff\xfe,,\nabc,1,2,3,4,5\n1,16,8.0,1.0,0.0,0.1\n2,32,8")
+    train(config, tmp_path / "run", quiet=True)
+    steps = [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "1", "4"]
+    for content in ("", "{}", "[]", "3", json.dumps({"rows": []}), json.dumps({"rows": [{"split": "test"}]})):
+        (tmp_path / "run/done.json").write_text(content)
+        with pytest.raises(TrainingError, match="done.json: damaged .* delete it"):
+            train(config, tmp_path / "run", quiet=True)
+    (tmp_path / "run/done.json").unlink()
+    assert train(config, tmp_path / "run", quiet=True)["num_images"] == 40
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(TrainingError, match="config.json: damaged"):
+        train(config, tmp_path / "run", quiet=True)
+
+
 def test_changed_images_are_refused(tmp_path, config):
     train(config, tmp_path / "run", stop_after=1, quiet=True)
     np.save(config.data, 255 - np.load(config.data))
     with pytest.raises(TrainingError, match="training images have changed"):
         train(config, tmp_path / "run", quiet=True)
-
-
-def test_images_of_another_size_are_refused(tmp_path, config):
-    with pytest.raises(TrainingError, match="has images of 8 x 8 x 3; the model takes image_size=16"):
-        train(dataclasses.replace(config, model=dataclasses.replace(MODEL, image_size=16)), tmp_path / "run", quiet=True)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -245,10 +292,20 @@ def test_the_trained_jet_loads_and_scores_the_same(tmp_path, config):
 
 # ---- configuration and command line
 
+def test_a_result_that_is_not_finite_ends_the_program_in_one_line(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--data", "cifar10-subset", "--model.num_couplings", "2",
+               "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2", "--batch_size", "4",
+               "--total_steps", "2", "--lr", "1e30", "--run-dir", tmp_path / "run"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1 and last.startswith("train.py: error: ") and "Traceback" not in ended.stderr
+    assert "not finite" in last and not (tmp_path / "run/done.json").exists()
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(batch_size=0), "batch_size=0: must be a whole number, 1 or more"), (dict(lr=0), "lr=0: must be a finite"),
     (dict(lr=math.nan), "lr=nan: must be"), (dict(weight_decay=-1e-5), "weight_decay=-1e-05: must be"),
-    (dict(seed=-1), "seed=-1: must be a whole number, 0 or more"), (dict(precision="fp8"), "precision='fp8': must be"),
+    (dict(seed=-1), "seed=-1: must be a whole number, 0 or more"), (dict(seed=2 ** 63), "must be below"), (dict(precision="fp8"), "precision='fp8': must be"),
     (dict(beta2=1.0), "beta2=1.0: must be below 1"), (dict(data=""), "data='': must be"),
     (dict(model={}), "model={}: must be a JetConfig")])
 def test_a_bad_training_value_is_refused_by_name(changes, message):
@@ -287,7 +344,8 @@ def test_help_shows_every_field_with_its_default(capsys):
     (["--model.emb_dim", "30"], "emb_dim=30: must be divisible by num_heads=8"),
     (["--batch_size", "many"], "invalid int value: 'many'"),
     (["--lr", "-1"], "lr=-1.0: must be a finite number above 0"),
-    (["--threads", "0"], "--threads 0: must be 1 or more"),
+    (["--threads", "0"], "threads=0: must be from 1 to 1024"),
+    (["--device", "mps"], "device 'mps': must be auto, cpu or cuda"),
     (["--device", "tpu"], "device 'tpu': must be auto, cpu or cuda"),
     (["--run-dir", "/dev/null/run"], "/dev/null/run: cannot be a run folder")])
 def test_a_users_mistake_is_one_line_and_a_failure(capsys, flags, message, tmp_path, monkeypatch):
@@ -296,7 +354,7 @@ def test_a_users_mistake_is_one_line_and_a_failure(capsys, flags, message, tmp_p
         train_module.main(["--data", "cifar10-subset", "--total_steps", "1", *flags])
     error = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code + "\n"
     assert stop.value.code not in (0, None) and error.count("\n") == 1 and "error: " in error
-    assert __import__("re").search(message, error), error
+    assert re.search(message, error), error
 
 
 def test_cuda_that_is_not_there_is_an_error():

@@ -7,14 +7,14 @@ from experiments import sweep
 from jet import JetConfig
 from train import TrainConfig
 
-SWEPT = ("width",)
+SWEPT = ("heads",)
 
 
 def configs(scale):
-    return [sweep.Point(labels={"width": str(width)}, config=TrainConfig(
+    return [sweep.Point(labels={"heads": str(heads)}, config=TrainConfig(
         data="cifar10-subset", batch_size=8, total_steps=12, lr=1e-2, model=JetConfig(
-            image_size=32, patch_size=8, num_couplings=2, block_depth=1, emb_dim=width, num_heads=2)))
-        for width in (4, 6, 8)]
+            image_size=32, patch_size=8, num_couplings=2, block_depth=1, emb_dim=8, num_heads=heads)))
+        for heads in (1, 2, 4)]
 
 
 def draw(csv, out_dir):
