@@ -316,10 +316,10 @@ def read_done(run_dir):
         return None
     try:
         done = json.loads(path.read_text())
-        for row in done["rows"]:
-            float(row["bits_per_dim"]) + row["num_images"] + row["logdet_nats"] + row["step"]
-            done[f"{row['split']}_fingerprint"]
-        if done["rows"][-1]["split"] == "test" and {"config", "num_params", "git_commit"} <= done.keys():
+        whole = {"config", "num_params", "test_fingerprint", "git_commit"} <= done.keys() and all(
+            isinstance(row[name], float) for row in done["rows"]
+            for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"))
+        if whole and done["rows"][-1]["split"] == "test":
             return done
         raise ValueError("incomplete")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

@@ -79,6 +79,17 @@ def test_training_lowers_bits_and_the_seed_matters(tmp_path, config):
     assert max(results) < fresh - 0.2 and results[0] != results[1]
 
 
+def test_bfloat16_trains_in_other_bits_to_a_float32_result(tmp_path, config):
+    config = dataclasses.replace(config, total_steps=20)
+    half, full = (train(dataclasses.replace(config, precision=precision), tmp_path / precision, quiet=True)
+                  for precision in ("bfloat16", "float32"))
+    assert half["bits_per_dim"] != full["bits_per_dim"]
+    assert abs(half["bits_per_dim"] - full["bits_per_dim"]) < 0.02
+    state = checkpoint(tmp_path / "bfloat16")
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32, torch.int64}
+    assert evaluate(load_jet(tmp_path / "bfloat16"), load_images(config.data, "test"))["bits_per_dim"] == half["bits_per_dim"]
+
+
 def test_sigkill_and_the_same_command_end_with_the_same_bits(tmp_path, config):
     flags = [sys.executable, ROOT / "train.py", "--data", config.data, "--batch_size", "16", "--total_steps", "60",
              "--model.num_couplings", "3", "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2",
