@@ -4,8 +4,11 @@ An experiment declares a pure function configs(scale) -> [Point]; main() does th
 """
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: train.py says why
 
 import pandas as pd
 import torch
