@@ -8,10 +8,12 @@ A bits-per-dimension number means something only beside the set that it was meas
 carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and counts.
 """
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ CIFAR10_FILES = {
         "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
     },
 }
+VERIFY_BYTES = 2 ** 30  # sets up to this size are hashed whenever they are opened: seconds
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUBSET_FILE = ASSETS / "cifar10_subset.npz"
 
@@ -141,14 +144,17 @@ def load_images(name_or_path, split, root=None):
     if path.suffix == ".npy":
         array = _open_array(path)
         return ImageSet(array=array, labels=None, name=name, variant="unknown", split=split)
-    raise DataError(f"data {name!r}: neither a known set ({', '.join(SETS)}), nor a folder, "
-                    "nor a .npy file that exists")
+    near = difflib.get_close_matches(name, SETS, 3, 0.5) or list(SETS)[:3]
+    raise DataError(f"data {name!r}: neither a known set (like {', '.join(near)}), nor a folder, nor a .npy file "
+                    "that exists")
 
 
 def _find_set(name, root):
     root = root or os.environ.get("JET_DATA")
     inner = CIFAR10_FOLDER if name == "cifar10" else name
     need = f"{name} ({SETS[name].source}) is needed as the folder {inner}"
+    if name != "cifar10":
+        need += " of train.npy, test.npy and manifest.json"
     if not root:
         raise DataError(f"{need}: give the folder that holds it by --data-root or JET_DATA")
     for folder in (Path(root) / inner, Path(root)):
@@ -206,7 +212,15 @@ def _load_folder(folder, split, name=None):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'manifest.json'} is no manifest with name, variant and fingerprints "
                         f"({type(error).__name__}: {error})") from None
+    if not all(re.fullmatch("[0-9a-f]{64}", str(manifest["fingerprints"].get(key))) for key in SPLITS):
+        raise DataError(f"{folder / 'manifest.json'}: fingerprints of train and test must be 64 hex digits each, as "
+                        "data.fingerprint(array) gives them")
+    if manifest["fingerprints"]["train"] == manifest["fingerprints"]["test"]:
+        raise DataError(f"{folder}: by its manifest, train and test are the same images")
     array = _open_array(folder / f"{split}.npy")
+    if array.nbytes <= VERIFY_BYTES and fingerprint(array) != recorded:
+        raise DataError(f"{folder / split}.npy does not have the fingerprint of its manifest: it was altered, or the "
+                        "manifest is of another set")
     if name:
         known = SETS[name]
         if found != name:

@@ -1,7 +1,7 @@
 """Train one Jet by exact likelihood, and measure its bits per dimension.
 
-    python train.py --data cifar10-subset --model.num_couplings 10 --model.block_depth 1 \\
-        --model.emb_dim 32 --model.num_heads 2 --batch_size 16 --total_steps 160 --lr 2e-3
+    python train.py --data cifar10-subset --run-dir runs/first --model.num_couplings 8 --model.block_depth 1 \\
+        --model.emb_dim 32 --model.num_heads 2 --batch_size 16 --total_steps 100 --lr 4e-3
 
 The same command goes on where a stopped run was, and ends with the same bits. Defaults are the official
 recipe (google-research/big_vision, configs/proj/jet/imagenet64.py), which reports 3.72 bits/dim.
@@ -10,20 +10,18 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-# A waiting thread sleeps. Spinning, the default, is a few per cent faster on an idle machine and ten times
-# slower where another process has one of the cores. Read when torch is first imported; bits stay the same.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -55,7 +53,7 @@ class TrainConfig:
     model: JetConfig = dataclasses.field(default_factory=JetConfig)
     data: str = setting("imagenet64-oord", "image set: a known name, a prepared folder or a .npy file")
     batch_size: int = setting(1024, "images per step, over all processes")
-    total_steps: int = setting(250_224, "optimizer steps (default: 200 epochs of ImageNet-1k)")
+    total_steps: int = setting(250_224, "optimizer steps; 250,224 are 200 epochs of ImageNet-1k")
     lr: float = setting(3e-4, "peak learning rate")
     warmup_fraction: float = setting(0.1, "share of the steps with a rising learning rate", minimum=0)
     weight_decay: float = setting(1e-5, "decoupled and NOT multiplied by lr (torch's AdamW takes "
@@ -152,7 +150,7 @@ def _full_float32():
 
 
 @_full_float32()
-def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=2,
+def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1,
           compile=False, checkpoint_every_s=60, label="", quiet=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
@@ -487,7 +485,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help shows what is allowed)\n")
+        unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        flags = [flag.strip("-") for flag in self._option_string_actions]
+        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
+        hint = f"did you mean --{near[0]}?" if near else "--help shows what is allowed"
+        self.exit(2, f"{self.prog}: error: {message} ({hint})\n")
 
 
 def add_config_flags(parser, config_class, prefix=""):
@@ -503,7 +505,8 @@ def add_config_flags(parser, config_class, prefix=""):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):
             kind = {"type": type(default[0]), "choices": choices, "nargs": "+"}
-        metavar = {} if choices or isinstance(default, bool) else {"metavar": type(default).__name__.upper()}
+        number = default[0] if isinstance(default, tuple) else default
+        metavar = {} if choices or isinstance(default, bool) else {"metavar": type(number).__name__.upper()}
         parser.add_argument(f"--{prefix}{field.name}", dest=prefix + field.name, default=argparse.SUPPRESS,
                             help=help, **kind, **metavar)
 
@@ -519,12 +522,12 @@ def config_from_flags(flags, data_root):
     return TrainConfig(model=JetConfig(**model), **top)
 
 
-def add_place_flags(parser):
+def add_place_flags(parser, threads="1"):
     """The flags that say where a run is placed: they change no more than rounding."""
     parser.add_argument("--data-root", metavar="DIR", help="holds the image sets (default: $JET_DATA)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads, part of the promise of equal bits "
-                        "(default: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a run; equal bits need equal threads, and several "
+                        f"threads need idle cores (default: {threads})")
     parser.add_argument("--compile", action="store_true", help="torch.compile each coupling")
     parser.add_argument("--checkpoint-every-s", type=float, default=60, metavar="SECONDS",
                         help="time between checkpoints (default: 60)")
@@ -532,7 +535,8 @@ def add_place_flags(parser):
 
 def place_options(flags):
     """What add_place_flags parsed, as train's keyword arguments."""
-    return {name: flags[name] for name in ("data_root", "device", "threads", "compile", "checkpoint_every_s")}
+    names = ("data_root", "device", "threads", "compile", "checkpoint_every_s")
+    return {name: flags[name] for name in names if flags[name] is not None}
 
 
 @contextlib.contextmanager
@@ -546,7 +550,9 @@ def one_line_errors(program, *more):
         sys.exit(f"{program}: error: {error.filename or 'writing'}: {error.strerror or error}: the same command "
                  "goes on when this is mended")
     except KeyboardInterrupt:
-        sys.exit(f"{program}: interrupted: the same command goes on from the last checkpoint")
+        print(f"{program}: interrupted: the same command goes on from the run's last checkpoint, or from its start "
+              "where there is none yet", file=sys.stderr)
+        sys.exit(130)
 
 
 def main(arguments=None):
@@ -565,11 +571,13 @@ def main(arguments=None):
         except ValueError as error:
             parser.error(str(error))
         run_dir = Path(flags["run_dir"] or ROOT / "runs" / f"{Path(config.data).stem}-{config.hash}")
-        print(f"run folder {run_dir}")
+        print(f"run folder {run_dir}, seed {config.seed}")
         done = train(config, run_dir, **place_options(flags))
-        print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on "
-              f"{done['num_images']:,} test images of {done['dataset']} ({config.total_steps} steps, "
-              f"{done['train_seconds']:.0f} s on {done['hardware']})")
+        same = done["test_fingerprint"] == done["train_fingerprint"]
+        print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on {done['num_images']:,} test "
+              f"images of {done['dataset']}{' (the training images themselves)' if same else ''}, variant "
+              f"{done['variant']}, fingerprint {done['test_fingerprint'][:12]}; {config.total_steps:,} steps in "
+              f"{done['train_seconds']:.0f} s on {done['hardware']}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from train import TrainConfig
 
 BASE = {
     "smoke": TrainConfig(
-        data="cifar10-subset", batch_size=16, total_steps=100, lr=4e-3,
+        data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
         model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
     "small": TrainConfig(
         data="cifar10", batch_size=32, total_steps=650, lr=2e-3,

@@ -2,13 +2,11 @@
 
 An experiment declares a pure function configs(scale) -> [Point]; main() does the rest.
 """
+import contextlib
 import dataclasses
 import math
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: train.py says why
 
 import pandas as pd
 import torch
@@ -22,6 +20,8 @@ from train import (ArgumentParser, NonFiniteError, TrainConfig, TrainingError, a
                    place_options, read_done, train, write_atomically)
 
 SCALES = ("smoke", "small", "medium", "paper")
+THREADS = {"smoke": 1, "small": 2, "medium": 2, "paper": 2}  # smoke models gain little from two, and threads
+# that wait for a core which another process has cost more than a factor of ten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,11 +165,16 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
     for piece in pieces:
         extra = read_results(piece, experiment, swept)
         if unknown := set(extra["run_id"]) - set(order):
-            raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid; move the file away")
+            raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid: give --collect the same "
+                               "--seeds as the shards, or move the file away")
         rows = pd.concat([rows, extra[~extra["run_id"].isin(rows["run_id"])]] if len(rows) else [extra])
     if rows.empty:
         return rows
     rows = rows.sort_values(KEY, key=lambda column: column.map(order) if column.name == "run_id" else column)
+    with contextlib.suppress(ResultsError):
+        dropped = set(read_results(csv, experiment, swept)["run_id"]) - set(rows["run_id"])
+        if dropped:
+            print(f"{csv.name} had {len(dropped)} more runs (more --seeds?): they are not in it now, their run folders stay")
     write_atomically(csv, rows.to_csv(index=False, lineterminator="\n"))
     print(csv)
     return rows
@@ -184,7 +189,7 @@ def main(experiment, description, configs, swept, draw, arguments=None):
     parser.add_argument("--dry-run", action="store_true", help="list runs, parameters, FLOPs and state; run nothing")
     parser.add_argument("--collect", action="store_true",
                         help="run nothing; merge finished runs and the CSVs of shards, and draw")
-    add_place_flags(parser)
+    add_place_flags(parser, "1 at smoke scale, else 2")
     for name, default in (("runs", "runs"), ("results", "results"), ("figures", "paper_figures/out")):
         parser.add_argument(f"--{name}-dir", type=Path, default=ROOT / default, metavar="DIR",
                             help=f"default: {default}")
@@ -210,6 +215,7 @@ def main(experiment, description, configs, swept, draw, arguments=None):
             folder.mkdir(parents=True, exist_ok=True)
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}, "
               f"{sum(run.state == 'done' for run in runs)} of them done")
+        flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
         failed = [] if flags.collect else run_all(runs, place_options(vars(flags)))
         pieces = sorted(flags.results_dir.glob(f"{csv.stem}.shard-*.csv")) if flags.collect else ()
         rows = collect(runs, experiment, flags.scale, swept, csv, pieces)
@@ -217,6 +223,9 @@ def main(experiment, description, configs, swept, draw, arguments=None):
             print_table(rows, swept)
         if failed:
             sys.exit(f"{parser.prog}: error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        if rows.empty:
+            sys.exit(f"{parser.prog}: error: no run of {flags.scale} scale has finished: nothing to collect (without "
+                     "--collect, the same command runs them)")
         if not flags.shard:
             for path in draw(csv, flags.figures_dir):
                 print(path)

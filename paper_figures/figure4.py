@@ -42,7 +42,7 @@ def load(path):
                for ratio in ratios(scale) for split in SPLITS if (ratio, split, seed) not in found]
     if missing:
         raise ResultsError(f"{path}: {len(missing)} runs of Figure 4 are missing: {', '.join(missing)}: "
-                           "run experiments/ablate_coupling.py to complete them")
+                           f"complete them by experiments/ablate_coupling.py --scale {scale}")
     return rows, shared
 
 
@@ -60,7 +60,7 @@ def draw(path, out_dir=style.OUT):
             axes.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2, lw=0)
     # One run stands for all four splits where there is no spatial coupling.
     no_spatial = rows[rows["channel_share"] == 1]
-    axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3)
+    axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3, label="no spatial coupling")
 
     axes.set_xlabel("share of channel couplings (realised)")
     axes.set_ylabel("bits/dim, test (lower is better)")

@@ -1,3 +1,3 @@
-import os
+import torch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: train.py says why
+torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared

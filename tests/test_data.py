@@ -107,15 +107,22 @@ def test_cifar10_missing_truncated_or_altered(cifar, tmp_path):
 
 def test_npy_file_and_prepared_folder(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 8, 4, 1), dtype=np.uint8)
-    for split in ("train", "test"):
-        np.save(tmp_path / f"{split}.npy", array)
+    np.save(tmp_path / "train.npy", 255 - array)
+    np.save(tmp_path / "test.npy", array)
     images = load_images(tmp_path / "test.npy", "train")
     assert np.array_equal(images.array, array) and isinstance(images.array, np.memmap)
     assert images.split == "train" and images.variant == "unknown" and images.fingerprint == fingerprint(array)
-    manifest = {"name": "mine", "variant": "box", "fingerprints": dict.fromkeys(("train", "test"), fingerprint(array))}
+    manifest = {"name": "mine", "variant": "box",
+                "fingerprints": {"train": fingerprint(255 - array), "test": fingerprint(array)}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     images = load_images(tmp_path, "test")
     assert (images.name, images.variant, len(images.array)) == ("mine", "box", 5)
+    for fingerprints, message in (({"train": "1" * 64, "test": "2" * 64}, "does not have the fingerprint"),
+                                  ({"train": "...", "test": None}, "must be 64 hex digits"),
+                                  (dict.fromkeys(("train", "test"), fingerprint(array)), "are the same images")):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "fingerprints": fingerprints}))
+        with pytest.raises(DataError, match=message):
+            load_images(tmp_path, "test")
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "name": "imagenet64-oord"}))
     (tmp_path / "imagenet64-oord").symlink_to(tmp_path)
     with pytest.raises(DataError, match=r"imagenet64-oord test is \(49999, 64, 64, 3\)"):

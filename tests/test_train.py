@@ -67,7 +67,7 @@ def test_a_finished_run_returns_at_once(tmp_path, config, monkeypatch):
     done = train(config, tmp_path / "run", quiet=True)
     monkeypatch.setattr(train_module, "training_step", None)
     assert train(config, tmp_path / "run", quiet=True) == done
-    assert done["num_images"] == 40 and done["rows"][-1]["split"] == "test" and done["threads"] == 2
+    assert done["num_images"] == 40 and done["rows"][-1]["split"] == "test" and done["threads"] == 1
     assert done["bits_per_dim"] == done["rows"][-1]["bits_per_dim"]
 
 
@@ -345,7 +345,7 @@ def test_help_shows_every_field_with_its_default(capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--steps", "3"], "unrecognized arguments: --steps"),
+    (["--steps", "3"], "unrecognized arguments: --steps"), (["--batch-size", "3"], "did you mean --batch_size"),
     (["--data", "imagenet"], "data 'imagenet': neither a known set"),
     (["--data", "cifar10", "--data-root", "/nowhere"], "cifar10 .* is not there"),
     (["--model.patch_size", "5"], "patch_size=5: must divide image_size=32"),
