@@ -52,7 +52,7 @@ class TrainConfig:
     """
     model: JetConfig = dataclasses.field(default_factory=JetConfig)
     data: str = setting("imagenet64-oord", "image set: a known name, a prepared folder or a .npy file")
-    batch_size: int = setting(1024, "images per step, over all processes")
+    batch_size: int = setting(1024, "images per step")
     total_steps: int = setting(250_224, "optimizer steps; 250,224 are 200 epochs of ImageNet-1k")
     lr: float = setting(3e-4, "peak learning rate")
     warmup_fraction: float = setting(0.1, "share of the steps with a rising learning rate", minimum=0)
