@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import quantize
 from jet import SPATIAL_SPLITS, Jet, JetConfig, bits_per_dim, forward_flops, spatial_order
 
 TINY = JetConfig(image_size=(8, 4), channels=1, patch_size=2, num_couplings=3, block_depth=1, emb_dim=8, num_heads=2)
@@ -61,6 +62,46 @@ def test_conditioning_half_is_untouched_and_decides(kind, split, mode):
         assert (out != x).index_select(coupling.axis, moved).all()
     other = x.index_add(coupling.axis, moved, torch.ones_like(x.index_select(coupling.axis, moved)))
     assert torch.equal(coupling(other)[1], logdet)  # bias and scale depend on x1 alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["pairing", "masking"])
+@pytest.mark.parametrize("kind", ["channels", "spatial"])
+def test_the_affine_map_is_the_formula(kind, mode):
+    jet = random_jet(MODEL, num_couplings=1, kinds=(kind,), split_mode=mode, scale_factor=3.0)
+    coupling, x = jet.couplings[0], torch.randn(2, 16, 48, dtype=torch.float64)
+    kept, moved = coupling.order.chunk(2)
+    take = (lambda v, indices: v[:, :, indices]) if kind == "channels" else (lambda v, indices: v[:, indices])
+    x1, x2 = take(x, kept), take(x, moved)
+    if mode == "masking":  # all tokens go in, x2 zeroed; what comes out at x2's places counts
+        masked = x - x.index_copy(coupling.axis, kept, torch.zeros_like(x1))
+        bias, raw = (take(out, moved) for out in coupling.net(masked))
+    else:
+        bias, raw = (out.reshape(x1.shape) for out in coupling.net(x1.reshape(2, 16, 24)))
+    z, logdet = coupling(x)
+    assert torch.allclose(take(z, moved), (x2 + bias) * 3 / (1 + (-raw).exp()), rtol=0, atol=1e-12)
+    assert torch.allclose(logdet, (3 / (1 + (-raw).exp())).log().flatten(1).sum(1), rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_logdet_stays_below_its_cap_and_reaches_it():
+    jet = random_jet(MODEL, scale_factor=3.0)
+    x = images(jet, 2)
+    assert (jet(x)[1] < jet.config.logdet_cap_nats).all()
+    for coupling in jet.couplings:
+        coupling.net.final_proj.bias[24:] = 100  # every scale is m
+    assert torch.allclose(jet(x)[1], torch.full((2,), jet.config.logdet_cap_nats, dtype=torch.float64))
+    assert jet.config.logdet_cap_nats == pytest.approx(7 * 768 / 2 * math.log(3))
+
+
+@torch.no_grad()
+def test_each_coupling_comes_after_its_actnorm_and_its_dense_layer():
+    jet = random_jet(MODEL, num_couplings=2, actnorm=True, invertible_dense=True)
+    x = images(jet, 2)
+    tokens = jet._patchify(x)
+    for layer in (jet.actnorms[0], jet.denses[0], jet.couplings[0], jet.actnorms[1], jet.denses[1], jet.couplings[1]):
+        tokens = layer(tokens)[0]
+    assert torch.equal(jet(x)[0], jet._unpatchify(tokens))
 
 
 def test_spatial_splits_are_the_official_patterns():
@@ -191,6 +232,10 @@ def test_sample():
     first, second, other = (jet.sample(3, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert first.shape == (3, 16, 16, 3) and first.dtype == torch.uint8
     assert torch.equal(first, second) and not torch.equal(first, other)
+    wide = random_jet(TINY)
+    z = torch.randn(3, 1, 8, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = quantize(wide.inverse(0.7 * z)[0]).permute(0, 2, 3, 1)
+    assert torch.equal(wide.sample(3, torch.Generator().manual_seed(5), temperature=0.7), expected)
     gray = Jet(MODEL).sample(1, temperature=1e-6)  # a fresh Jet maps 0 to the middle grey
     assert set(gray.unique().tolist()) <= {127, 128}
     jet.couplings[0].net.final_proj.bias[24:] = -1e4  # scales of 0
