@@ -170,7 +170,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert torch.equal(training_batch(images, 8, 0, 3), first)
     for seed, step in ((1, 3), (0, 4)):
         other = training_batch(images, 8, seed, step)
-        assert not torch.equal((other + 1) * 127.5 % 1, (first + 1) * 127.5 % 1)  # other noise, too
+        noise = [(x.double() + 1) * 127.5 % 1 for x in (first, other)]
+        assert (noise[0] - noise[1]).abs().mean() > 0.2  # other noise, too: 1/3 where both are uniform
     assert torch.equal(quantize(first).permute(0, 2, 3, 1),
                        torch.from_numpy(images.array[batch_indices(512, 8, 0, 3)]))
 
