@@ -15,7 +15,7 @@ import torch
 
 import train as train_module
 from convert import CheckpointError, load_jet, read_tensors
-from data import DataError, dequantize, evaluation_noise, load_images
+from data import dequantize, evaluation_noise, load_images, training_batch
 from jet import Jet, JetConfig, bits_per_dim
 from train import NonFiniteError, TrainConfig, TrainingError, evaluate, schedule, train
 
@@ -77,6 +77,37 @@ def test_training_lowers_bits_and_the_seed_matters(tmp_path, config):
     results = [train(dataclasses.replace(config, seed=seed), tmp_path / str(seed), quiet=True)["bits_per_dim"]
                for seed in (0, 1)]
     assert max(results) < fresh - 0.2 and results[0] != results[1]
+
+
+def test_weights_come_from_the_seed_and_actnorm_from_the_first_batch(tmp_path, config):
+    """The learning rate of the first step is 0: after it the weights are still the initial ones."""
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, actnorm=True))
+    train(config, tmp_path / "0", stop_after=1, quiet=True)
+    train(dataclasses.replace(config, seed=1), tmp_path / "1", stop_after=1, quiet=True)
+    first, other = (checkpoint(tmp_path / seed)["model"] for seed in "01")
+    assert not torch.equal(first["couplings.0.net.posemb"], other["couplings.0.net.posemb"])
+    torch.manual_seed(0)
+    jet = Jet(config.model)
+    jet.initialize(training_batch(load_images(config.data, "train"), 16, 0, 0))
+    assert same_bits(dict(jet.state_dict()), first) and first["actnorms.0.log_scale"].abs().min() > 0.1
+
+
+def test_a_step_follows_warmup_fraction_and_clip_norm(config):
+    x = training_batch(load_images(config.data, "train"), 16, 0, 0)
+
+    def change(step, **changes):
+        settings = dataclasses.replace(config, total_steps=10, weight_decay=0, **changes)
+        torch.manual_seed(0)
+        jet = Jet(MODEL)
+        before = jet.couplings[0].net.final_proj.bias.detach().clone()
+        optimizer = train_module.make_optimizer(jet.parameters(), settings)
+        train_module.training_step(jet, optimizer, x, step, settings)
+        return optimizer.param_groups[0]["lr"], (jet.couplings[0].net.final_proj.bias - before).abs().max().item()
+
+    assert change(2, warmup_fraction=0.5)[0] == pytest.approx(config.lr * 2 / 5)
+    assert change(1)[0] == pytest.approx(config.lr)
+    assert change(1)[1] == pytest.approx(config.lr, rel=1e-3)  # Adam's first step: lr for each parameter
+    assert change(1, clip_norm=1e-12)[1] < 1e-3 * config.lr  # unless the gradient is far below its epsilon
 
 
 def test_bfloat16_trains_in_other_bits_to_a_float32_result(tmp_path, config):
@@ -158,7 +189,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_refused(tmp_path, config, change,
 
 def test_damaged_notes_of_a_run_are_mended_or_refused(tmp_path, config):
     train(config, tmp_path / "run", stop_after=2, quiet=True)
-    (tmp_path / "run/metrics.csv").write_bytes(b"header\n\xff\xfe,,\nabc,1,2,3,4,5\n1,16,8.0,1.0,0.0,0.1\n2,32,8")
+    (tmp_path / "run/metrics.csv").write_bytes(b"header\n\xff\xfe,,\nabc,1,2,3,4,5\n1,16,8.0,1.0,0.0,0.1\n3,48,8.0,1.0,0.0,0.1\n2,32,8")
     train(config, tmp_path / "run", quiet=True)
     steps = [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().splitlines()]
     assert steps == ["step", "1", "4"]
