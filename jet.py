@@ -21,7 +21,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import kernels
 from data import quantize
 
 KINDS = ("channels", "spatial")
@@ -170,7 +172,8 @@ class Attention(nn.Module):
 
     def forward(self, h):
         B, N, E = h.shape
-        q, k, v = self.qkv(h).view(B, N, 3, self.num_heads, E // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, K, N, E/K)
+        qkv = self.qkv(h).view(B, N, 3, self.num_heads, E // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, K, N, E/K)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, E))
 
 
@@ -190,6 +193,9 @@ class ViTBlock(nn.Module):
             nn.init.normal_(fc.bias, std=1e-6)
 
     def forward(self, h):
+        if kernels.fit(h, 16) and self.gelu.approximate == "tanh":  # the same in C
+            return kernels.vit_block(h, self.norm1, self.attention.qkv, self.attention.out, self.norm2,
+                                     self.fc1, self.fc2, self.attention.num_heads)
         h = h + self.attention(self.norm1(h))
         return h + self.fc2(self.gelu(self.fc1(self.norm2(h))))
 
@@ -236,10 +242,15 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.final_proj.bias)
 
     def forward(self, x):
+        return self.joint(x).chunk(2, dim=-1)
+
+    def joint(self, x):
+        """Bias and raw scale side by side, (B, N, out)."""
         h = self.init_proj(x) + self.posemb  # (B, N, E)
         for block in self.blocks:
             h = block(h)
-        return self.final_proj(self.final_norm(h)).chunk(2, dim=-1)
+        h = kernels.layer_norm(h, self.final_norm) if kernels.fit(h, 16) else self.final_norm(h)
+        return self.final_proj(h)
 
 
 def _gelu(config):
@@ -287,18 +298,26 @@ class Coupling(nn.Module):
             grid = (grid[0] // 2, grid[1] * 2)
         self.net = Predictor(config, in_dim, out_dim, grid)
 
-    def _affine(self, x, kept, moved):
-        """bias and scale for x2, in x2's shape, and log|det| (B,): functions of x1 alone."""
-        x1 = x.index_select(self.axis, kept)
+    def _network(self, x, kept):
+        """The network's answer (B, N, out), a function of x1 alone."""
+        B, N, D = x.shape
+        if self.axis == 2:  # gather is faster than index_select along the last axis
+            x1 = x.gather(2, kept.expand(B, N, -1))
+        else:
+            x1 = x.index_select(1, kept)
         if self.masking:  # our reading of the paper: x2 is zeroed, outputs at x2's places are used
-            net_out = self.net(torch.zeros_like(x).index_copy(self.axis, kept, x1))
-            bias, raw = (out.index_select(self.axis, moved) for out in net_out)
-        else:  # a half of the tokens becomes N tokens of D/2 values, like a half of the channels
-            B, N, D = x.shape
-            bias, raw = (out.reshape(x1.shape) for out in self.net(x1.reshape(B, N, D // 2)))
+            return self.net.joint(torch.zeros_like(x).index_copy(self.axis, kept, x1))
+        # A half of the tokens becomes N tokens of D/2 values, like a half of the channels.
+        return self.net.joint(x1.reshape(B, N, D // 2))
+
+    def _affine(self, net_out, x2, moved):
+        """bias and scale for x2, in its shape and type, and log|det| (B,)."""
+        bias, raw = net_out.chunk(2, dim=-1)
+        if self.masking:
+            bias, raw = bias.index_select(self.axis, moved), raw.index_select(self.axis, moved)
         # Under autocast the network may answer in bfloat16. From here on everything is computed from
-        # the same numbers in x's precision, or log-det and inverse would not fit what was applied.
-        bias, raw = bias.to(x.dtype), raw.to(x.dtype)
+        # the same numbers in x2's precision, or log-det and inverse would not fit what was applied.
+        bias, raw = bias.reshape(x2.shape).to(x2.dtype), raw.reshape(x2.shape).to(x2.dtype)
         scale = self.scale_factor * torch.sigmoid(raw)
         log_scale = F.logsigmoid(raw) + math.log(self.scale_factor)
         return bias, scale, log_scale.flatten(1).sum(1)
@@ -306,16 +325,22 @@ class Coupling(nn.Module):
     def forward(self, x):
         """x (B, N, D) -> z (B, N, D), log|det dz/dx| (B,) in nats."""
         kept, moved = self.order.chunk(2)
-        bias, scale, logdet = self._affine(x, kept, moved)
-        z2 = (x.index_select(self.axis, moved) + bias) * scale
-        return x.index_copy(self.axis, moved, z2), logdet
+        net_out = self._network(x, kept)
+        if not self.masking and kernels.fit(net_out):  # the same in C
+            return kernels.affine(x, net_out, moved, self.axis == 1, self.scale_factor)
+        x2 = x.index_select(self.axis, moved)
+        bias, scale, logdet = self._affine(net_out, x2, moved)
+        return x.index_copy(self.axis, moved, (x2 + bias) * scale), logdet
 
     def inverse(self, z):
         """z (B, N, D) -> x (B, N, D), log|det dx/dz| (B,) in nats."""
         kept, moved = self.order.chunk(2)
-        bias, scale, logdet = self._affine(z, kept, moved)  # z1 = x1
-        x2 = z.index_select(self.axis, moved) / scale - bias
-        return z.index_copy(self.axis, moved, x2), -logdet
+        net_out = self._network(z, kept)  # z1 = x1
+        if not self.masking and kernels.fit(net_out) and not torch.is_grad_enabled():
+            return kernels.affine_inverse(z, net_out, moved, self.axis == 1, self.scale_factor)
+        z2 = z.index_select(self.axis, moved)
+        bias, scale, logdet = self._affine(net_out, z2, moved)
+        return z.index_copy(self.axis, moved, z2 / scale - bias), -logdet
 
 
 class ActNorm(nn.Module):
@@ -386,6 +411,7 @@ class Jet(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # True: backward runs each layer's forward again
         self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
         switches = ((config.actnorm, ActNorm), (config.invertible_dense, InvertibleDense))
         self.actnorms, self.denses = (
@@ -404,7 +430,11 @@ class Jet(nn.Module):
         """
         tokens, logdet = self._patchify(x), x.new_zeros(len(x))
         for layer in self._layers():
-            tokens, layer_logdet = layer(tokens)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                tokens, layer_logdet = checkpoint(layer, tokens, use_reentrant=False,
+                                                  preserve_rng_state=False)
+            else:
+                tokens, layer_logdet = layer(tokens)
             logdet = logdet + layer_logdet
         return self._unpatchify(tokens), logdet
 

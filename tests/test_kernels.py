@@ -1,0 +1,182 @@
+"""The C kernels say what PyTorch says, to float32 rounding, and step aside where they do not fit."""
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from jet import Coupling, Jet, JetConfig, ViTBlock, bits_per_dim, forward_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = JetConfig(image_size=16, num_couplings=6, block_depth=2, emb_dim=48, num_heads=4)
+pytestmark = pytest.mark.skipif(kernels.name() != "C", reason="no C compiler here, or JET_KERNELS=torch")
+
+
+def randomized(module):
+    """Every weight away from its start, where half of them are zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def results(module, *inputs):
+    """Outputs, then gradients of all inputs and weights, for one fixed direction of the outputs."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = module(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [*inputs, *module.parameters()], directions)]
+
+
+def largest_error(ours, exact):
+    """The largest difference of two lists of tensors, each against the largest value of its tensor."""
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("images, tokens, width, heads", [
+    (3, 64, 64, 4), (40, 64, 32, 2), (2, 50, 48, 4), (1, 1, 16, 1), (5, 7, 80, 16), (1, 1100, 32, 2)])
+def test_a_block_and_its_gradients_are_the_formulas(images, tokens, width, heads, threads, monkeypatch):
+    torch.manual_seed(0)
+    block = randomized(ViTBlock(dataclasses.replace(CONFIG, emb_dim=width, num_heads=heads), None))
+    h = torch.randn(images, tokens, width)
+    torch.set_num_threads(threads)
+    calls = []
+    monkeypatch.setattr(kernels, "vit_block", lambda *args, real=kernels.vit_block: calls.append(1) or real(*args))
+    ours = results(block, h)
+    torch.set_num_threads(1)
+    assert calls
+    exact = results(block.double(), h.double())
+    assert largest_error(ours, exact) < 3e-6
+    with torch.no_grad():
+        assert torch.equal(block.float()(h), ours[0])  # without autograd: the same bits
+
+
+@pytest.mark.parametrize("kind, split", [("channels", None), ("spatial", "checkerboard"), ("spatial", "hstripes-inv")])
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, patch_size=2, scale_factor=3.0)])
+def test_a_coupling_is_the_formula_forward_backward_and_inverse(kind, split, config, monkeypatch):
+    torch.manual_seed(0)
+    coupling = randomized(Coupling(config, kind, split))
+    x = torch.randn(5, config.num_tokens, config.token_dim)
+    calls = []
+    for name in ("affine", "affine_inverse"):
+        monkeypatch.setattr(kernels, name, lambda *args, real=getattr(kernels, name): calls.append(1) or real(*args))
+    ours = results(coupling, x)
+    with torch.no_grad():
+        back, minus_logdet = coupling.inverse(ours[0])
+    assert len(calls) == 2
+    kept, moved = coupling.order.chunk(2)
+    assert torch.equal(ours[0].index_select(coupling.axis, kept), x.index_select(coupling.axis, kept))
+    assert largest_error([back, -minus_logdet], [x.double(), ours[1].double()]) < 1e-5
+    exact = results(coupling.double(), x.double())
+    assert largest_error(ours, exact) < 5e-6
+    assert largest_error([minus_logdet], [coupling.inverse(exact[0])[1]]) < 5e-6
+
+
+def test_extreme_scales_stay_exact_and_not_a_number_is_kept(tmp_path):
+    """raw = -80 scales by 3e-35; at -200 PyTorch gives 0 and so do we within float32's smallest numbers."""
+    x, moved = torch.ones(1, 1, 12), torch.arange(6, 12)
+    raw = torch.tensor([-200., -80., -1., 0., 1., 80.])
+    z, logdet = kernels.affine(x, torch.cat([torch.zeros(6), raw]).view(1, 1, 12), moved, False, 2.0)
+    assert torch.allclose(z[0, 0, 6:].double(), 2 * raw.double().sigmoid(), rtol=1e-6, atol=1e-37)
+    assert logdet.item() == pytest.approx((F.logsigmoid(raw.double()) + torch.tensor(2.).log()).sum().item(), rel=1e-6)
+    block = ViTBlock(CONFIG, None)
+    h = torch.randn(2, 16, 48)
+    h[1, 3, 5] = torch.nan
+    out = block(h)
+    assert out[0].isfinite().all() and out[1].isnan().all()  # attention spreads it over its image
+    z, logdet = kernels.affine(x, torch.full((1, 1, 12), torch.nan), moved, False, 2.0)
+    assert z[0, 0, 6:].isnan().all() and logdet.isnan().all() and z[0, 0, :6].isfinite().all()
+
+
+def test_a_fresh_jet_is_the_identity_to_the_bit():
+    x = torch.rand(3, 3, 16, 16)
+    z, logdet = Jet(CONFIG)(x)
+    assert torch.equal(z, x) and not logdet.any()
+
+
+def test_equal_inputs_give_equal_bits_with_two_threads():
+    torch.manual_seed(0)
+    jet, x = randomized(Jet(CONFIG)), torch.rand(9, 3, 16, 16)
+    torch.set_num_threads(2)
+    first, second = (results(jet, x) for _ in range(2))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_checkpointing_does_not_keep_what_the_kernels_keep():
+    jet, x = Jet(CONFIG), torch.rand(4, 3, 16, 16)
+
+    def kept_bytes():
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+            out = bits_per_dim(*jet(x)).mean()
+        out.backward()
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    everything = kept_bytes()
+    jet.checkpoint_activations = True
+    assert kept_bytes() < everything / 4
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_they_step_aside_for_all_that_must_see_pytorch(monkeypatch):
+    """Types, autocast, transforms and counters that cannot look into C get PyTorch's kernels."""
+    jet, x = Jet(CONFIG), torch.rand(2, 3, 16, 16)
+    monkeypatch.setattr(kernels, "_call", None)  # any use of C fails from here on
+    with pytest.raises(TypeError):
+        jet(x)
+    jet.double()(x.double())
+    jet.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        jet(x)
+    tokens = torch.rand(2, 16, 48)
+    torch.func.vmap(lambda one: jet.couplings[0](one[None])[1])(tokens)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jet(x)
+    assert counter.get_total_flops() == 2 * forward_flops(CONFIG)
+    odd = Jet(dataclasses.replace(CONFIG, emb_dim=24, gelu="exact", kinds=("channels",), split_mode="masking"))
+    odd(x)
+
+
+def run(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+def test_without_a_compiler_one_warning_says_so_and_pytorch_does_the_work():
+    code = ("import torch, kernels, jet; jet.Jet(jet.JetConfig(image_size=8))(torch.rand(1, 3, 8, 8)); "
+            "print(kernels.name())")
+    done = run(code, CC="no-such-compiler")
+    assert done.returncode == 0 and done.stdout == "torch\n"
+    assert done.stderr.count("kernels.c cannot be used") == 1 and "no-such-compiler" in done.stderr
+    done = run(code, JET_KERNELS="torch")
+    assert (done.stdout, done.stderr) == ("torch\n", "")
+    done = run(code, JET_KERNELS="fast")
+    assert done.returncode and "JET_KERNELS=fast: must be C or torch" in done.stderr
+
+
+def test_kernels_that_are_wrong_are_not_used(tmp_path, monkeypatch):
+    """A miscompiled file is found out when it is opened."""
+    source = kernels.SOURCE.read_text().replace("0.044715f", "0.054715f")
+    (tmp_path / "wrong.c").write_text(source)
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "wrong.c")
+    monkeypatch.setattr(kernels, "BUILD", tmp_path / "build")
+    with pytest.raises(RuntimeError, match="differ"):
+        kernels._load()
+    assert not list((tmp_path / "build").glob("*.so"))
+
+
+def test_torch_and_the_kernels_share_one_pool_of_threads():
+    kernels._library()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in maps if "omp" in line.split()[-1].rsplit("/")[-1]}) == 1
