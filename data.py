@@ -7,13 +7,17 @@
 A bits-per-dimension number means something only beside the set that it was measured on, so every set
 carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and counts.
 """
+import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +39,7 @@ CIFAR10_FILES = {
     },
 }
 VERIFY_BYTES = 2 ** 30  # sets up to this size are hashed whenever they are opened: seconds
+RESIDENT_BYTES = 4 * 2 ** 30  # training sets up to this size are copied to the GPU
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUBSET_FILE = ASSETS / "cifar10_subset.npz"
 
@@ -298,12 +303,74 @@ def training_batch(images, batch_size, seed, step, device="cpu"):
 
     The noise is drawn on the device: equal for equal (seed, step) on the same kind of device.
     """
-    indices = batch_indices(len(images.array), batch_size, seed, step)
-    pixels = torch.from_numpy(images.array[indices]).to(device)  # (B, H, W, C)
-    key = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)
-    generator = torch.Generator(device).manual_seed(int(key[0]))
-    noise = torch.rand(pixels.shape, generator=generator, device=device)
-    return dequantize(pixels, noise).permute(0, 3, 1, 2)
+    return next(training_batches(images, batch_size, seed, [step], device, "array"))
+
+
+def training_batches(images, batch_size, seed, steps, device="cpu", source=None):
+    """Yield training_batch of each of the steps, with no wait for the images on a GPU.
+
+    source: what batches are gathered from. "array": the set's array; "device": a copy on the device; "stream":
+    the array, by a thread that works ahead. None: array on a CPU, else device where the set fits, else stream.
+    """
+    device, array = torch.device(device), images.array
+    if source is None:
+        fits = array.nbytes <= min(RESIDENT_BYTES, free_bytes(device) / 8)
+        source = "array" if device.type == "cpu" else "device" if fits else "stream"
+    resident = torch.tensor(array, device=device) if source == "device" else None
+
+    def gather(step):
+        indices = batch_indices(len(array), batch_size, seed, step)
+        return pinned(indices if source == "device" else array[indices], device)
+
+    with contextlib.closing(prefetch(gather, steps, ahead=4 if source == "stream" else 0)) as batches:
+        for step, batch in zip(steps, batches):
+            batch = batch.to(device, non_blocking=True)
+            pixels = batch if resident is None else resident.index_select(0, batch)  # (B, H, W, C)
+            key = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)
+            generator = torch.Generator(device).manual_seed(int(key[0]))
+            noise = torch.rand(pixels.shape, generator=generator, device=device)
+            yield dequantize(pixels, noise).permute(0, 3, 1, 2)
+
+
+def prefetch(function, items, ahead):
+    """Yield function(item) of each item in order, computed by a thread that is up to `ahead` items ahead (0: no
+    thread). Raises what the function raised; the thread ends when the generator is closed."""
+    if not ahead:
+        yield from map(function, items)
+        return
+    thread, pending = ThreadPoolExecutor(1), collections.deque()
+    try:
+        for item in items:
+            pending.append(thread.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def pinned(array, device):
+    """The array as a CPU tensor; for a GPU in pinned memory, from where a copy need not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def free_bytes(device, root=Path("/")):
+    """Bytes of memory that this process can still take on a device; infinite where that cannot be told."""
+    if device.type == "cuda":  # torch's own reserve is free, too
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    free = math.inf
+    with contextlib.suppress(OSError, TypeError):  # no Linux
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())[1])
+        group = root / "sys/fs/cgroup" / re.search("^0::/(.*)", (root / "proc/self/cgroup").read_text(), re.M)[1]
+        for folder in (group, *group.parents):  # a limit holds for all groups inside
+            with contextlib.suppress(OSError, ValueError):  # no limit here, or "max"
+                limit = int((folder / "memory.max").read_text())
+                used = int(re.search(r"^anon (\d+)", (folder / "memory.stat").read_text(), re.M)[1])
+                free = min(free, limit - used)
+    return free
 
 
 def evaluation_noise(indices, shape, seed, draw):

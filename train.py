@@ -27,12 +27,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import kernels
 from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_weights, read_tensors
-from data import DataError, dequantize, evaluation_noise, image_shape, load_images, training_batch
+from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
+                  training_batches)
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
 
 ROOT = Path(__file__).resolve().parent
 DONE_NAME = "done.json"
+SWITCH = ("auto", "on", "off")
 TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test images to show overfitting
 
 
@@ -104,34 +107,56 @@ def schedule(step, total_steps, warmup_fraction=0.1):
     return 0.5 * (1 + math.cos(math.pi * min(1, max(0, progress)))) * min(1, step / warmup)
 
 
+def learning_rate(step, config):
+    return config.lr * schedule(step, config.total_steps, config.warmup_fraction)
+
+
 def make_optimizer(parameters, config):
     """Adam with decoupled weight decay on every parameter.
 
     The official decay is multiplied by the relative schedule but not by lr; torch's AdamW multiplies
-    by both, hence the division. Set lr to config.lr * schedule(step, ...) before each step.
+    by both, hence the division. Set lr to learning_rate(step, config) before each step.
     """
     return torch.optim.AdamW(parameters, lr=config.lr, betas=(config.beta1, config.beta2),
                              eps=config.adam_eps, weight_decay=config.weight_decay / config.lr, fused=True)
 
 
-def training_step(model, optimizer, x, step, config):
+def training_step(model, optimizer, x, step, config, micro_batch=None):
     """One update on the batch x (B, C, H, W): (mean bits/dim before it, gradient norm before clipping).
 
-    Raises NonFiniteError, before anything is updated, when one of them is not finite.
+    Both are tensors of no dimension on x's device, and nothing here waits for them. From the first step on that
+    has one which is not finite, the optimizer updates nothing: weights and moments stay as they were.
+    micro_batch: images whose activations are in memory at a time (None: all); it changes rounding alone.
     """
-    lr = config.lr * schedule(step, config.total_steps, config.warmup_fraction)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        loss = bits_per_dim(*model(x)).mean()
+        group["lr"] = learning_rate(step, config)
     optimizer.zero_grad()
-    loss.backward()
+    loss = x.new_zeros(())
+    for piece in x.split(micro_batch or len(x)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            share = bits_per_dim(*model(piece)).sum() / len(x)
+        share.backward()
+        loss += share.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    loss, grad_norm = loss.item(), grad_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(f"not finite at step {step}: loss {loss} bits/dim, gradient norm {grad_norm}, "
-                            f"lr {lr:.3g}; nothing was updated: try a lower --lr or another --seed")
+    failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
+    # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it stays so.
+    optimizer.found_inf = torch.maximum(failed, getattr(optimizer, "found_inf", failed))
     optimizer.step()
+    return loss, grad_norm
+
+
+def read_steps(pending, config):
+    """The last (loss, gradient norm) of pending [(step, loss, gradient norm)], which is emptied.
+
+    All are read in one go: this waits for the device. Raises NonFiniteError for the first that is not finite.
+    """
+    values = torch.stack([value for _, *pair in pending for value in pair]).tolist()
+    for (step, *_), loss, grad_norm in zip(pending, values[::2], values[1::2]):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"not finite at step {step}: loss {loss} bits/dim, gradient norm {grad_norm}, "
+                                 f"lr {learning_rate(step, config):.3g}; nothing was updated: try a lower --lr or "
+                                 "another --seed")
+    pending.clear()
     return loss, grad_norm
 
 
@@ -149,14 +174,77 @@ def _full_float32():
             backend.allow_tf32 = allow
 
 
+@contextlib.contextmanager
+def _memory_errors():
+    """A GPU that is full ends a run in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"out of memory ({str(error).splitlines()[0]}): try --checkpoint-activations on, or a "
+                            "--micro-batch below the one in log.txt") from None
+
+
+def activation_bytes(jet, precision):
+    """Bytes per image that forward keeps for backward on the Jet's device: counted, from one image to two."""
+    def kept(num_images):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+        x = torch.zeros(num_images, *jet.config.image_shape, device=next(jet.parameters()).device)
+        with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+              torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16")):
+            graph = bits_per_dim(*jet(x))  # holds the storages: no address is used twice
+        return sum(storages.values())
+    return kept(2) - kept(1)
+
+
+def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free):
+    """Set jet.checkpoint_activations and return (micro batch, a line for the log), so that a step fits.
+
+    "auto" and None are chosen: whole batches with all activations, else recomputed ones, which are the same bits,
+    else the batch cut in 2, 4, ... Three quarters of the free bytes are planned with; images may take an eighth.
+    """
+    kept = {}
+    for recompute in (True, False):
+        jet.checkpoint_activations = recompute
+        kept[recompute] = activation_bytes(jet, config.precision)
+    weights = sum(parameter.nbytes for parameter in jet.parameters())
+    weights *= (1 if optimizer.state else 3) + 0.5 * (config.precision == "bfloat16")  # gradients, moments, casts
+
+    def needed(recompute, size):  # backward works on one coupling at a time, and may have to recompute it
+        return weights + size * (kept[recompute] + (1 + recompute) * kept[False] / len(jet.couplings))
+    switches = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpoint_activations]
+    halvings = range((config.batch_size - 1).bit_length() + 1)
+    sizes = [min(micro_batch, config.batch_size)] if micro_batch else [-(-config.batch_size >> n) for n in halvings]
+    choices = [(recompute, size) for size in sizes for recompute in switches]
+    recompute, size = next((choice for choice in choices if needed(*choice) <= 0.75 * free), choices[-1])
+    jet.checkpoint_activations = recompute
+    return size, (f"memory: a step needs {needed(recompute, size) / 2 ** 30:.2f} of {free / 2 ** 30:.2f} GiB free: "
+                  f"activations {'recomputed' if recompute else 'kept'}, {size} of {config.batch_size} images at once")
+
+
+def compile_couplings(jet):
+    """torch.compile the couplings in place: equal ones share a graph, and names in the checkpoint stay."""
+    # a graph for each kind, batch size and of training or evaluation; beyond the limit an error, never eager
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for coupling in jet.couplings:
+        coupling.compile(dynamic=False)
+
+
+@_memory_errors()
 @_full_float32()
-def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1,
-          compile=False, checkpoint_every_s=60, label="", quiet=False):
+def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1, compile=False,
+          micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=60, label="", quiet=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
     config: TrainConfig. run_dir: gets config.json, checkpoint.pt, metrics.csv, log.txt, done.json.
-    stop_after: stop with a checkpoint once this many steps are done in all. device (auto, cpu, cuda)
-    and threads (of the CPU) decide rounding; all else that decides the result is in config.
+    stop_after: stop with a checkpoint once this many steps are done in all. device (auto, cpu, cuda),
+    threads and kernels (of the CPU), compile and micro_batch (images in memory at a time; None: the
+    checkpoint's, else what fits) decide rounding; all else that decides the result is in config.
+    checkpoint_activations (auto, on, off) trades time for memory.
     Returns what done.json holds: config, rows (a dict per evaluation and split), the last test row's
     bits_per_dim, bits_per_dim_se and num_images, seconds, and what ran it. A run that was stopped
     returns {"step": ...}.
@@ -170,6 +258,14 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     device = pick_device(device)
     if not 1 <= threads <= 1024:
         raise TrainingError(f"threads={threads}: must be from 1 to 1024")
+    try:
+        kernels.name()  # builds them, once
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    if micro_batch is not None and micro_batch < 1:
+        raise TrainingError(f"micro_batch={micro_batch}: must be 1 or more")
+    if checkpoint_activations not in SWITCH:
+        raise TrainingError(f"checkpoint_activations={checkpoint_activations!r}: must be auto, on or off")
     torch.set_num_threads(threads)
     images = {split: load_images(config.data, split, data_root) for split in ("train", "test")}
     jet = _fresh_jet(config, images["train"]).to(device)
@@ -177,33 +273,51 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
 
     with _claimed(run_dir, config), progress_bar(config, label, quiet) as bar:
-        state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint}
+        state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint,
+                 "micro_batch": None}
         _restore(run_dir / CHECKPOINT_NAME, config, jet, optimizer, state)
-        if compile:
-            for coupling in jet.couplings:  # in place: the names in the checkpoint stay as they are
-                coupling.compile()
         first, seconds_before = state["step"], state["seconds"]
         log = RunLog(run_dir, first)
         log.write(f"{'resumed' if first else 'started'} at step {first}: {hardware(device)}, {threads} threads, "
-                  f"torch {torch.__version__}, commit {' '.join(git_commit())}")
+                  f"torch {torch.__version__}, {kernels.name()} kernels, commit {' '.join(git_commit())}")
+        state["micro_batch"], line = fit_memory(jet, optimizer, config, checkpoint_activations,
+                                                micro_batch or state["micro_batch"], free_bytes(device))
+        log.write(line)
+        pieces = {"micro_batch": state["micro_batch"]} if state["micro_batch"] < config.batch_size else {}
+        if compile:
+            compile_couplings(jet)
         bar.initial = bar.n = first
-        begun = saved = time.monotonic()
-        for step in range(first, stop):
-            x = training_batch(images["train"], config.batch_size, config.seed, step, device)
-            if step == 0:
-                jet.initialize(x)  # ActNorm's
-            loss, grad_norm = training_step(jet, optimizer, x, step, config)
-            state["step"], seconds = step + 1, time.monotonic() - begun
-            state["seconds"] = seconds_before + seconds
-            rate = (step + 1 - first) * config.batch_size / seconds
-            bar.set_postfix_str(f"{loss:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
-            bar.update()
-            log.step(state, config, loss, grad_norm)
-            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.total_steps:
-                state["rows"] += _evaluate_splits(jet, images, step + 1)
-            if step + 1 == stop or time.monotonic() - saved > checkpoint_every_s:
-                _save_checkpoint(run_dir, config, jet, optimizer, state)
-                saved = time.monotonic()
+        pending, first_step_seconds = [], None
+        begun = saved = read = time.monotonic()
+        batches = training_batches(images["train"], config.batch_size, config.seed, range(first, stop), device)
+        with contextlib.closing(batches):
+            for step, x in enumerate(batches, first):
+                if step == 0:
+                    jet.initialize(x)  # ActNorm's
+                x.requires_grad_(compile)  # or the first coupling, with no gradient to pass on, is another graph
+                pending.append((step, *training_step(jet, optimizer, x, step, config, **pieces)))
+                bar.update()
+                taken, now = step + 1, time.monotonic()
+                evaluate_now = config.eval_every and taken % config.eval_every == 0 and taken < config.total_steps
+                save_now = taken == stop or now - saved > checkpoint_every_s
+                # Reading waits for the device, so not every step is read: it must never be idle.
+                if not (evaluate_now or save_now or step == first or taken % 10 == 0 or now - read > 1):
+                    continue
+                loss, grad_norm = read_steps(pending, config)
+                read = time.monotonic()
+                seconds = read - begun
+                state |= {"step": taken, "seconds": seconds_before + seconds}
+                rate = (taken - first) * config.batch_size / seconds
+                bar.set_postfix_str(f"{loss:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
+                log.step(state, config, loss, grad_norm)
+                if step == first:
+                    first_step_seconds = seconds
+                    log.write(f"first step: {seconds:.2f} s{', with compilation' if compile else ''}")
+                if evaluate_now:
+                    state["rows"] += _evaluate_splits(jet, images, taken)
+                if save_now:
+                    _save_checkpoint(run_dir, config, jet, optimizer, state)
+                    saved = time.monotonic()
         if state["step"] < config.total_steps:
             log.write(f"stopped at step {state['step']}")
             return {"step": state["step"]}
@@ -213,7 +327,9 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
         done = {"config": config.to_dict(), "rows": state["rows"],
                 **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
                 "num_params": sum(parameter.numel() for parameter in jet.parameters()),
-                "train_seconds": state["seconds"], **_provenance(images, device, threads)}
+                "train_seconds": state["seconds"], "first_step_seconds": first_step_seconds,
+                "micro_batch": state["micro_batch"], "checkpoint_activations": jet.checkpoint_activations,
+                **_provenance(images, device, threads)}
         write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
         log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
         return done
@@ -221,31 +337,46 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
 
 @torch.no_grad()
 @_full_float32()
-def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
+def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, precision="float32"):
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
     images: an ImageSet or a uint8 array (N, H, W, C). The noise is keyed by (seed, draw, image index),
-    so the result depends on neither the batch size nor the number of processes.
+    so the result depends on neither the batch size (None: 128 on a CPU, on a GPU the largest power of two that
+    fits, up to 1024) nor the number of processes. Computes in the type of the Jet's weights; precision
+    "bfloat16" puts the couplings' networks under autocast.
     Returns a dict: bits_per_dim (mean over images and draws), bits_per_dim_se (standard error over
     images; nan for one image), num_images, logdet_nats (mean log|det| of an image), and with per_image
-    bits_per_dim_per_image, float64 (N,). Computes in the type of the Jet's weights.
+    bits_per_dim_per_image, float64 (N,).
     Raises ValueError for other arrays, and its subclass NonFiniteError, naming the image, for a result
     that is not finite.
     """
     array = np.asarray(getattr(images, "array", images))
-    if array.dtype != np.uint8 or array.ndim != 4 or not len(array) or draws < 1 or batch_size < 1:
+    if (array.dtype != np.uint8 or array.ndim != 4 or not len(array) or draws < 1
+            or batch_size is not None and batch_size < 1 or precision not in ("float32", "bfloat16")):
         raise ValueError(f"evaluate: {array.dtype} array of shape {array.shape}, draws={draws}, "
-                         f"batch_size={batch_size}: needs uint8 (N, H, W, C), N, draws, batch_size >= 1")
+                         f"batch_size={batch_size}, precision={precision!r}: needs uint8 (N, H, W, C), N, draws, "
+                         "batch_size >= 1, and float32 or bfloat16")
     weight = next(jet.parameters(), torch.empty(0))
-    bits, logdets = np.zeros(len(array)), np.zeros(len(array))
-    for draw in range(draws):
-        for start in range(0, len(array), batch_size):
-            batch = slice(start, min(start + batch_size, len(array)))
-            noise = evaluation_noise(range(batch.start, batch.stop), array.shape[1:], seed, draw)
-            x = dequantize(np.array(array[batch]), noise.to(weight.dtype))
-            z, logdet = jet(x.permute(0, 3, 1, 2).to(weight.device))
-            bits[batch] += bits_per_dim(z, logdet).double().cpu().numpy() / draws
-            logdets[batch] += logdet.double().cpu().numpy() / draws
+    device, results = weight.device, []
+
+    def draw_batch(key):
+        draw, start = key
+        pixels = np.array(array[start:start + batch_size])
+        noise = evaluation_noise(range(start, start + len(pixels)), array.shape[1:], seed, draw)
+        return pinned(pixels, device), pinned(noise.numpy(), device)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        if batch_size is None:
+            batch_size = 128 if device.type == "cpu" else _batch_that_fits(jet, array.shape[1:], weight)
+        keys = [(draw, start) for draw in range(draws) for start in range(0, len(array), batch_size)]
+        with contextlib.closing(prefetch(draw_batch, keys, ahead=4 if device.type == "cuda" else 0)) as batches:
+            for pixels, noise in batches:
+                pixels, noise = (tensor.to(device, non_blocking=True) for tensor in (pixels, noise))
+                z, logdet = jet(dequantize(pixels, noise.to(weight.dtype)).permute(0, 3, 1, 2))
+                results.append(torch.stack([bits_per_dim(z, logdet).double(), logdet.double()]))
+                if device.type == "cuda" and len(results) % 16 == 0:
+                    torch.cuda.synchronize(device)  # bounds the pinned memory of batches that wait for their copy
+    bits, logdets = (torch.cat(results, 1).cpu().numpy().reshape(2, draws, -1) / draws).sum(1)
     if not np.isfinite(bits).all():
         index = int(np.flatnonzero(~np.isfinite(bits))[0])
         raise NonFiniteError(f"evaluate: image {index} has {bits[index]} bits/dim ({(~np.isfinite(bits)).sum()} "
@@ -254,6 +385,18 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=128, per_image=False):
               "bits_per_dim_se": float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else math.nan,
               "num_images": len(bits), "logdet_nats": float(logdets.mean())}
     return {**result, "bits_per_dim_per_image": bits} if per_image else result
+
+
+def _batch_that_fits(jet, shape, weight):
+    """The largest power of two, up to 1024, that takes half of a GPU's free memory, by the need of 8 images."""
+    x = weight.new_zeros(8, shape[2], *shape[:2])
+    with torch.compiler.set_stance("force_eager"):  # no graph for a batch of 8
+        jet(x)  # what stays, like the casts of weights, is not counted
+        torch.cuda.reset_peak_memory_stats(weight.device)
+        before = torch.cuda.memory_allocated(weight.device)
+        jet(x)
+    need = max(1, torch.cuda.max_memory_allocated(weight.device) - before) / len(x)
+    return 2 ** min(10, int(math.log2(max(1, free_bytes(weight.device) / 2 / need))))
 
 
 def _evaluate_splits(jet, images, step):
@@ -345,6 +488,7 @@ def _restore(path, config, jet, optimizer, state):
     if not path.exists():
         return
     saved = read_tensors(path)
+    saved.setdefault("micro_batch", None)  # of a run before there was one
     if saved.get("format") != CHECKPOINT_FORMAT or not {"config", "model", "optimizer", *state} <= saved.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a run: move it away to begin again")
     _refuse_changes(path, saved["config"], config)
@@ -358,12 +502,12 @@ def _restore(path, config, jet, optimizer, state):
                    for parameter in jet.parameters() for moment in ("exp_avg", "exp_avg_sq"))
     except (KeyError, ValueError, TypeError, AttributeError):
         fits = False
-    step, seconds, rows = saved["step"], saved["seconds"], saved["rows"]
+    step, seconds, rows, micro_batch = (saved[name] for name in ("step", "seconds", "rows", "micro_batch"))
     if not (fits and type(step) is int and 0 < step <= config.total_steps and type(seconds) is float
-            and type(rows) is list):
+            and type(rows) is list and (micro_batch is None or type(micro_batch) is int and micro_batch > 0)):
         raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this run: move it away to "
                               "begin again")
-    state |= {"step": step, "seconds": seconds, "rows": rows}
+    state |= {"step": step, "seconds": seconds, "rows": rows, "micro_batch": micro_batch}
 
 
 def _save_checkpoint(run_dir, config, jet, optimizer, state):
@@ -414,10 +558,9 @@ class RunLog:
     def step(self, state, config, loss, grad_norm):
         step = state["step"]
         if step % 10 == 0 or step == config.total_steps:
-            lr = config.lr * schedule(step - 1, config.total_steps, config.warmup_fraction)
             with open(self.metrics, "a") as file:
-                file.write(f"{step},{step * config.batch_size},{loss!r},{grad_norm!r},{lr!r},"
-                           f"{state['seconds']:.3f}\n")
+                file.write(f"{step},{step * config.batch_size},{loss!r},{grad_norm!r},"
+                           f"{learning_rate(step - 1, config)!r},{state['seconds']:.3f}\n")
 
 
 def progress_bar(config, label, quiet):
@@ -471,6 +614,7 @@ def _provenance(images, device, threads):
     return {"dataset": images["test"].name, "variant": images["test"].variant,
             "train_fingerprint": images["train"].fingerprint, "test_fingerprint": images["test"].fingerprint,
             "device": device.type, "hardware": hardware(device), "threads": threads,
+            "kernels": kernels.name() if device.type == "cpu" else None,
             "git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree),
             "python_version": platform.python_version(), "torch_version": torch.__version__,
             "numpy_version": np.__version__}
@@ -528,14 +672,18 @@ def add_place_flags(parser, threads="1"):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--threads", type=int, help="CPU threads of a run; equal bits need equal threads, and several "
                         f"threads need idle cores (default: {threads})")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each coupling")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the couplings (for GPUs)")
+    parser.add_argument("--micro-batch", type=int, metavar="N",
+                        help="images in memory at a time; gradients add up over the batch (default: what fits)")
+    parser.add_argument("--checkpoint-activations", choices=SWITCH, default="auto",
+                        help="recompute activations in backward: same bits, less memory (default: auto, where needed)")
     parser.add_argument("--checkpoint-every-s", type=float, default=60, metavar="SECONDS",
                         help="time between checkpoints (default: 60)")
 
 
 def place_options(flags):
     """What add_place_flags parsed, as train's keyword arguments."""
-    names = ("data_root", "device", "threads", "compile", "checkpoint_every_s")
+    names = ("data_root", "device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_every_s")
     return {name: flags[name] for name in names if flags[name] is not None}
 
 

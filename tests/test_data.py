@@ -1,14 +1,18 @@
 """Image sets, fingerprints, dequantization and the random draws of batches and evaluation."""
+import dataclasses
 import hashlib
 import json
+import math
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from data import (DataError, batch_indices, dequantize, evaluation_noise, fingerprint, image_shape, load_images,
-                  quantize, training_batch)
+from data import (DataError, batch_indices, dequantize, evaluation_noise, fingerprint, free_bytes, image_shape,
+                  load_images, prefetch, quantize, training_batch, training_batches)
 
 
 def test_quantize_inverts_dequantize():
@@ -174,6 +178,83 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert (noise[0] - noise[1]).abs().mean() > 0.2  # other noise, too: 1/3 where both are uniform
     assert torch.equal(quantize(first).permute(0, 2, 3, 1),
                        torch.from_numpy(images.array[batch_indices(512, 8, 0, 3)]))
+
+
+@pytest.mark.parametrize("source", ["array", "device", "stream", None])
+def test_batches_are_the_same_bits_wherever_the_images_are(source):
+    images = load_images("cifar10-subset", "test")
+    batches = list(training_batches(images, 200, 3, range(4, 11), "cpu", source))  # over two epochs' ends
+    assert len(batches) == 7
+    for step, batch in enumerate(batches, 4):
+        assert torch.equal(batch, training_batch(images, 200, 3, step)) and batch.shape == (200, 3, 32, 32)
+
+
+class Failing:
+    """An array on a disk that fails after some reads."""
+    def __init__(self, array, reads):
+        self.array, self.reads = array, reads
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, indices):
+        self.reads -= 1
+        if self.reads < 0:
+            raise OSError(5, "Input/output error")
+        return self.array[indices]
+
+
+def test_an_error_of_the_reading_thread_ends_the_loop():
+    images = load_images("cifar10-subset", "test")
+    failing = dataclasses.replace(images, array=Failing(images.array, 3))
+    batches = training_batches(failing, 8, 0, range(100), "cpu", "stream")
+    threads = threading.active_count()
+    for step in range(3):  # those that were read still come
+        assert torch.equal(next(batches), training_batch(images, 8, 0, step))
+    with pytest.raises(OSError, match="Input/output error"):
+        next(batches)
+    assert threading.active_count() == threads
+
+
+def test_leaving_the_loop_ends_the_reading_thread():
+    threads = threading.active_count()
+    batches = training_batches(load_images("cifar10-subset", "test"), 8, 0, range(10 ** 9), "cpu", "stream")
+    next(batches)
+    assert threading.active_count() == threads + 1
+    batches.close()
+    assert threading.active_count() == threads
+
+
+def test_prefetch_works_ahead_but_not_too_far():
+    seen = []
+    items = prefetch(seen.append, iter(range(100)), ahead=3)
+    next(items)
+    deadline = time.monotonic() + 10
+    while len(seen) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert seen == [0, 1, 2, 3]
+    assert len(list(items)) == 99 and seen == list(range(100))
+    assert list(prefetch(str, [1, 2], ahead=0)) == list(prefetch(str, [1, 2], ahead=9)) == ["1", "2"]
+
+
+def test_free_memory_is_the_machines_or_the_smallest_limit_around(tmp_path):
+    cpu, kib = torch.device("cpu"), 1024
+    assert 2 ** 20 < free_bytes(cpu) < 2 ** 50
+    assert free_bytes(cpu, tmp_path) == math.inf  # no Linux
+    inner = tmp_path / "sys/fs/cgroup/outer/inner"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    inner.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     500 kB\n")
+    assert free_bytes(cpu, tmp_path) == 500 * kib  # no cgroups
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/x\n0::/outer/inner\n")
+    for folder, limit, used in ((inner, "max", 3), (inner.parent, str(400 * kib), 100 * kib)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.stat").write_text(f"anon {used}\nfile 7\n")
+    assert free_bytes(cpu, tmp_path) == 300 * kib
+    for limit in ("max", str(900 * kib)):
+        (inner.parent / "memory.max").write_text(f"{limit}\n")
+        assert free_bytes(cpu, tmp_path) == 500 * kib
 
 
 def test_evaluation_noise_is_keyed_by_seed_draw_and_image():

@@ -1,5 +1,7 @@
 """Training and evaluation: the same bits after every restart, each image once, and clear refusals."""
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import re
@@ -7,16 +9,19 @@ import resource
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data as data_module
 import train as train_module
 from convert import CheckpointError, load_jet, read_tensors
 from data import dequantize, evaluation_noise, load_images, training_batch
-from jet import Jet, JetConfig, bits_per_dim
+from jet import Coupling, Jet, JetConfig, bits_per_dim
 from train import NonFiniteError, TrainConfig, TrainingError, evaluate, schedule, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +178,7 @@ def test_a_second_process_on_a_run_folder_is_refused(tmp_path, config, monkeypat
     (lambda saved: saved.update(format=None), "not a checkpoint of a run"),
     (lambda saved: saved.update(step=5), "the step does not fit"),
     (lambda saved: saved.update(step="2"), "the step does not fit"),
+    (lambda saved: saved.update(micro_batch=0), "the step does not fit"),
     (lambda saved: saved["optimizer"].clear(), "optimizer's state"),
     (lambda saved: saved["optimizer"][0].update(exp_avg=torch.zeros(1)), "optimizer's state"),
     (lambda saved: saved["model"]["couplings.0.order"].zero_(), "not a permutation"),
@@ -223,6 +229,218 @@ def test_a_run_that_is_not_finite_stops_before_it_updates(tmp_path, config, monk
     with pytest.raises(NonFiniteError, match=r"not finite at step 2: loss \S+ bits/dim, gradient norm nan, lr 0.0075"):
         train(config, tmp_path / "run", quiet=True)
     assert same_bits(checkpoint(tmp_path / "run"), before)
+
+
+def stepper(config, dtype=torch.float32):
+    """A Jet with random weights, its optimizer and the batch of step 0."""
+    torch.manual_seed(0)
+    jet = Jet(MODEL).to(dtype)
+    with torch.no_grad():
+        for parameter in jet.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = training_batch(load_images(config.data, "train"), 16, 0, 0).to(dtype)
+    return jet, train_module.make_optimizer(jet.parameters(), config), x
+
+
+def test_a_step_reads_nothing_back_from_the_device(config):
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+    jet, optimizer, x = stepper(config)
+    with Reads() as reads:
+        loss, grad_norm = train_module.training_step(jet, optimizer, x, 1, config, 5)
+        assert reads.count == 0 and loss.shape == grad_norm.shape == () and not loss.requires_grad
+        assert float(loss) > 0 and reads.count == 1  # the counter counts
+
+
+@pytest.mark.parametrize("good_steps", [0, 2])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_nothing_is_updated_from_a_bad_step_on(config, monkeypatch, good_steps, bad):
+    jet, optimizer, x = stepper(config)
+    for step in range(good_steps):
+        assert math.isfinite(train_module.training_step(jet, optimizer, x, step + 1, config)[0])
+    before = {name: tensor.clone() for name, tensor in jet.state_dict().items()}
+    states = [{name: tensor.clone() for name, tensor in optimizer.state[parameter].items()} or
+              {name: torch.zeros_like(tensor) for name, tensor in
+               (("step", torch.zeros(())), ("exp_avg", parameter.detach()), ("exp_avg_sq", parameter.detach()))}
+              for parameter in jet.parameters()]
+    broken = (lambda z, logdet: bits_per_dim(z, logdet) * math.nan) if bad == "loss" else (
+        lambda z, logdet: bits_per_dim(z, logdet) + (z.flatten(1).sum(1) * 0).sqrt())
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "bits_per_dim", broken)
+        loss, grad_norm = train_module.training_step(jet, optimizer, x, 3, config)
+    assert math.isnan(grad_norm) and math.isnan(loss) == (bad == "loss")
+    assert math.isfinite(train_module.training_step(jet, optimizer, x, 3, config)[1])  # a good one changes nothing, too
+    assert same_bits(dict(jet.state_dict()), before)
+    for parameter, state in zip(jet.parameters(), states):
+        assert same_bits(optimizer.state[parameter], state)
+    assert "found_inf" not in str(optimizer.state_dict()["param_groups"])
+
+
+def clock(monkeypatch, tick):
+    """The training loop sees a clock that goes on by tick seconds whenever it is read."""
+    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=functools.partial(
+        next, itertools.count(0, tick))))
+
+
+@pytest.mark.parametrize("bad_step", [5, 12])
+def test_a_bad_step_between_reads_is_named_and_never_saved(tmp_path, config, monkeypatch, bad_step):
+    calls, lengths = itertools.count(), []
+    clock(monkeypatch, 1e-3)
+
+    def broken(z, logdet):  # four calls count activations before the first step
+        return bits_per_dim(z, logdet) * (math.nan if next(calls) == bad_step + 4 else 1)
+
+    def read(pending, config, original=train_module.read_steps):
+        lengths.append(len(pending))
+        return original(pending, config)
+    monkeypatch.setattr(train_module, "bits_per_dim", broken)
+    monkeypatch.setattr(train_module, "read_steps", read)
+    config = dataclasses.replace(config, total_steps=20)
+    with pytest.raises(NonFiniteError, match=rf"not finite at step {bad_step}: loss nan bits/dim, gradient norm nan"):
+        train(config, tmp_path / "run", stop_after=18, quiet=True)
+    assert lengths[-1] > 1  # it was not seen at once
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    rows = [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
+    assert rows == (["10"] if bad_step > 10 else [])
+
+
+@pytest.mark.parametrize("tick, lengths", [(1e-3, [1, 9, 10, 5]), (0.4, None), (2, [1] * 25)])
+def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monkeypatch, tick, lengths):
+    seen = []
+    clock(monkeypatch, tick)
+
+    def read(pending, config, original=train_module.read_steps):
+        seen.append(len(pending))
+        return original(pending, config)
+    monkeypatch.setattr(train_module, "read_steps", read)
+    config = dataclasses.replace(config, total_steps=25)
+    done = train(config, tmp_path / "run", quiet=True, checkpoint_every_s=1e9)
+    assert seen == lengths if lengths else 1 < max(seen) < 9
+    rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
+    assert [(row[0], row[1]) for row in rows] == [("10", "160"), ("20", "320"), ("25", "400")]
+    assert float(rows[0][4]) == config.lr * schedule(9, 25) and float(rows[2][5]) == round(done["train_seconds"], 3)
+    monkeypatch.undo()
+    train(config, tmp_path / "other", quiet=True, checkpoint_every_s=0)  # is read at every step
+    assert [row[:5] for row in rows] == [line.split(",")[:5] for line in
+                                         (tmp_path / "other/metrics.csv").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 16, 99])
+def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(config, size):
+    config = dataclasses.replace(config, clip_norm=1e9)  # a tiny one would hide a wrong sum
+    whole, pieces = ([*train_module.training_step(jet, optimizer, x, 1, config, micro_batch)] +
+                     [parameter.grad for parameter in jet.parameters()]
+                     for micro_batch in (None, size) for jet, optimizer, x in [stepper(config, torch.float64)])
+    assert len(whole) == len(pieces) > 30
+    for one, other in zip(whole, pieces):
+        assert (one - other).abs().max() <= 1e-12 * max(1, one.abs().max())
+
+
+def test_pieces_are_no_larger_than_asked_and_a_resumed_run_keeps_their_size(tmp_path, config, monkeypatch):
+    sizes = []
+
+    def step(model, *arguments, original=train_module.training_step, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(Jet, "forward", lambda self, x, forward=Jet.forward: sizes.append(len(x)) or forward(self, x))
+            return original(model, *arguments, **settings)
+    monkeypatch.setattr(train_module, "training_step", step)
+    whole = train(config, tmp_path / "whole", micro_batch=5, quiet=True)
+    assert sizes == [5, 5, 5, 1] * 4 and whole["micro_batch"] == 5
+    train(config, tmp_path / "parts", stop_after=2, micro_batch=5, quiet=True)
+    train(config, tmp_path / "parts", quiet=True)
+    assert sizes == [5, 5, 5, 1] * 8
+    assert same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    train(config, tmp_path / "once", stop_after=2, quiet=True)
+    assert sizes[32:] == [16, 16]
+    saved = checkpoint(tmp_path / "once")
+    torch.save({key: value for key, value in saved.items() if key != "micro_batch"}, tmp_path / "once/checkpoint.pt")
+    train(config, tmp_path / "once", quiet=True)  # a checkpoint from before there was a micro batch
+    assert sizes[34:] == [16, 16]
+
+
+@pytest.mark.parametrize("changes", [{}, {"actnorm": True, "invertible_dense": True}], ids=["plain", "switches"])
+def test_recomputed_activations_are_the_same_bits(tmp_path, config, changes):
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, **changes))
+    done = {switch: train(config, tmp_path / switch, checkpoint_activations=switch, quiet=True)
+            for switch in ("on", "off")}
+    assert [done[switch]["checkpoint_activations"] for switch in ("on", "off")] == [True, False]
+    assert same_bits(checkpoint(tmp_path / "on"), checkpoint(tmp_path / "off"))
+    assert "activations recomputed, 16 of 16 images" in (tmp_path / "on/log.txt").read_text()
+
+
+def test_activation_bytes_count_what_backward_needs():
+    def count(precision="float32", recompute=False, **changes):
+        jet = Jet(dataclasses.replace(MODEL, emb_dim=32, **changes))
+        jet.checkpoint_activations = recompute
+        return train_module.activation_bytes(jet, precision)
+    image = 3 * 8 * 8 * 4
+    assert count(recompute=True) == (MODEL.num_couplings + 1) * image  # each coupling's input, and z
+    assert count(recompute=True, block_depth=4) == count(recompute=True)
+    assert 1.9 < count(num_couplings=6) / count() < 2.1
+    N, E = MODEL.num_tokens, 32  # a block keeps from 9 (fused) to some 20 values per token and channel
+    assert 5 <= (count(block_depth=2) - count()) / (MODEL.num_couplings * N * E * 4) <= 20
+    assert count("bfloat16", block_depth=4) < count(block_depth=4)
+
+
+def test_what_does_not_fit_is_recomputed_first_then_cut(config):
+    jet, optimizer, _ = stepper(config)
+    fit = functools.partial(train_module.fit_memory, jet, optimizer, config)
+    chosen, lines = [], []
+    for free in np.geomspace(1e7, 1e4, 80):
+        size, line = fit("auto", None, free)
+        if not chosen or chosen[-1] != (jet.checkpoint_activations, size):
+            chosen.append((jet.checkpoint_activations, size))
+    assert chosen[:2] == [(False, 16), (True, 16)] and chosen[-1] == (True, 1)
+    sizes = [size for _, size in chosen]
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {16, 8, 4, 2, 1}
+    assert fit("auto", 6, 1e3)[0] == 6 and jet.checkpoint_activations
+    assert fit("off", 6, 1e3)[0] == 6 and not jet.checkpoint_activations
+    assert fit("off", None, 1e3)[0] == 1 and not jet.checkpoint_activations
+    assert fit("on", None, 1e9)[0] == 16 and jet.checkpoint_activations
+    assert fit("auto", 99, 1e9)[0] == 16
+    assert re.fullmatch(r"memory: a step needs 0.\d\d of 0.93 GiB free: activations kept, 16 of 16 images at once",
+                        fit("auto", None, 1e9)[1])
+
+
+def test_a_full_gpu_is_one_line(tmp_path, config, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+    monkeypatch.setattr(train_module, "training_step", full)
+    with pytest.raises(TrainingError, match="out of memory .*--checkpoint-activations on, or a --micro-batch") as error:
+        train(config, tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recompute", ["on", "off"])
+def test_equal_couplings_are_compiled_once(tmp_path, config, monkeypatch, recompute):
+    from torch._dynamo.utils import counters
+    graphs = []
+
+    def step(*arguments, original=train_module.training_step):
+        result = original(*arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+    monkeypatch.setattr(Coupling, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(train_module, "training_step", step)
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_couplings=6))
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    try:
+        compiled = train(config, tmp_path / "compiled", compile=True, checkpoint_activations=recompute, quiet=True)
+        assert [count - before for count in graphs] == [2] * 4  # channels and spatial
+        assert 0 < compiled["first_step_seconds"] < 600
+        assert "first step: " in (text := (tmp_path / "compiled/log.txt").read_text()) and "with compilation" in text
+    finally:
+        torch._dynamo.reset()
+    eager = train(config, tmp_path / "eager", quiet=True)
+    assert abs(compiled["bits_per_dim"] - eager["bits_per_dim"]) < 1e-4
+    assert checkpoint(tmp_path / "compiled")["model"].keys() == checkpoint(tmp_path / "eager")["model"].keys()
+    assert load_jet(tmp_path / "compiled").config == config.model
+    assert 0 < eager["first_step_seconds"] < 60
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, config):
@@ -297,6 +515,33 @@ def test_evaluation_is_the_mean_over_images_with_its_standard_error(jet, photos)
     assert abs(result["bits_per_dim"] - per_image.mean()) < 1e-12
     assert abs(result["bits_per_dim_se"] - per_image.std(ddof=1) / math.sqrt(5)) < 1e-12
     assert math.isnan(evaluate(jet, photos[:1])["bits_per_dim_se"])
+
+
+def test_evaluation_with_a_thread_ahead_is_the_same(jet, photos, monkeypatch):
+    plain = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
+    monkeypatch.setattr(train_module, "prefetch",
+                        lambda function, items, ahead: data_module.prefetch(function, items, 3))
+    threaded = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
+    assert np.array_equal(plain.pop("bits_per_dim_per_image"), threaded.pop("bits_per_dim_per_image"))
+    assert plain == threaded
+
+
+def test_evaluation_in_bfloat16_is_close_and_not_the_same(tmp_path, config):
+    train(dataclasses.replace(config, total_steps=20), tmp_path / "run", quiet=True)
+    jet, images = load_jet(tmp_path / "run"), load_images(config.data, "test")
+    full, half = (evaluate(jet, images, precision=precision) for precision in ("float32", "bfloat16"))
+    assert full == evaluate(jet, images) and 0 < abs(full["bits_per_dim"] - half["bits_per_dim"]) < 0.01
+    with pytest.raises(ValueError, match="precision='float16': needs .* float32 or bfloat16"):
+        evaluate(jet, images, precision="float16")
+
+
+def test_evaluation_takes_the_largest_power_of_two_that_fits_half_of_a_gpu(jet, monkeypatch):
+    """The arithmetic alone: 8 images need 800 bytes more than the 50 that are there."""
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 50), ("max_memory_allocated", 850)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for free, size in ((2e9, 1024), (2 * 1023 * 100, 512), (2 * 512 * 100, 512), (1000, 4), (0, 1)):
+        monkeypatch.setattr(train_module, "free_bytes", lambda device: free)
+        assert train_module._batch_that_fits(jet, (8, 8, 3), next(jet.parameters())) == size
 
 
 def test_evaluation_of_a_uniform_density_is_8_bits(photos):
@@ -387,6 +632,8 @@ def test_help_shows_every_field_with_its_default(capsys):
     (["--batch_size", "many"], "invalid int value: 'many'"),
     (["--lr", "-1"], "lr=-1.0: must be a finite number above 0"),
     (["--threads", "0"], "threads=0: must be from 1 to 1024"),
+    (["--micro-batch", "0"], "micro_batch=0: must be 1 or more"),
+    (["--checkpoint-activations", "maybe"], "invalid choice: 'maybe'"),
     (["--device", "mps"], "device 'mps': must be auto, cpu or cuda"),
     (["--device", "tpu"], "device 'tpu': must be auto, cpu or cuda"),
     (["--run-dir", "/dev/null/run"], "/dev/null/run: cannot be a run folder")])
