@@ -1,0 +1,375 @@
+"""Measuring speed: rows and their arithmetic, the comparison, the trace, the bars, and the tables of computed costs."""
+import importlib.metadata
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments import cost_table, throughput
+from jet import Jet, JetConfig, forward_flops
+from paper_figures import style
+from paper_figures import throughput as figure
+from paper_figures.results_csv import ResultsError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"image_size": 32, "patch_size": 8, "num_couplings": 5, "block_depth": 1, "emb_dim": 8, "num_heads": 2}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """The command line on tiny sizes, with a matrix product of 1 GFLOP/s; returns the CSV's rows as text."""
+    for size in ("S", "M"):
+        monkeypatch.setitem(throughput.SIZES, size, TINY)
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, precision: lambda: 1e9)
+    monkeypatch.setattr(throughput.gc, "collect", lambda: None)  # a fifth of a second each
+    monkeypatch.setattr(style, "save", lambda drawing, name, out_dir: [out_dir / f"{name}.png"])
+
+    def main(*flags):
+        throughput.main(["--device", "cpu", "--threads", "1", "--steps", "2", "--batch-size", "2", "--sizes", "S",
+                         *(f"--{name}-dir={tmp_path / name}" for name in ("runs", "results", "figures")), *flags])
+        csv = tmp_path / "results/throughput_cpu.csv"
+        return pd.read_csv(csv, dtype=str, keep_default_na=False) if csv.exists() else None
+    return main
+
+
+class FakePort(torch.nn.Module):
+    """The interface of jet_pytorch.jet.Jet: pixels (B, H, W, C) -> tokens, logdet (B, 1)."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings, self.weight = settings, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        assert x.shape[1:] == (32, 32, 3) and x.is_contiguous()
+        tokens = (x * self.weight).view(len(x), self.settings["n_patches"], self.settings["patch_dim"])
+        return tokens, torch.zeros(len(x), 1)
+
+    def inverse(self, z):
+        return z.view(len(z), 32, 32, 3), torch.zeros(len(z), 1)
+
+
+@pytest.fixture
+def port(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jet_pytorch", types.ModuleType("jet_pytorch"))
+    monkeypatch.setitem(sys.modules, "jet_pytorch.jet", types.SimpleNamespace(Jet=FakePort))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.2")
+
+
+# ---- measuring
+
+def test_a_row_for_each_size_and_what(run, tmp_path, capsys):
+    rows = run()
+    assert tuple(rows.columns) == figure.COLUMNS and list(rows["what"]) == ["train", "likelihood", "sampling"]
+    out = capsys.readouterr().out
+    assert "throughput_cpu.csv" in out and "throughput_cpu.png" in out and "first step s" in out
+    model, rows = JetConfig(**TINY), figure.read(tmp_path / "results/throughput_cpu.csv")
+    for _, row in rows.iterrows():
+        flops = forward_flops(model) * (3 if row["what"] == "train" else 1)
+        assert row["images_per_s"] == pytest.approx(2 / row["step_seconds"])
+        assert row["flops_per_s"] == pytest.approx(flops * row["images_per_s"])
+        assert row["peak_share"] == pytest.approx(row["flops_per_s"] / 1e9)
+        assert row["step_seconds_q25"] <= row["step_seconds"] <= row["step_seconds_q75"]
+        assert row["num_params"] == sum(parameter.numel() for parameter in Jet(model).parameters())
+        assert (row["images"], row["precision"], row["batch_size"]) == ("cifar10-subset", "float32", 2)
+        assert np.isnan(row["ratio"]) and np.isnan(row["free_running_images_per_s"])
+
+
+def test_a_rerun_replaces_its_rows_and_keeps_the_others(run):
+    first = run("--what", "train", "sampling")
+    second = run("--what", "train", "--steps", "3", "--sizes", "M", "S")
+    assert list(zip(second["size"], second["what"])) == [("S", "train"), ("S", "sampling"), ("M", "train")]
+    assert list(second["steps"]) == ["3", "2", "3"]
+    assert second.iloc[1].equals(first.iloc[1].rename(1))  # to the last digit
+    assert len(run("--what", "train", "--precision", "bfloat16")) == 4
+    assert len(run("--what", "train", "--checkpoint-activations")) == 5
+
+
+def test_ratios_are_of_images_per_second_round_by_round():
+    numbers = {"ours": {"seconds": np.array([1.0, 2.0, 4.0])}, "before": {"seconds": np.array([2.0, 2.0, 6.0])}}
+    config = throughput.size_config("S", 64, types.SimpleNamespace(precision="float32"))
+    ours, before = throughput.make_rows("S", "train", config, numbers, 1e12, {}, "abc")
+    assert (ours["ratio_q25"], ours["ratio"], ours["ratio_q75"]) == (1.25, 1.5, 1.75)  # of 2, 1, 1.5
+    assert ours["images_per_s"] == 32 and ours["against"] == before["against"] == "abc" and "ratio" not in before
+    assert ours["flops_per_s"] == 3 * forward_flops(config.model) * 32 and ours["step_seconds_q75"] == 3
+
+
+def test_matmul_rate_counts_two_flops_a_multiply_add(monkeypatch):
+    monkeypatch.setattr(throughput, "seconds_of", lambda step, device, repeats: 0.5 * repeats)
+    assert throughput.matmul_rate(torch.device("cpu"), "float32")() == 2 * 1536 ** 3 / 0.5
+
+
+def test_steps_alternate_and_the_best_product_counts(monkeypatch):
+    calls, rates = [], iter(range(100))
+    monkeypatch.setattr(throughput, "matmul_rate", lambda *_: lambda: calls.append("product") or next(rates) % 5)
+    makers = {name: lambda name=name: lambda: calls.append(name) for name in ("ours", "theirs")}
+    flags = types.SimpleNamespace(device=torch.device("cpu"), steps=2)
+    numbers, best = throughput.measure(makers, types.SimpleNamespace(precision="float32"), flags)
+    assert calls == ["product", *["ours"] * 3, *["theirs"] * 3, *["product"] * 3,
+                     "ours", "theirs", "product", "theirs", "ours", *["product"] * 3]
+    assert best == 4 and all(len(measured["seconds"]) == 2 for measured in numbers.values())
+
+
+def test_the_peak_of_memory_is_seen_after_it_is_freed():
+    peak = throughput.watch_memory(torch.device("cpu"))
+    if peak() is None:
+        pytest.skip("this system does not tell the peak")
+    torch.ones(2 ** 26)  # 256 MiB
+    assert 0.24 < peak() < 0.35
+
+
+def test_the_port_is_measured_beside_us(run, port):
+    rows = run("--against", "jet-pytorch")
+    assert list(rows["implementation"]) == ["ours", "jet-pytorch"] * 3
+    assert set(rows["against"]) == {"jet-pytorch 0.0.2"}
+    assert all(float(row.ratio) > 0 if row.implementation == "ours" else row.ratio == "" for row in rows.itertuples())
+    assert len(run()) == 9  # measured alone: rows of their own
+
+
+def test_another_checkout_is_measured_beside_us(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("JET_KERNELS", "torch")
+    before = tmp_path / "before"
+    before.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, before)
+    with open(before / "train.py", "a") as file:
+        file.write("\nSTEPS = 0\n_step = training_step\n\n\ndef training_step(*arguments):\n"
+                   "    global STEPS\n    STEPS += 1\n    return _step(*arguments)\n")
+    modules, made = dict(sys.modules), []
+    real = throughput.other_checkout
+    monkeypatch.setattr(throughput, "other_checkout", lambda folder: made.append(real(folder)) or made[0])
+    rows = run("--what", "train", "--against", str(before))
+    assert list(rows["implementation"]) == ["ours", "before"] and set(rows["against"]) == {"before"}
+    theirs, = made
+    assert Path(theirs.jet.__file__).parent == before and theirs.train.STEPS == 5
+    assert all(sys.modules[name] is modules[name] for name in ("jet", "train", "data", "convert"))
+    assert str(before) not in sys.path
+
+
+def test_images_of_other_sizes_are_random():
+    images = throughput.our_images(JetConfig(image_size=8, num_couplings=1))
+    assert images.name == "random" and images.array.shape == (1024, 8, 8, 3) and images.array.dtype == np.uint8
+    assert throughput.our_images(JetConfig(**TINY)).name == "cifar10-subset"
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    tried = []
+
+    def work(batch_size):
+        tried.append(batch_size)
+        if batch_size > 256:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_size
+    flags = types.SimpleNamespace(device=torch.device("cuda"), batch_size=None)
+    assert throughput.with_batch(work, "32x2", flags) == 256 and tried == [1024, 512, 256]
+    with pytest.raises(throughput.TrainingError, match="1024 images do not fit"):
+        throughput.with_batch(work, "32x2", types.SimpleNamespace(device=torch.device("cuda"), batch_size=1024))
+    flags.device = torch.device("cpu")
+    assert throughput.with_batch(lambda n: n, "32x2", flags) == 4
+
+
+def test_dry_run_measures_nothing(run, capsys):
+    assert run("--sizes", "32x2", "64x5", "--dry-run") is None
+    out = capsys.readouterr().out
+    assert "207,177,216" in out and "1,019,612,160" in out and "3.37e+11" in out
+
+
+def test_profile_writes_a_trace_and_ten_costs(run, tmp_path, capsys):
+    assert run("--profile") is None
+    lines = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "runs/throughput_profile/S-train.json.gz").stat().st_size > 1000
+    assert len(lines) == 1 + 1 + 10 + 1 and lines[-1].endswith("S-train.json.gz") and "s a step" in lines[0]
+    shares = [float(line.split()[1].rstrip("%")) for line in lines[2:12]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5
+
+
+def test_precision_is_checked_on_a_jet_that_is_not_the_identity(run, capsys):
+    run("--check-precision")
+    out = capsys.readouterr().out
+    assert "normal noise" in out and "1,000 images" in out
+    mean, largest = (float(out.split(word)[0].split()[-1]) for word in (" in the mean", " at most"))
+    assert 0 < abs(mean) < largest < 0.1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--sizes", "L"], "invalid choice: 'L'"), (["--steps", "0"], "--steps 0: must be 1 or more"),
+    (["--threads", "0"], "--threads 0: must be"), (["--batch-size", "-1"], "--batch-size -1: must be"),
+    (["--checkpoint", "x"], "only for --check-precision"), (["--device", "tpu"], "must be auto, cpu or cuda"),
+    (["--profil"], "did you mean --profile?"),
+    (["--device", "cuda"], "sees no GPU here"), (["--against", "/nowhere"], "with jet.py and train.py"),
+    (["--against", "jet-pytorch"], "pip install --no-deps jet-pytorch==0.0.2 einops")])
+def test_a_wrong_flag_is_one_line(run, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "jet_pytorch", None)  # not installed
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    error = capsys.readouterr().err or f"{stop.value.code}\n"
+    assert error.count("\n") == 1 and message in error and error.startswith("throughput.py: error: ")
+
+
+def test_a_csv_that_cannot_be_added_to_is_refused_first(run, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/throughput_cpu.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setattr(throughput, "measure", None)
+    with pytest.raises(SystemExit, match="missing or unknown columns"):
+        run()
+
+
+# ---- the bars
+
+def fixture_rows(sizes=("S", "M"), against="jet-pytorch 0.0.2"):
+    rows = []
+    for size in sizes:
+        for what, speed in (("train", 100), ("likelihood", 300), ("sampling", 280)):
+            row = dict.fromkeys(figure.COLUMNS, "") | dict.fromkeys(figure.NUMBERS, 1) | {
+                "experiment": "throughput", "size": size, "what": what, "implementation": "ours", "against": against,
+                "precision": "float32", "images_per_s": speed, "step_seconds": 1 / speed, "peak_share": 0.45,
+                "step_seconds_q25": 0.9 / speed, "step_seconds_q75": 1.1 / speed, "compile": False,
+                "checkpoint_activations": False, "device": "cpu", "hardware": "A CPU"}
+            rows.append(row | ({"ratio": 1.3, "ratio_q25": 1.25, "ratio_q75": 1.4} if against else {}))
+            if against:
+                rows.append(row | {"implementation": "jet-pytorch", "peak_share": 0.45 / 1.3})
+    return pd.DataFrame(rows)
+
+
+def _csv(rows, name, folder):
+    rows.to_csv(folder / name, index=False)
+    return folder / name
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, instead of their files."""
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
+    yield figures
+    style.plt.close("all")
+
+
+def texts(drawing):
+    return " ".join(text.get_text() for text in drawing.findobj(style.matplotlib.text.Text))
+
+
+def test_bars_for_each_size_and_what(tmp_path, drawn):
+    figure.draw(_csv(fixture_rows(), "in.csv", tmp_path))
+    (drawing, name), = drawn
+    ratio, share = drawing.axes
+    assert name == "throughput_cpu" and drawing.get_size_inches()[0] == style.COLUMN_WIDTH
+    assert [bar.get_height() for bar in ratio.patches] == [1.3] * 6
+    assert [bar.get_height() for bar in share.patches] == [0.45] * 6
+    assert len({bar.get_facecolor() for bar in share.patches}) == 3
+    text = texts(drawing)
+    assert all(part in text for part in ("A CPU", "float32", "jet-pytorch 0.0.2", "higher is better", "300/s", "1.30",
+                                        "quartiles"))
+
+
+def test_bars_without_a_comparison_are_one_panel(tmp_path, drawn):
+    both = pd.concat([fixture_rows(against=""), fixture_rows(against="").assign(precision="bfloat16")])
+    figure.draw(_csv(both, "in.csv", tmp_path))
+    axes, = drawn[0][0].axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        "S\nfloat32", "M\nfloat32", "S\nbfloat16", "M\nbfloat16"]
+
+
+def test_the_command_line_draws_the_same_bytes(tmp_path, capsys):
+    csv = _csv(fixture_rows(), "in.csv", tmp_path)
+    first = figure.draw(csv, tmp_path / "a")
+    figure.main(["--csv", str(csv), "--out", str(tmp_path)])
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"throughput_cpu.{kind}") for kind in ("pdf", "png")]
+    assert all(path.read_bytes() == (tmp_path / path.name).read_bytes() for path in first)
+    with pytest.raises(SystemExit, match="no such file"):
+        figure.main(["--csv", str(tmp_path / "none.csv")])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda rows: rows.drop(columns="ratio"), "missing or unknown columns ratio"),
+    (lambda rows: rows.assign(more=1), "missing or unknown columns more"),
+    (lambda rows: rows.assign(step_seconds=""), "S train ours has no number as step_seconds"),
+    (lambda rows: rows.assign(ratio=""), "S train ours has no number as ratio"),
+    (lambda rows: rows[rows.index != 3], "S likelihood ours lacks the other half"),
+    (lambda rows: pd.concat([rows, rows]), "S train ours is there twice"),
+    (lambda rows: rows.assign(what="training"), "is none of train, likelihood, sampling|is there twice"),
+    (lambda rows: rows[:0], "has no rows")])
+def test_an_incomplete_csv_is_refused(spoil, message, tmp_path):
+    with pytest.raises(ResultsError, match=message):
+        figure.draw(_csv(spoil(fixture_rows()), "in.csv", tmp_path))
+
+
+# ---- computed costs
+
+def test_autograd_keeps_as_many_bytes_for_each_image():
+    config = JetConfig(**TINY)
+    one, two, three = (cost_table.saved_bytes(config, "float32", n) for n in (1, 2, 3))
+    assert three - two == two - one > 0
+    # A block of width E keeps 16 values a token and unit of E (norms, q, k, v, attention, MLP), the last norm 2.
+    wide = JetConfig(**TINY | {"patch_size": 4, "emb_dim": 256, "kinds": ("channels", "spatial")})
+    values = 18 * 256 * wide.num_tokens
+    assert 4 * values < cost_table.coupling_bytes(wide, "float32") < 1.1 * 4 * values
+    assert 2 * values < cost_table.coupling_bytes(wide, "bfloat16") < cost_table.coupling_bytes(wide, "float32")
+
+
+def test_memory_by_hand():
+    config = JetConfig()  # 256 tokens of 48 values, width 512, 32 couplings
+    assert cost_table.fixed_bytes(config, "float32") == 207_177_216 * 16
+    assert cost_table.fixed_bytes(config, "bfloat16") == 207_177_216 * 18
+    work = 2 * 256 * 2048 * 4
+    assert cost_table.image_bytes(config, "float32", False, 1000) == 32 * 1000 + work
+    assert cost_table.image_bytes(config, "float32", True, 1000) == 32 * 4 * 256 * 48 + 1000 + work
+    assert cost_table.largest_batch(24, 3e9, 1e9) == 20 and cost_table.largest_batch(24, 30e9, 1e9) == 0
+
+
+def test_checkpointing_makes_depth_nearly_free():
+    base = JetConfig()
+    per_coupling = 17e6  # bytes an image, float32, about
+    deep, shallow = (cost_table.image_bytes(JetConfig(num_couplings=n), "float32", True, per_coupling)
+                     for n in (64, 16))
+    assert deep / shallow < 1.25 < cost_table.image_bytes(base, "float32", False, per_coupling) / shallow
+
+
+def test_traffic_by_hand(monkeypatch):
+    assert cost_table.comm_seconds(1e9, 1) == 0
+    assert cost_table.comm_seconds(1e9, 8) == pytest.approx(4e9 * 2 * 7 / 8 / 450e9)
+    assert cost_table.comm_seconds(1e9, 16) == pytest.approx(4e9 * 2 * 7 / 8 / 450e9 + 4e9 * 2 / 2 / 8 / 50e9)
+    monkeypatch.setattr(cost_table, "NVLINK", 1)
+    monkeypatch.setattr(cost_table, "NETWORK", 1)
+    for n in (2, 8, 64, 512):
+        assert cost_table.comm_seconds(1, n) == pytest.approx(4 * 2 * (n - 1) / n)
+
+
+def test_a_step_by_hand(monkeypatch):
+    adam = 28e9 / 3.35e12
+    step, traffic, backward = cost_table.step_seconds(3e15, 1e9, 1e15, 1)
+    assert (step, traffic, backward) == (pytest.approx(3 + adam), 0, pytest.approx(2))
+    monkeypatch.setattr(cost_table, "comm_seconds", lambda params, gpus: 1)
+    last = 25 * 2 ** 20 / 4e9
+    assert cost_table.step_seconds(3e15, 1e9, 1e15, 1)[0] == pytest.approx(3 + last + adam)  # hidden but for the last
+    assert cost_table.step_seconds(3e15, 1e9, 1e15, 8)[0] == pytest.approx(1 / 8 + 1 + adam)  # traffic is longer
+    assert cost_table.stops_scaling(3e15, 1e9, 1e15, (1, 2, 4, 8)) == 4
+    assert cost_table.stops_scaling(3e15, 1e9, 1e15, (1, 2)) is None
+
+
+def test_figure_4_costs_what_its_runs_cost():
+    runs = cost_table.paper_runs()
+    assert len(runs["main table, 32x2"]) == 1 and len(runs["Figure 4 (`ablate_coupling`)"]) == 21
+    flops, = map(cost_table.train_flops, runs["main table, 32x2"])
+    assert flops == pytest.approx(8.6e19, rel=0.01)
+
+
+def test_the_tables_tell_measured_from_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_table, "coupling_bytes", lambda config, precision: 1e7)
+    text = cost_table.tables(tmp_path)
+    assert text.count("computed, not measured") == 3 and "40% (assumed)" in text and "no GPU was measured" in text
+    assert "396 TFLOP/s computed" in text and "TFLOP/s measured" not in text
+    gpu = fixture_rows(("32x2",), against="").assign(
+        device="cuda", hardware="NVIDIA H100 80GB HBM3", precision="bfloat16", batch_size=256, device_memory_gib=79.1,
+        flops_per_s=500e12, images_per_s=1480)
+    _csv(gpu, "throughput_cuda.csv", tmp_path)
+    row, = [line for line in cost_table.tables(tmp_path).splitlines() if line.startswith("| 32x2 | bfloat16 | no |")]
+    assert "| 256 measured |" in row and row.endswith("| 1,480 measured (NVIDIA H100 80GB HBM3) |")
+    hours = [line for line in cost_table.tables(tmp_path).splitlines() if "TFLOP/s" in line and line.startswith("| ")]
+    assert sum("500 TFLOP/s measured" in line for line in hours) == len(hours) - 1  # 64x5 is computed still
+    assert all(line.count("|") == 8 for line in hours)
