@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 SOURCE = Path(__file__).resolve().with_suffix(".c")
 BUILD = SOURCE.parent / "build"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-std=gnu11"]
-ROWS = 2048  # tokens worked on at once: their values stay in the cache
+ROWS = 1024  # tokens worked on at once: their values stay in the cache
 
 
 def fit(x, multiple=1):

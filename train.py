@@ -8,6 +8,7 @@ recipe (google-research/big_vision, configs/proj/jet/imagenet64.py), which repor
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -185,19 +186,24 @@ def _memory_errors():
 
 
 def activation_bytes(jet, precision):
-    """Bytes per image that forward keeps for backward on the Jet's device: counted, from one image to two."""
+    """Bytes per image that forward keeps for backward on the Jet's device: counted on two couplings like its own."""
+    device = next(jet.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        two = Jet(dataclasses.replace(jet.config, num_couplings=2)).to(device)
+    two.checkpoint_activations = jet.checkpoint_activations
+
     def kept(num_images):
         storages = {}
 
         def pack(tensor):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()
-        x = torch.zeros(num_images, *jet.config.image_shape, device=next(jet.parameters()).device)
+        x = torch.zeros(num_images, *jet.config.image_shape, device=device)
         with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-              torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16")):
-            graph = bits_per_dim(*jet(x))  # holds the storages: no address is used twice
+              torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")):
+            graph = bits_per_dim(*two(x))  # holds the storages: no address is used twice
         return sum(storages.values())
-    return kept(2) - kept(1)
+    return (kept(2) - kept(1)) * len(jet.couplings) / 2
 
 
 def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free):
@@ -221,6 +227,11 @@ def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free
     choices = [(recompute, size) for size in sizes for recompute in switches]
     recompute, size = next((choice for choice in choices if needed(*choice) <= 0.75 * free), choices[-1])
     jet.checkpoint_activations = recompute
+    if recompute and next(jet.parameters()).device.type == "cpu":
+        # Every large array a mapping of its own (M_MMAP_THRESHOLD): else the small ones that are kept lie in the
+        # holes of freed large ones, and glibc's heap grows with the number of couplings all the same.
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL(None).mallopt(-3, 2 ** 18)
     return size, (f"memory: a step needs {needed(recompute, size) / 2 ** 30:.2f} of {free / 2 ** 30:.2f} GiB free: "
                   f"activations {'recomputed' if recompute else 'kept'}, {size} of {config.batch_size} images at once")
 

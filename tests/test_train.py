@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import signal
@@ -378,7 +379,7 @@ def test_activation_bytes_count_what_backward_needs():
         jet.checkpoint_activations = recompute
         return train_module.activation_bytes(jet, precision)
     image = 3 * 8 * 8 * 4
-    assert count(recompute=True) == (MODEL.num_couplings + 1) * image  # each coupling's input, and z
+    assert count(recompute=True) == MODEL.num_couplings * 1.5 * image  # of two couplings: their inputs, and z
     assert count(recompute=True, block_depth=4) == count(recompute=True)
     assert 1.9 < count(num_couplings=6) / count() < 2.1
     N, E = MODEL.num_tokens, 32  # a block keeps from 9 (fused) to some 20 values per token and channel
@@ -651,3 +652,30 @@ def test_cuda_that_is_not_there_is_an_error():
         pytest.skip("there is a GPU here")
     with pytest.raises(TrainingError, match="sees no GPU here"):
         train_module.pick_device("cuda")
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be read here")
+def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
+    """Beyond weights, gradients and moments, 16 couplings peak at no more than 1.25 times what 4 take."""
+    np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:32])
+    code = """if True:
+        import sys
+        import train
+        from jet import JetConfig
+        def peak(*arguments, real=train.training_step):
+            memory = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+            before = memory("VmRSS")
+            open("/proc/self/clear_refs", "w").write("5")
+            result = real(*arguments)
+            gradients_and_moments = 3 * sum(parameter.nbytes for parameter in arguments[0].parameters())
+            print(memory("VmHWM") - before - gradients_and_moments)
+            return result
+        train.training_step = peak
+        config = train.TrainConfig(data=sys.argv[1], batch_size=32, total_steps=1, model=JetConfig(
+            image_size=32, num_couplings=int(sys.argv[2]), emb_dim=128, num_heads=4))
+        train.train(config, sys.argv[3], checkpoint_activations="on", quiet=True)
+    """
+    few, many = (int(subprocess.run([sys.executable, "-c", code, tmp_path / "images.npy", str(couplings),
+                                     tmp_path / str(couplings)], cwd=ROOT, capture_output=True, text=True).stdout)
+                 for couplings in (4, 16))
+    assert 10 * 2 ** 20 < few and many < 1.25 * few, (few, many)
