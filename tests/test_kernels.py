@@ -180,3 +180,24 @@ def test_torch_and_the_kernels_share_one_pool_of_threads():
     kernels._library()
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert len({line.split()[-1] for line in maps if "omp" in line.split()[-1].rsplit("/")[-1]}) == 1
+
+
+def test_memory_is_used_again_once_no_graph_holds_it(monkeypatch):
+    """Two graphs at once have memory of their own, later ones take it over, and another size gives it back."""
+    monkeypatch.setattr(kernels, "_buffers", [])
+    torch.manual_seed(0)
+    block, h, other = randomized(ViTBlock(CONFIG, None)), torch.randn(2, 16, 48), torch.randn(2, 16, 48)
+    expected = results(block, h)
+    graph = block(h.requires_grad_())
+    block(other).sum().backward()
+    assert len(kernels._buffers) == 2
+    addresses = {buffer.data_ptr() for buffer in kernels._buffers}
+    assert torch.equal(torch.autograd.grad(graph, h, torch.ones_like(graph), retain_graph=True)[0],
+                       torch.autograd.grad(graph, h, torch.ones_like(graph))[0])
+    assert torch.equal(graph, expected[0])
+    del graph
+    for _ in range(3):
+        block(other).sum().backward()
+    assert {buffer.data_ptr() for buffer in kernels._buffers} == addresses
+    block(other[:1]).sum().backward()
+    assert [len(buffer) for buffer in kernels._buffers] == [16 * 9 * 48]
