@@ -269,10 +269,6 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     device = pick_device(device)
     if not 1 <= threads <= 1024:
         raise TrainingError(f"threads={threads}: must be from 1 to 1024")
-    try:
-        kernels.name()  # builds them, once
-    except ValueError as error:
-        raise TrainingError(str(error)) from None
     if micro_batch is not None and micro_batch < 1:
         raise TrainingError(f"micro_batch={micro_batch}: must be 1 or more")
     if checkpoint_activations not in SWITCH:
@@ -584,7 +580,7 @@ def progress_bar(config, label, quiet):
 # ---- what ran it
 
 def pick_device(device):
-    """auto, cpu or cuda -> torch.device; cuda that is not there is an error."""
+    """auto, cpu or cuda -> torch.device; cuda that is not there is an error. A CPU's kernels are built here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -592,8 +588,10 @@ def pick_device(device):
     if device != "cpu" and not torch.cuda.is_available():
         raise TrainingError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use cpu or auto")
     try:
+        if device == "cpu":
+            kernels.name()
         return torch.empty(0, device=device).device
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise TrainingError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
