@@ -286,7 +286,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
         first, seconds_before = state["step"], state["seconds"]
         log = RunLog(run_dir, first)
         log.write(f"{'resumed' if first else 'started'} at step {first}: {hardware(device)}, {threads} threads, "
-                  f"torch {torch.__version__}, {kernels.name()} kernels, commit {' '.join(git_commit())}")
+                  f"torch {torch.__version__}, {_cpu_kernels(device) or 'cuda'} kernels, commit {' '.join(git_commit())}")
         state["micro_batch"], line = fit_memory(jet, optimizer, config, checkpoint_activations,
                                                 micro_batch or state["micro_batch"], free_bytes(device))
         log.write(line)
@@ -618,12 +618,17 @@ def git_commit():
     return (commit, "dirty" if changes else "clean") if commit else ("", "")
 
 
+def _cpu_kernels(device):
+    """C or torch on a CPU; None on a GPU, where they are not built either."""
+    return kernels.name() if device.type == "cpu" else None
+
+
 def _provenance(images, device, threads):
     commit, tree = git_commit()
     return {"dataset": images["test"].name, "variant": images["test"].variant,
             "train_fingerprint": images["train"].fingerprint, "test_fingerprint": images["test"].fingerprint,
             "device": device.type, "hardware": hardware(device), "threads": threads,
-            "kernels": kernels.name() if device.type == "cpu" else None,
+            "kernels": _cpu_kernels(device),
             "git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree),
             "python_version": platform.python_version(), "torch_version": torch.__version__,
             "numpy_version": np.__version__}
