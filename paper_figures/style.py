@@ -50,19 +50,20 @@ def save(figure, name, out_dir=OUT):
     return paths
 
 
-def main(script, description, experiment, draw, arguments=None):
-    """The command line of a figure: draw(csv, out_dir) from results/<experiment>_<scale>.csv."""
+def main(script, description, experiment, draw, arguments=None, flag="scale",
+         choices=("smoke", "small", "medium", "paper")):
+    """The command line of a figure: draw(csv, out_dir) from results/<experiment>_<choice of the flag>.csv."""
     parser = argparse.ArgumentParser(prog=Path(script).name, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--scale", default="smoke", choices=("smoke", "small", "medium", "paper"),
-                       help="draw the CSV of this scale (default: smoke)")
+    which.add_argument(f"--{flag}", default=choices[0], choices=choices,
+                       help=f"draw the CSV of this {flag} (default: {choices[0]})")
     which.add_argument("--csv", type=Path, help="draw this CSV")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: paper_figures/out")
     flags = parser.parse_args(arguments)
     try:
-        for path in draw(flags.csv or ROOT / f"results/{experiment}_{flags.scale}.csv", flags.out):
+        for path in draw(flags.csv or ROOT / f"results/{experiment}_{getattr(flags, flag)}.csv", flags.out):
             print(path)
     except ResultsError as error:
         sys.exit(f"{parser.prog}: error: {error}")

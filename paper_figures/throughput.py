@@ -4,7 +4,6 @@
 
 One group of bars per size. experiments/throughput.py measures the rows; results/README.md has the columns.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -132,21 +131,7 @@ def _label(name, value):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="throughput.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="draw this device's CSV (default: cpu)")
-    which.add_argument("--csv", type=Path, help="draw this CSV")
-    parser.add_argument("--out", type=Path, default=style.OUT, metavar="DIR", help="default: paper_figures/out")
-    flags = parser.parse_args(arguments)
-    try:
-        for path in draw(flags.csv or style.ROOT / f"results/throughput_{flags.device}.csv", flags.out):
-            print(path)
-    except ResultsError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error.filename or flags.out}: {error.strerror}: choose another --out")
+    style.main("throughput.py", __doc__, "throughput", draw, arguments, flag="device", choices=("cpu", "cuda"))
 
 
 if __name__ == "__main__":

@@ -32,15 +32,6 @@ def save(tmp_path):
     return write
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures, instead of their files."""
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
-    yield figures
-    style.plt.close("all")
-
-
 def main(*flags):
     style.main("figure4.py", "", "ablate_coupling", figure4.draw, flags)
 

@@ -241,15 +241,6 @@ def _csv(rows, name, folder):
     return folder / name
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures, instead of their files."""
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
-    yield figures
-    style.plt.close("all")
-
-
 def texts(drawing):
     return " ".join(text.get_text() for text in drawing.findobj(style.matplotlib.text.Text))
 
