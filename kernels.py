@@ -200,8 +200,7 @@ def _buffer(*shape):
         idle = [buffer for buffer in _buffers if _holders(buffer) == alone]
         fitting = [buffer for buffer in idle if len(buffer) == size]
         if not fitting:
-            dropped = {id(buffer) for buffer in idle}
-            _buffers[:] = [buffer for buffer in _buffers if id(buffer) not in dropped]
+            _buffers[:] = [buffer for buffer in _buffers if _holders(buffer) != alone]
             fitting = [torch.empty(size)]
             _buffers.append(fitting[0])
         return fitting[0].view(shape)

@@ -60,8 +60,7 @@ def our_step(code, size, config, what, batch, flags):
     model = code.jet.Jet(code.jet.JetConfig(**SIZES[size])).to(flags.device)
     model.checkpoint_activations = flags.checkpoint_activations
     if flags.compile:
-        for coupling in model.couplings:
-            coupling.compile()
+        train.compile_couplings(model)
     if what == "train":
         optimizer, numbers = code.train.make_optimizer(model.parameters(), config), itertools.count(1)
         return lambda: code.train.training_step(model, optimizer, batch(), next(numbers), config)
