@@ -306,8 +306,8 @@ def training_batch(images, batch_size, seed, step, device="cpu"):
     return next(training_batches(images, batch_size, seed, [step], device, "array"))
 
 
-def training_batches(images, batch_size, seed, steps, device="cpu", source=None):
-    """Yield training_batch of each of the steps, with no wait for the images on a GPU.
+def training_batches(images, batch_size, seed, steps, device="cpu", source=None, part=slice(None)):
+    """Yield training_batch of each of the steps, or a part (slice) of it, with no wait for the images on a GPU.
 
     source: what batches are gathered from. "array": the set's array; "device": a copy on the device; "stream":
     the array, by a thread that works ahead. None: array on a CPU, else device where the set fits, else stream.
@@ -319,7 +319,7 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None)
     resident = torch.tensor(array, device=device) if source == "device" else None
 
     def gather(step):
-        indices = batch_indices(len(array), batch_size, seed, step)
+        indices = batch_indices(len(array), batch_size, seed, step)[part]
         return pinned(indices if source == "device" else array[indices], device)
 
     with contextlib.closing(prefetch(gather, steps, ahead=4 if source == "stream" else 0)) as batches:
@@ -328,8 +328,8 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None)
             pixels = batch if resident is None else resident.index_select(0, batch)  # (B, H, W, C)
             key = np.random.SeedSequence([seed, _NOISE, step]).generate_state(1, np.uint64)
             generator = torch.Generator(device).manual_seed(int(key[0]))
-            noise = torch.rand(pixels.shape, generator=generator, device=device)
-            yield dequantize(pixels, noise).permute(0, 3, 1, 2)
+            noise = torch.rand(batch_size, *pixels.shape[1:], generator=generator, device=device)  # all, whatever the part
+            yield dequantize(pixels, noise[part]).permute(0, 3, 1, 2)
 
 
 def prefetch(function, items, ahead):

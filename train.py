@@ -10,15 +10,15 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import difflib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -28,20 +28,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 import kernels
-from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_weights, read_tensors
+from convert import CHECKPOINT_FORMAT, CheckpointError, load_weights
 from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
-                  training_batches)
+                  training_batch, training_batches)
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
+from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, BusyError, Claim, RunLog, TrainingError, read_checkpoint,
+                        read_done, record_error, save_checkpoint, write_atomically)
 
 ROOT = Path(__file__).resolve().parent
-DONE_NAME = "done.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
+COMMIT_FILE = ROOT / ".commit.json"  # in a copy of the code, which is no git checkout
 SWITCH = ("auto", "on", "off")
 TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test images to show overfitting
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start, go on or be saved, in one line."""
 
 
 class NonFiniteError(TrainingError, ValueError):
@@ -66,8 +66,9 @@ class TrainConfig:
     beta2: float = setting(0.95, "Adam's decay of the second moment")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     clip_norm: float = setting(1.0, "gradients are clipped to this global norm")
-    precision: str = setting("float32", "of the couplings' networks in training; bfloat16 is autocast, "
-                             "all else stays float32", ("float32", "bfloat16"))
+    precision: str = setting("float32", "float32; bfloat16: autocast of the couplings' networks in training, all else "
+                             "stays float32; float64: of everything (slow, for checks)",
+                             ("float32", "bfloat16", "float64"))
     seed: int = setting(0, "of weights, data order and training noise", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
 
@@ -125,6 +126,7 @@ def make_optimizer(parameters, config):
 def training_step(model, optimizer, x, step, config, micro_batch=None):
     """One update on the batch x (B, C, H, W): (mean bits/dim before it, gradient norm before clipping).
 
+    With several processes x is this one's part of the batch and model a DistributedDataParallel.
     Both are tensors of no dimension on x's device, and nothing here waits for them. From the first step on that
     has one which is not finite, the optimizer updates nothing: weights and moments stay as they were.
     micro_batch: images whose activations are in memory at a time (None: all); it changes rounding alone.
@@ -132,12 +134,16 @@ def training_step(model, optimizer, x, step, config, micro_batch=None):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.zero_grad()
-    loss = x.new_zeros(())
-    for piece in x.split(micro_batch or len(x)):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            share = bits_per_dim(*model(piece)).sum() / len(x)
-        share.backward()
+    processes, loss, pieces = distributed.size(), x.new_zeros(()), x.split(micro_batch or len(x))
+    num_images = len(x) if processes == 1 else config.batch_size
+    for number, piece in enumerate(pieces, 1):
+        # DistributedDataParallel adds up gradients over processes in backward of the last piece, and takes their mean
+        with model.no_sync() if processes > 1 and number < len(pieces) else contextlib.nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                share = bits_per_dim(*model(piece)).sum() / num_images
+            (share * processes if processes > 1 else share).backward()
         loss += share.detach()
+    distributed.add_up(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
     # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it stays so.
@@ -147,18 +153,19 @@ def training_step(model, optimizer, x, step, config, micro_batch=None):
 
 
 def read_steps(pending, config):
-    """The last (loss, gradient norm) of pending [(step, loss, gradient norm)], which is emptied.
+    """The numbers of pending [(step, loss, gradient norm)], which is emptied.
 
     All are read in one go: this waits for the device. Raises NonFiniteError for the first that is not finite.
     """
     values = torch.stack([value for _, *pair in pending for value in pair]).tolist()
-    for (step, *_), loss, grad_norm in zip(pending, values[::2], values[1::2]):
+    steps = [(step, *pair) for (step, *_), *pair in zip(pending, values[::2], values[1::2])]
+    for step, loss, grad_norm in steps:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise NonFiniteError(f"not finite at step {step}: loss {loss} bits/dim, gradient norm {grad_norm}, "
                                  f"lr {learning_rate(step, config):.3g}; nothing was updated: try a lower --lr or "
                                  "another --seed")
     pending.clear()
-    return loss, grad_norm
+    return steps
 
 
 @contextlib.contextmanager
@@ -176,20 +183,26 @@ def _full_float32():
 
 
 @contextlib.contextmanager
-def _memory_errors():
-    """A GPU that is full ends a run in one line."""
+def _outside_errors():
+    """A GPU that is full, or a process that is gone, ends a run in one line."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(f"out of memory ({str(error).splitlines()[0]}): try --checkpoint-activations on, or a "
                             "--micro-batch below the one in log.txt") from None
+    except RuntimeError as error:
+        if distributed.size() > 1 and re.search("by peer|NCCL|Timed out|connect", str(error), re.I):
+            raise TrainingError(f"process {distributed.rank()} lost the others ({str(error).splitlines()[0]}): the same "
+                                "command goes on from the last checkpoint") from None
+        raise
 
 
 def activation_bytes(jet, precision):
     """Bytes per image that forward keeps for backward on the Jet's device: counted on two couplings like its own."""
-    device = next(jet.parameters()).device
+    weight = next(jet.parameters())
+    device = weight.device
     with torch.random.fork_rng(devices=[]):
-        two = Jet(dataclasses.replace(jet.config, num_couplings=2)).to(device)
+        two = Jet(dataclasses.replace(jet.config, num_couplings=2)).to(weight)
     two.checkpoint_activations = jet.checkpoint_activations
 
     def kept(num_images):
@@ -198,7 +211,7 @@ def activation_bytes(jet, precision):
         def pack(tensor):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()
-        x = torch.zeros(num_images, *jet.config.image_shape, device=device)
+        x = weight.new_zeros(num_images, *jet.config.image_shape)
         with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
               torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")):
             graph = bits_per_dim(*two(x))  # holds the storages: no address is used twice
@@ -206,7 +219,7 @@ def activation_bytes(jet, precision):
     return (kept(2) - kept(1)) * len(jet.couplings) / 2
 
 
-def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free):
+def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free, processes=1):
     """Set jet.checkpoint_activations and return (micro batch, a line for the log), so that a step fits.
 
     "auto" and None are chosen: whole batches with all activations, else recomputed ones, which are the same bits,
@@ -222,8 +235,9 @@ def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free
     def needed(recompute, size):  # backward works on one coupling at a time, and may have to recompute it
         return weights + size * (kept[recompute] + (1 + recompute) * kept[False] / len(jet.couplings))
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}[checkpoint_activations]
-    halvings = range((config.batch_size - 1).bit_length() + 1)
-    sizes = [min(micro_batch, config.batch_size)] if micro_batch else [-(-config.batch_size >> n) for n in halvings]
+    batch_size = -(-config.batch_size // processes)
+    halvings = range((batch_size - 1).bit_length() + 1)
+    sizes = [min(micro_batch, batch_size)] if micro_batch else [-(-batch_size >> n) for n in halvings]
     choices = [(recompute, size) for size in sizes for recompute in switches]
     recompute, size = next((choice for choice in choices if needed(*choice) <= 0.75 * free), choices[-1])
     jet.checkpoint_activations = recompute
@@ -233,7 +247,7 @@ def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free
         with contextlib.suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).mallopt(-3, 2 ** 18)
     return size, (f"memory: a step needs {needed(recompute, size) / 2 ** 30:.2f} of {free / 2 ** 30:.2f} GiB free: "
-                  f"activations {'recomputed' if recompute else 'kept'}, {size} of {config.batch_size} images at once")
+                  f"activations {'recomputed' if recompute else 'kept'}, {size} of {batch_size} images at once")
 
 
 def compile_couplings(jet):
@@ -245,112 +259,177 @@ def compile_couplings(jet):
         coupling.compile(dynamic=False)
 
 
-@_memory_errors()
+class Requests:
+    """What signals ask of a run: to stop after this step with a checkpoint, or to save one and go on."""
+
+    def __init__(self):
+        self.stop = self.save = False
+
+    @contextlib.contextmanager
+    def on(self, stop=(signal.SIGINT, signal.SIGTERM), save=()):
+        """Within, these signals are requests; a second interrupt from the keyboard ends the program at once."""
+        def handle(number, _):
+            if number == signal.SIGINT and self.stop:
+                raise KeyboardInterrupt
+            if number in stop and not self.stop:  # not print: it may be what was interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: stopping with a checkpoint after this step\n".encode())
+            self.stop, self.save = self.stop or number in stop, self.save or number in save
+        before = {number: signal.signal(number, handle) for number in (*stop, *save)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """A request to stop came during an evaluation, which is done again."""
+
+
+@_outside_errors()
 @_full_float32()
 def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1, compile=False,
-          micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=60, label="", quiet=False):
+          micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=None, requests=None, wait_s=0,
+          label="", quiet=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
-    config: TrainConfig. run_dir: gets config.json, checkpoint.pt, metrics.csv, log.txt, done.json.
+    config: TrainConfig. run_dir: gets the files that run_folder.py lists; the last two checkpoints are kept.
     stop_after: stop with a checkpoint once this many steps are done in all. device (auto, cpu, cuda),
-    threads and kernels (of the CPU), compile and micro_batch (images in memory at a time; None: the
-    checkpoint's, else what fits) decide rounding; all else that decides the result is in config.
-    checkpoint_activations (auto, on, off) trades time for memory.
+    threads and kernels (of the CPU), compile, micro_batch (images in a process's memory at a time; None: the
+    checkpoint's, else what fits) and the number of processes (distributed.py) decide rounding; all else that
+    decides the result is in config. checkpoint_activations (auto, on, off) trades time for memory.
+    checkpoint_every_s: None is a minute, or 20 times what the last one took, if that is more.
+    requests: Requests, looked at after each step. wait_s: how long to wait for another process to end this run.
     Returns what done.json holds: config, rows (a dict per evaluation and split), the last test row's
     bits_per_dim, bits_per_dim_se and num_images, seconds, and what ran it. A run that was stopped
     returns {"step": ...}.
-    Raises TrainingError (another configuration, a non-finite loss, a full disk), DataError (images) or
-    CheckpointError (a damaged checkpoint), each in one line.
+    Raises TrainingError (another configuration, a non-finite loss, a full disk; its subclass BusyError: another
+    process is at this run), DataError (images) or CheckpointError (no whole checkpoint), each in one line.
     """
-    run_dir = Path(run_dir)
-    _refuse_other_config(run_dir, config)
-    if (done := read_done(run_dir)) is not None:
+    run_dir, requests = Path(run_dir), requests or Requests()
+    distributed.start()
+    distributed.from_first(_refuse_other_config, run_dir, config)
+    if (done := distributed.from_first(read_done, run_dir)) is not None:
         return done
     device = pick_device(device)
-    if not 1 <= threads <= 1024:
-        raise TrainingError(f"threads={threads}: must be from 1 to 1024")
-    if micro_batch is not None and micro_batch < 1:
-        raise TrainingError(f"micro_batch={micro_batch}: must be 1 or more")
-    if checkpoint_activations not in SWITCH:
-        raise TrainingError(f"checkpoint_activations={checkpoint_activations!r}: must be auto, on or off")
+    check_place(threads, micro_batch, checkpoint_activations)
+    if (processes := distributed.size()) > config.batch_size:
+        raise TrainingError(f"{processes} processes for a batch of {config.batch_size} images: at most one for each")
     torch.set_num_threads(threads)
     images = {split: load_images(config.data, split, data_root) for split in ("train", "test")}
-    jet = _fresh_jet(config, images["train"]).to(device)
+    jet = _fresh_jet(config, images["train"]).to(device, DTYPES[config.precision])
     optimizer = make_optimizer(jet.parameters(), config)
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
 
-    with _claimed(run_dir, config), progress_bar(config, label, quiet) as bar:
+    with (_claimed(run_dir, config, wait_s) as (claim, log),
+          progress_bar(config, label, quiet or log is None) as bar):
+        if (done := distributed.from_first(read_done, run_dir)) is not None:
+            return done  # finished by the process that we have waited for
         state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint,
-                 "micro_batch": None}
-        _restore(run_dir / CHECKPOINT_NAME, config, jet, optimizer, state)
+                 "micro_batch": None, "processes": processes}
+        state |= distributed.from_first(_restore, run_dir, config, jet, optimizer, state, log)
         first, seconds_before = state["step"], state["seconds"]
-        log = RunLog(run_dir, first)
-        log.write(f"{'resumed' if first else 'started'} at step {first}: {hardware(device)}, {threads} threads, "
-                  f"torch {torch.__version__}, {_cpu_kernels(device) or 'cuda'} kernels, commit {' '.join(git_commit())}")
+        if state["processes"] != processes:
+            state |= {"processes": processes, "micro_batch": None}
+        free = -distributed.agree(-free_bytes(device) / (distributed.local_size() if device.type == "cpu" else 1))[0]
         state["micro_batch"], line = fit_memory(jet, optimizer, config, checkpoint_activations,
-                                                micro_batch or state["micro_batch"], free_bytes(device))
-        log.write(line)
-        pieces = {"micro_batch": state["micro_batch"]} if state["micro_batch"] < config.batch_size else {}
+                                                micro_batch or state["micro_batch"], free, processes)
+        hosts = distributed.from_all(platform.node())
+        if log:
+            log.begin(first)
+            log.write(f"{'resumed' if first else 'started'} at step {first}: {_where(processes, threads, hosts)}, "
+                      f"{hardware(device)}, torch {torch.__version__}, {_cpu_kernels(device) or 'cuda'} kernels, "
+                      f"commit {' '.join(git_commit())}")
+            log.write(line)
+        if not first and config.model.actnorm:
+            x = training_batch(images["train"], config.batch_size, config.seed, 0, device)
+            jet.initialize(x.to(DTYPES[config.precision]))
         if compile:
             compile_couplings(jet)
+        model = distributed.wrap(jet)
+        distributed.copy_moments(optimizer)
+        pieces = {"micro_batch": state["micro_batch"]} if state["micro_batch"] < config.batch_size / processes else {}
+
+        def save():
+            claim.check()
+            save_checkpoint(run_dir, {"config": config.to_dict(), **state, "model": jet.state_dict(),
+                                      "optimizer": optimizer.state_dict()["state"]})
         bar.initial = bar.n = first
-        pending, first_step_seconds = [], None
+        pending, first_step_seconds, save_seconds = [], None, 0.0
         begun = saved = read = time.monotonic()
-        batches = training_batches(images["train"], config.batch_size, config.seed, range(first, stop), device)
-        with contextlib.closing(batches):
+        batches = training_batches(images["train"], config.batch_size, config.seed, range(first, stop), device,
+                                   part=distributed.part(config.batch_size))
+        with contextlib.closing(batches), contextlib.suppress(Stopped):
+            if _evaluation_is_due(config, state):  # it was interrupted
+                state["rows"] += _evaluate_splits(jet, images, first, requests)
             for step, x in enumerate(batches, first):
-                if step == 0:
-                    jet.initialize(x)  # ActNorm's
+                x = x.to(DTYPES[config.precision])
                 x.requires_grad_(compile)  # or the first coupling, with no gradient to pass on, is another graph
-                pending.append((step, *training_step(jet, optimizer, x, step, config, **pieces)))
+                pending.append((step, *training_step(model, optimizer, x, step, config, **pieces)))
                 bar.update()
                 taken, now = step + 1, time.monotonic()
-                evaluate_now = config.eval_every and taken % config.eval_every == 0 and taken < config.total_steps
-                save_now = taken == stop or now - saved > checkpoint_every_s
+                every = max(60, 20 * save_seconds) if checkpoint_every_s is None else checkpoint_every_s
+                # by the clocks and signals of all processes: they must part from this loop together
+                stop_now, save_now, read_now = distributed.agree(requests.stop, requests.save or now - saved > every,
+                                                                 now - read > 1)
+                evaluate_now = config.eval_every and taken % config.eval_every == 0 or taken == config.total_steps
+                save_now = save_now or stop_now or evaluate_now or taken == stop
                 # Reading waits for the device, so not every step is read: it must never be idle.
-                if not (evaluate_now or save_now or step == first or taken % 10 == 0 or now - read > 1):
+                if not (save_now or read_now or step == first or taken % 10 == 0):
                     continue
-                loss, grad_norm = read_steps(pending, config)
+                steps = read_steps(pending, config)
                 read = time.monotonic()
                 seconds = read - begun
                 state |= {"step": taken, "seconds": seconds_before + seconds}
                 rate = (taken - first) * config.batch_size / seconds
-                bar.set_postfix_str(f"{loss:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
-                log.step(state, config, loss, grad_norm)
+                bar.set_postfix_str(f"{steps[-1][1]:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
+                if log:
+                    log.add([(number + 1, (number + 1) * config.batch_size, *pair, learning_rate(number, config),
+                              f"{state['seconds']:.3f}") for number, *pair in steps])
                 if step == first:
                     first_step_seconds = seconds
-                    log.write(f"first step: {seconds:.2f} s{', with compilation' if compile else ''}")
-                if evaluate_now:
-                    state["rows"] += _evaluate_splits(jet, images, taken)
+                    if log:
+                        log.write(f"first step: {seconds:.2f} s{', with compilation' if compile else ''}")
                 if save_now:
-                    _save_checkpoint(run_dir, config, jet, optimizer, state)
-                    saved = time.monotonic()
-        if state["step"] < config.total_steps:
-            log.write(f"stopped at step {state['step']}")
+                    distributed.from_first(save)
+                    requests.save, saved, save_seconds = False, time.monotonic(), time.monotonic() - read
+                if stop_now:
+                    break
+                if evaluate_now:
+                    state["rows"] += _evaluate_splits(jet, images, taken, requests)
+        if not state["rows"] or state["rows"][-1]["step"] < config.total_steps:
+            if log:
+                log.write(f"stopped at step {state['step']}")
             return {"step": state["step"]}
 
-        state["rows"] += _evaluate_splits(jet, images, config.total_steps)
         test = state["rows"][-1]
         done = {"config": config.to_dict(), "rows": state["rows"],
                 **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
                 "num_params": sum(parameter.numel() for parameter in jet.parameters()),
                 "train_seconds": state["seconds"], "first_step_seconds": first_step_seconds,
                 "micro_batch": state["micro_batch"], "checkpoint_activations": jet.checkpoint_activations,
+                "processes": processes, "hosts": hosts, "peak_memory_gib": distributed.agree(peak_memory_gib(device))[0],
                 **_provenance(images, device, threads)}
-        write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
-        log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
+
+        def finish():
+            claim.check()
+            write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
+            log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
+        distributed.from_first(finish)
         return done
 
 
 @torch.no_grad()
 @_full_float32()
-def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, precision="float32"):
+def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, precision="float32", requests=None):
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
     images: an ImageSet or a uint8 array (N, H, W, C). The noise is keyed by (seed, draw, image index),
     so the result depends on neither the batch size (None: 128 on a CPU, on a GPU the largest power of two that
-    fits, up to 1024) nor the number of processes. Computes in the type of the Jet's weights; precision
-    "bfloat16" puts the couplings' networks under autocast.
+    fits, up to 1024) nor the number of processes: where there are several (distributed.py), all of them must call
+    this, each computes some of the batches, and all get the whole result. Computes in the type of the Jet's
+    weights; precision "bfloat16" puts the couplings' networks under autocast. requests: Requests, looked at
+    after each batch; one to stop raises Stopped.
     Returns a dict: bits_per_dim (mean over images and draws), bits_per_dim_se (standard error over
     images; nan for one image), num_images, logdet_nats (mean log|det| of an image), and with per_image
     bits_per_dim_per_image, float64 (N,).
@@ -373,17 +452,28 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
         return pinned(pixels, device), pinned(noise.numpy(), device)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        if batch_size is None:
-            batch_size = 128 if device.type == "cpu" else _batch_that_fits(jet, array.shape[1:], weight)
+        if batch_size is None and device.type == "cpu":
+            batch_size = 128
+        elif batch_size is None:
+            batch_size = int(-distributed.agree(-_batch_that_fits(jet, array.shape[1:], weight))[0])
         keys = [(draw, start) for draw in range(draws) for start in range(0, len(array), batch_size)]
-        with contextlib.closing(prefetch(draw_batch, keys, ahead=4 if device.type == "cuda" else 0)) as batches:
-            for pixels, noise in batches:
-                pixels, noise = (tensor.to(device, non_blocking=True) for tensor in (pixels, noise))
+        ours = keys[distributed.rank()::distributed.size()]
+        with contextlib.closing(prefetch(draw_batch, ours, ahead=4 if device.type == "cuda" else 0)) as batches:
+            for number in range(-(-len(keys) // distributed.size())):
+                if requests and distributed.agree(requests.stop)[0]:
+                    raise Stopped
+                if number == len(ours):  # the other processes have one more
+                    break
+                pixels, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
                 z, logdet = jet(dequantize(pixels, noise.to(weight.dtype)).permute(0, 3, 1, 2))
                 results.append(torch.stack([bits_per_dim(z, logdet).double(), logdet.double()]))
                 if device.type == "cuda" and len(results) % 16 == 0:
                     torch.cuda.synchronize(device)  # bounds the pinned memory of batches that wait for their copy
-    bits, logdets = (torch.cat(results, 1).cpu().numpy().reshape(2, draws, -1) / draws).sum(1)
+    table = torch.zeros(2, draws, len(array), dtype=torch.float64)  # exact when added up: others hold zeros
+    sizes = [result.shape[1] for result in results]
+    for (draw, start), result in zip(ours, torch.cat(results, 1).cpu().split(sizes, 1) if results else ()):
+        table[:, draw, start:start + batch_size] = result
+    bits, logdets = (distributed.add_up(table).numpy() / draws).sum(1)
     if not np.isfinite(bits).all():
         index = int(np.flatnonzero(~np.isfinite(bits))[0])
         raise NonFiniteError(f"evaluate: image {index} has {bits[index]} bits/dim ({(~np.isfinite(bits)).sum()} "
@@ -406,18 +496,54 @@ def _batch_that_fits(jet, shape, weight):
     return 2 ** min(10, int(math.log2(max(1, free_bytes(weight.device) / 2 / need))))
 
 
-def _evaluate_splits(jet, images, step):
+def _evaluation_is_due(config, state):
+    """Whether the state is one to be evaluated, and was not."""
+    step = state["step"]
+    return ((config.eval_every and step and step % config.eval_every == 0 or step == config.total_steps)
+            and not any(row["step"] == step for row in state["rows"]))
+
+
+def _evaluate_splits(jet, images, step, requests):
     """A row for the test images, all of them, and before it one for some training images."""
     num_train = min(TRAIN_ROW_IMAGES, len(images["test"].array))
-    return [{"step": step, "split": "train", **evaluate(jet, images["train"].array[:num_train])},
-            {"step": step, "split": "test", **evaluate(jet, images["test"])}]
+    return [{"step": step, "split": "train", **evaluate(jet, images["train"].array[:num_train], requests=requests)},
+            {"step": step, "split": "test", **evaluate(jet, images["test"], requests=requests)}]
 
 
 # ---- the run folder
 
+@contextlib.contextmanager
+def _claimed(run_dir, config, wait_s):
+    """(claim, log) of the run folder, for one run at a time; the log is None but in the first process.
+
+    An error within is left in the folder, by the process that saw it first.
+    """
+    claim = Claim(run_dir)
+
+    def begin():
+        claim.take(wait_s)
+        (run_dir / ERROR_NAME).unlink(missing_ok=True)
+        _refuse_other_config(run_dir, config)
+        if not (run_dir / CONFIG_NAME).exists():
+            write_atomically(run_dir / CONFIG_NAME, json.dumps(config.to_dict(), indent=1) + "\n")
+    try:
+        distributed.from_first(begin)
+        try:
+            with _outside_errors():
+                yield claim, RunLog(run_dir) if distributed.rank() == 0 else None
+        except BusyError:
+            raise
+        except Exception as error:
+            if not (run_dir / ERROR_NAME).exists():
+                record_error(run_dir, error)
+            raise
+    finally:
+        claim.release()
+
+
 def _refuse_other_config(run_dir, config):
     """Refuse a run folder whose config.json is of another configuration."""
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG_NAME
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
@@ -443,42 +569,6 @@ def _flat(values, prefix=""):
     return {name: value for key, item in values.items() for name, value in _flat(item, f"{prefix}{key}.").items()}
 
 
-@contextlib.contextmanager
-def _claimed(run_dir, config):
-    """The run folder, with its config.json, for one process at a time: the lock ends with the process."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / "lock", "w")
-    except OSError as error:
-        raise TrainingError(f"{run_dir}: cannot be a run folder ({error.strerror}): choose another") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"{run_dir}: another process is at this run: wait for it to end") from None
-        if not (run_dir / "config.json").exists():
-            write_atomically(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-        yield
-
-
-def read_done(run_dir):
-    """The content of a finished run's done.json, or None."""
-    path = Path(run_dir) / DONE_NAME
-    if not path.exists():
-        return None
-    try:
-        done = json.loads(path.read_text())
-        whole = {"config", "num_params", "test_fingerprint", "git_commit"} <= done.keys() and all(
-            isinstance(row[name], float) for row in done["rows"]
-            for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"))
-        if whole and done["rows"][-1]["split"] == "test":
-            return done
-        raise ValueError("incomplete")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged ({type(error).__name__}: {error}): delete it, and the same command "
-                            "evaluates again") from None
-
-
 def _fresh_jet(config, images):
     """The Jet of a configuration before training, checked against the images."""
     height, width, channels = images.array.shape[1:]
@@ -490,12 +580,12 @@ def _fresh_jet(config, images):
         return Jet(config.model)
 
 
-def _restore(path, config, jet, optimizer, state):
-    """Continue from a checkpoint, where there is one: weights, Adam's moments, step, rows."""
-    if not path.exists():
-        return
-    saved = read_tensors(path)
-    saved.setdefault("micro_batch", None)  # of a run before there was one
+def _restore(run_dir, config, jet, optimizer, state, log):
+    """Continue from the newest whole checkpoint, if any: weights and Adam's moments; returns its state."""
+    path, saved = read_checkpoint(run_dir, log.tell)
+    if not saved:
+        return {}
+    saved = {"micro_batch": None, "processes": 1} | saved  # of a run before there were these
     if saved.get("format") != CHECKPOINT_FORMAT or not {"config", "model", "optimizer", *state} <= saved.keys():
         raise CheckpointError(f"{path}: not a checkpoint of a run: move it away to begin again")
     _refuse_changes(path, saved["config"], config)
@@ -514,60 +604,7 @@ def _restore(path, config, jet, optimizer, state):
             and type(rows) is list and (micro_batch is None or type(micro_batch) is int and micro_batch > 0)):
         raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this run: move it away to "
                               "begin again")
-    state |= {"step": step, "seconds": seconds, "rows": rows, "micro_batch": micro_batch}
-
-
-def _save_checkpoint(run_dir, config, jet, optimizer, state):
-    content = {"format": CHECKPOINT_FORMAT, "config": config.to_dict(), **state,
-               "model": jet.state_dict(), "optimizer": optimizer.state_dict()["state"]}
-    try:
-        write_atomically(run_dir / CHECKPOINT_NAME, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or "writing failed: is the disk full?"
-        raise TrainingError(f"{run_dir}: the checkpoint of step {state['step']} was not saved ({reason}); "
-                            "the one before is untouched: make room and run the same command") from None
-
-
-def write_atomically(path, content):
-    """Write a whole file (text, or what a function writes to it) or leave the old one as it is."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a full disk does not say which file it was
-        raise
-
-
-class RunLog:
-    """log.txt (what happened when) and metrics.csv (training, every tenth step) of a run folder."""
-
-    COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
-
-    def __init__(self, run_dir, step):
-        """Rows of metrics.csv after this step, which a killed run left, are dropped: they come again."""
-        self.log, self.metrics = run_dir / "log.txt", run_dir / "metrics.csv"
-        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
-        rows = text.splitlines(keepends=True)[1:]
-        kept = [row for row in rows if row.endswith("\n") and row.count(",") == self.COLUMNS.count(",")
-                and row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
-        write_atomically(self.metrics, "".join([self.COLUMNS + "\n", *kept]))
-
-    def write(self, message):
-        with open(self.log, "a") as file:
-            file.write(f"{datetime.datetime.now().astimezone().isoformat(timespec='seconds')} {message}\n")
-
-    def step(self, state, config, loss, grad_norm):
-        step = state["step"]
-        if step % 10 == 0 or step == config.total_steps:
-            with open(self.metrics, "a") as file:
-                file.write(f"{step},{step * config.batch_size},{loss!r},{grad_norm!r},"
-                           f"{learning_rate(step - 1, config)!r},{state['seconds']:.3f}\n")
+    return {name: saved[name] for name in state}
 
 
 def progress_bar(config, label, quiet):
@@ -579,8 +616,21 @@ def progress_bar(config, label, quiet):
 
 # ---- what ran it
 
+def check_place(threads, micro_batch, checkpoint_activations):
+    """Raise TrainingError for settings that no run can have."""
+    if not 1 <= threads <= 1024:
+        raise TrainingError(f"threads={threads}: must be from 1 to 1024")
+    if micro_batch is not None and micro_batch < 1:
+        raise TrainingError(f"micro_batch={micro_batch}: must be 1 or more")
+    if checkpoint_activations not in SWITCH:
+        raise TrainingError(f"checkpoint_activations={checkpoint_activations!r}: must be auto, on or off")
+
+
 def pick_device(device):
-    """auto, cpu or cuda -> torch.device; cuda that is not there is an error. A CPU's kernels are built here."""
+    """auto, cpu or cuda -> torch.device; cuda that is not there is an error. A CPU's kernels are built here.
+
+    Of several processes on a machine each takes a GPU of its own.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -590,6 +640,10 @@ def pick_device(device):
     try:
         if device == "cpu":
             kernels.name()
+        elif distributed.local_size() > 1 and device == "cuda":
+            if torch.cuda.device_count() > 1:  # with one, it was chosen by whoever placed us
+                device = f"cuda:{distributed.local_rank()}"
+            torch.cuda.set_device(device)
         return torch.empty(0, device=device).device
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"device {device!r}: {str(error).splitlines()[0]}") from None
@@ -606,8 +660,25 @@ def hardware(device):
         return platform.processor() or platform.machine()
 
 
+def peak_memory_gib(device):
+    """The most memory that this process has taken on its device so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def _where(processes, threads, hosts):
+    """"4 processes of 1 thread on node1, node2, job 12 (restart 1)"."""
+    job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return (f"{processes} process{'es' * (processes > 1)} of {threads} thread{'s' * (threads > 1)} on "
+            f"{', '.join(dict.fromkeys(hosts))}{job}{f' (restart {restarts})' if restarts != '0' else ''}")
+
+
 def git_commit():
     """(commit, "clean" or "dirty") of this code; ("", "") outside a git checkout. Results do not count."""
+    if COMMIT_FILE.exists():
+        return tuple(json.loads(COMMIT_FILE.read_text()))
     def git(*arguments):
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
     try:
@@ -691,8 +762,8 @@ def add_place_flags(parser, threads="1"):
                         help="images in memory at a time; gradients add up over the batch (default: what fits)")
     parser.add_argument("--checkpoint-activations", choices=SWITCH, default="auto",
                         help="recompute activations in backward: same bits, less memory (default: auto, where needed)")
-    parser.add_argument("--checkpoint-every-s", type=float, default=60, metavar="SECONDS",
-                        help="time between checkpoints (default: 60)")
+    parser.add_argument("--checkpoint-every-s", type=float, metavar="SECONDS",
+                        help="time between checkpoints (default: 60, or 20 times what the last one took)")
 
 
 def place_options(flags):
@@ -707,7 +778,7 @@ def one_line_errors(program, *more):
     try:
         yield
     except (DataError, CheckpointError, TrainingError, *more) as error:
-        sys.exit(f"{program}: error: {error}")
+        sys.exit(1 if getattr(error, "told", False) else f"{program}: error: {error}")
     except OSError as error:
         sys.exit(f"{program}: error: {error.filename or 'writing'}: {error.strerror or error}: the same command "
                  "goes on when this is mended")
@@ -733,8 +804,15 @@ def main(arguments=None):
         except ValueError as error:
             parser.error(str(error))
         run_dir = Path(flags["run_dir"] or ROOT / "runs" / f"{Path(config.data).stem}-{config.hash}")
-        print(f"run folder {run_dir}, seed {config.seed}")
-        done = train(config, run_dir, **place_options(flags))
+        distributed.start()
+        if first := distributed.rank() == 0:
+            print(f"run folder {run_dir}, seed {config.seed}", flush=True)
+        with Requests().on() as requests:
+            done = train(config, run_dir, requests=requests, **place_options(flags))
+        if "bits_per_dim" not in done:
+            sys.exit(f"{parser.prog}: stopped at step {done['step']}: the same command goes on" if first else 1)
+        if not first:
+            return
         same = done["test_fingerprint"] == done["train_fingerprint"]
         print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on {done['num_images']:,} test "
               f"images of {done['dataset']}{' (the training images themselves)' if same else ''}, variant "

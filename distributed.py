@@ -1,0 +1,115 @@
+"""Several processes at one run, by torch.distributed: gloo on CPUs, NCCL on GPUs.
+
+    torchrun --nproc-per-node 4 train.py ...
+
+torchrun (or a Slurm job of experiments/cluster.py) tells each process its rank; the first one, of rank 0, alone
+reads and writes files. With one process every function here does nothing, or what its name says at once.
+"""
+import datetime
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start():
+    """Join the other processes where the environment names any; later calls do nothing.
+
+    The timeout bounds how long a process waits for one that was lost without a word; the first may take minutes
+    to write a large checkpoint while others wait.
+    """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+
+
+def size():
+    """The number of processes at this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank():
+    """The number of this process among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size():
+    """How many of the processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if size() > 1 else 1
+
+
+def part(n):
+    """The slice of n things that is this process's: of 0 ... n - 1 every one is in one part."""
+    return slice(rank() * n // size(), (rank() + 1) * n // size())
+
+
+def agree(*values):
+    """The largest of each number over the processes: equal in all of them, and with no wait for a GPU."""
+    if size() == 1:
+        return values
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def add_up(tensor):
+    """The tensor's sum over the processes, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first(function, *arguments):
+    """What the first process's function returns or raises, in all of them; small values only."""
+    if size() == 1:
+        return function(*arguments)
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        outcome[1].told = rank() > 0  # the first process tells it
+        raise outcome[1]
+    return outcome[0]
+
+
+def from_all(value):
+    """The small values of all processes, in the order of their ranks."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def wrap(jet):
+    """The Jet with gradients that are means over the processes, and the first one's weights in all of them."""
+    if size() == 1:
+        return jet
+    # find_unused_parameters: else the first step of a process sorts gradients into other buckets than later ones
+    # do, and adds them up in another order: a restart would not give the same bits. None is unused, it says.
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    return DistributedDataParallel(jet, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                   find_unused_parameters=True)
+
+
+def copy_moments(optimizer):
+    """The first process's Adam moments, if it has any, in all of them; weights are DistributedDataParallel's."""
+    if size() == 1 or not agree(bool(optimizer.state))[0]:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name, like in (("step", torch.zeros((), device=parameter.device)), ("exp_avg", parameter),
+                               ("exp_avg_sq", parameter)):
+                state.setdefault(name, torch.zeros_like(like, requires_grad=False))
+                dist.broadcast(state[name], 0)
