@@ -179,6 +179,12 @@ def is_dead(holder, now):
     return now - holder["beat"] > DEAD_AFTER_S
 
 
+def is_running(run_dir):
+    """Whether a process is at a run now."""
+    holder = read_claim(run_dir)
+    return holder is not None and not is_dead(holder, time.time())
+
+
 def describe(holder):
     if holder is None:
         return "its claim is gone"
@@ -290,8 +296,8 @@ def _is_whole(row):
 class RunLog:
     """log.txt (what happened when) and metrics.csv (training, step by step) of a run folder."""
 
-    def __init__(self, run_dir):
-        self.log, self.metrics = Path(run_dir) / LOG_NAME, Path(run_dir) / METRICS_NAME
+    def __init__(self, run_dir, echo=False):
+        self.echo, self.log, self.metrics = echo, Path(run_dir) / LOG_NAME, Path(run_dir) / METRICS_NAME
 
     def begin(self, step):
         """Drop the rows of metrics.csv after this step, which come again, and those that a kill has torn."""
@@ -308,11 +314,14 @@ class RunLog:
         with open(self.log, "ab+") as file:
             torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
             file.write(f"{chr(10) if torn else ''}{now} {message}\n".encode())
+        if self.echo:
+            print(message, flush=True)
 
     def tell(self, message):
         """A line for the log and for whoever sits at the terminal."""
         self.write(message)
-        print(message, file=sys.stderr)
+        if not self.echo:
+            print(message, file=sys.stderr)
 
     def add(self, rows):
         """Rows of metrics.csv."""

@@ -262,8 +262,9 @@ def compile_couplings(jet):
 class Requests:
     """What signals ask of a run: to stop after this step with a checkpoint, or to save one and go on."""
 
-    def __init__(self):
+    def __init__(self, quiet=False):
         self.stop = self.save = False
+        self.quiet = quiet
 
     @contextlib.contextmanager
     def on(self, stop=(signal.SIGINT, signal.SIGTERM), save=()):
@@ -271,7 +272,7 @@ class Requests:
         def handle(number, _):
             if number == signal.SIGINT and self.stop:
                 raise KeyboardInterrupt
-            if number in stop and not self.stop:  # not print: it may be what was interrupted
+            if number in stop and not (self.stop or self.quiet):  # not print: it may be what was interrupted
                 os.write(2, f"\n{signal.Signals(number).name}: stopping with a checkpoint after this step\n".encode())
             self.stop, self.save = self.stop or number in stop, self.save or number in save
         before = {number: signal.signal(number, handle) for number in (*stop, *save)}
@@ -290,7 +291,7 @@ class Stopped(Exception):
 @_full_float32()
 def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1, compile=False,
           micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=None, requests=None, wait_s=0,
-          label="", quiet=False):
+          label="", quiet=False, echo=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
     config: TrainConfig. run_dir: gets the files that run_folder.py lists; the last two checkpoints are kept.
@@ -300,6 +301,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     decides the result is in config. checkpoint_activations (auto, on, off) trades time for memory.
     checkpoint_every_s: None is a minute, or 20 times what the last one took, if that is more.
     requests: Requests, looked at after each step. wait_s: how long to wait for another process to end this run.
+    quiet: no progress bar. echo: what goes to log.txt is printed, too.
     Returns what done.json holds: config, rows (a dict per evaluation and split), the last test row's
     bits_per_dim, bits_per_dim_se and num_images, seconds, and what ran it. A run that was stopped
     returns {"step": ...}.
@@ -321,7 +323,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     optimizer = make_optimizer(jet.parameters(), config)
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
 
-    with (_claimed(run_dir, config, wait_s) as (claim, log),
+    with (_claimed(run_dir, config, wait_s, echo) as (claim, log),
           progress_bar(config, label, quiet or log is None) as bar):
         if (done := distributed.from_first(read_done, run_dir)) is not None:
             return done  # finished by the process that we have waited for
@@ -408,7 +410,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
                 "num_params": sum(parameter.numel() for parameter in jet.parameters()),
                 "train_seconds": state["seconds"], "first_step_seconds": first_step_seconds,
                 "micro_batch": state["micro_batch"], "checkpoint_activations": jet.checkpoint_activations,
-                "processes": processes, "hosts": hosts, "peak_memory_gib": distributed.agree(peak_memory_gib(device))[0],
+                "hosts": hosts, "peak_memory_gib": distributed.agree(peak_memory_gib(device))[0],
                 **_provenance(images, device, threads)}
 
         def finish():
@@ -513,7 +515,7 @@ def _evaluate_splits(jet, images, step, requests):
 # ---- the run folder
 
 @contextlib.contextmanager
-def _claimed(run_dir, config, wait_s):
+def _claimed(run_dir, config, wait_s, echo):
     """(claim, log) of the run folder, for one run at a time; the log is None but in the first process.
 
     An error within is left in the folder, by the process that saw it first.
@@ -530,7 +532,7 @@ def _claimed(run_dir, config, wait_s):
         distributed.from_first(begin)
         try:
             with _outside_errors():
-                yield claim, RunLog(run_dir) if distributed.rank() == 0 else None
+                yield claim, RunLog(run_dir, echo) if distributed.rank() == 0 else None
         except BusyError:
             raise
         except Exception as error:
@@ -698,7 +700,7 @@ def _provenance(images, device, threads):
     commit, tree = git_commit()
     return {"dataset": images["test"].name, "variant": images["test"].variant,
             "train_fingerprint": images["train"].fingerprint, "test_fingerprint": images["test"].fingerprint,
-            "device": device.type, "hardware": hardware(device), "threads": threads,
+            "device": device.type, "hardware": hardware(device), "threads": threads, "processes": distributed.size(),
             "kernels": _cpu_kernels(device),
             "git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree),
             "python_version": platform.python_version(), "torch_version": torch.__version__,

@@ -1,11 +1,14 @@
 """Runs the grid of an experiment, skips what is finished, resumes what is not, and collects a CSV.
 
-An experiment declares a pure function configs(scale) -> [Point]; main() does the rest.
+An experiment declares a pure function configs(scale) -> [Point]; main() does the rest, here or on a cluster.
 """
 import contextlib
 import dataclasses
 import math
+import multiprocessing
+import os
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +16,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from convert import CHECKPOINT_NAME
+from data import load_images
+from experiments import cluster, watch
 from jet import Jet, forward_flops
 from paper_figures.results_csv import KEY, ResultsError, columns, read_results
-from train import (ArgumentParser, NonFiniteError, TrainConfig, TrainingError, add_place_flags, one_line_errors,
-                   place_options, read_done, train, write_atomically)
+from run_folder import DONE_NAME, ERROR_NAME, BusyError, is_running, read_done, read_error, remove_leftovers, write_atomically
+from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, one_line_errors,
+                   pick_device, place_options, train)
 
 SCALES = ("smoke", "small", "medium", "paper")
 THREADS = {"smoke": 1, "small": 2, "medium": 2, "paper": 2}  # smoke models gain little from two, and threads
@@ -60,11 +65,9 @@ class Run:
         return self.runs_dir / self.run_id
 
     @property
-    def state(self):
-        """done, started or new."""
-        if read_done(self.folder) is not None:
-            return "done"
-        return "started" if (self.folder / CHECKPOINT_NAME).exists() else "new"
+    def is_done(self):
+        """Whether it has a result; a damaged one counts: it is told, and not trained again."""
+        return (self.folder / DONE_NAME).exists()
 
     def rows(self, experiment, scale):
         """The CSV rows of a finished run: what the process that measured them has recorded."""
@@ -114,18 +117,33 @@ def parse_shard(text):
     return int(part), int(parts)
 
 
-def print_plan(runs):
+def print_plan(runs, images_per_s, processes, gpus):
+    """Runs, sizes and cost. images_per_s: of one process, or None: measured on the runs that are done."""
+    found = watch.statuses(runs)
     plan = pd.DataFrame({
         "run": [run.name for run in runs], "seed": [run.config.seed for run in runs],
         "channel share": [f"{channel_share(run.config.model):.3f}" for run in runs],
         "parameters": [f"{num_parameters(run.config.model):,}" for run in runs],
         "training FLOPs": [f"{train_flops(run.config):.3g}" for run in runs],
-        "state": [run.state for run in runs]})
+        "state": [status.state for status in found]})
     print(plan.to_string(index=False))
-    config, counts = runs[0].config, plan["state"].value_counts()
-    print(f"{len(runs)} runs ({', '.join(f'{count} {state}' for state, count in counts.items())}), each "
-          f"{config.total_steps:,} steps of {config.batch_size:,} images of {config.data}; "
-          f"{sum(train_flops(run.config) for run in runs):.3g} training FLOPs in all")
+    config = runs[0].config
+    print(f"{len(runs)} runs ({watch.count(found)}), each {config.total_steps:,} steps of {config.batch_size:,} images "
+          f"of {config.data}; {sum(train_flops(run.config) for run in runs):.3g} training FLOPs in all")
+    done = [read_done(run.folder) for run, status in zip(runs, found) if status.state == "done"]
+    speed, source = images_per_s, "given"
+    if not speed and done:
+        speed = pd.Series([config.total_steps * config.batch_size / max(result["train_seconds"], 1e-9)
+                           / (result.get("processes") or 1) for result in done]).median()
+        source = f"measured in {len(done)} runs that are done, on {done[0]['hardware']}"
+        gpus = done[0]["device"] == "cuda"
+    if speed:
+        left = sum((run.config.total_steps - status.step) * run.config.batch_size for run, status in zip(runs, found))
+        unit, one = ("GPU-hours", "GPU") if gpus or images_per_s else ("CPU-process-hours", "process")
+        print(f"{left / speed / 3600:,.2f} {unit} to go, of training, at {speed:,.0f} images/s a {one} ({source})"
+              + (f"; {processes} processes to a run" if processes > 1 else ""))
+    else:
+        print("GPU-hours: not known before a run is done here; --images-per-s N tells them from the speed of one GPU")
 
 
 def print_table(rows, swept):
@@ -142,25 +160,92 @@ def print_table(rows, swept):
     print(table.to_string(index=False))
 
 
-def run_all(runs, place):
-    """Run what is not done, in this process, one after the other; a line for each run that failed."""
-    failed, width = [], max(len(run.label) for run in runs)
-    for number, run in enumerate(runs, 1):
-        if run.state == "done":
-            continue
-        try:
+def run_all(runs, place, requests, labels=True):
+    """Run what is not done, one after the other; a run that another process is at is waited for.
+
+    What fails is told by its error.txt, and the others go on.
+    """
+    width, waiting, told = max(len(run.label) for run in runs), list(runs), []
+    while waiting and not requests.stop:
+        for number, run in [(runs.index(run) + 1, run) for run in waiting]:
+            if requests.stop:
+                return
+            if run.is_done or read_error(run.folder):
+                waiting.remove(run)
+                continue
             label = f"[{number:{len(str(len(runs)))}}/{len(runs)}] {run.label:{width}}"
-            train(run.config, run.folder, label=label, **place)
-        except NonFiniteError as error:  # this run's own fault: the others go on
-            failed.append(f"{run.label}: {error} ({run.folder})")
-            print(failed[-1], file=sys.stderr)
-    return failed
+            try:
+                train(run.config, run.folder, label=label, requests=requests, quiet=not labels, **place)
+            except BusyError as error:
+                if labels and run not in told:
+                    told.append(run)
+                    print(f"{run.label}: waiting for another process ({error})")
+                continue
+            except Exception as error:  # it is in the run's error.txt, but for what could not be written there
+                if labels or not read_error(run.folder):
+                    print(f"{run.label}: {error} ({run.folder})", file=sys.stderr)
+            if not requests.stop:
+                waiting.remove(run)
+        if waiting and not requests.stop:
+            time.sleep(0.5)
+
+
+class _WorkerRequests(Requests):
+    """A worker stops when its parent is gone, too."""
+    parent = None
+
+    @property
+    def stop(self):
+        return self._stop or os.getppid() != self.parent
+
+    @stop.setter
+    def stop(self, value):
+        self._stop = value
+
+
+def _work(runs, place, parent):
+    requests = _WorkerRequests(quiet=True)
+    requests.parent = parent
+    with requests.on():
+        run_all(runs, place, requests, labels=False)
+
+
+def run_in_parallel(runs, place, jobs, requests):
+    """Run what is not done in so many processes, which share the runs out by their claims."""
+    context = multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count() if place["device"] in ("auto", "cuda") else 0
+    places = [place | ({"device": f"cuda:{number % gpus}"} if gpus else {}) for number in range(jobs)]
+    workers = [context.Process(target=_work, args=(runs, place, os.getpid())) for place in places]
+    for worker in workers:
+        worker.start()
+    watch.follow(runs, lambda found: requests.stop or not any(worker.is_alive() for worker in workers), every_s=0.5)
+    for worker in workers:
+        if requests.stop and worker.is_alive():
+            worker.terminate()  # stops it with a checkpoint
+        worker.join()
+
+
+def failures(runs):
+    """A line for each run that has not finished, and why."""
+    lines = []
+    for run in runs:
+        try:
+            if read_done(run.folder) is None:
+                lines.append(f"{run.label}: {read_error(run.folder) or 'not finished'} ({run.folder})")
+        except TrainingError as error:
+            lines.append(f"{run.label}: {error}")
+    return lines
 
 
 def collect(runs, experiment, scale, swept, csv, pieces=()):
     """Write the CSV of the finished runs, and of rows measured elsewhere (shards); returns its rows."""
-    rows = pd.DataFrame([row for run in runs if run.state == "done" for row in run.rows(experiment, scale)],
-                        columns=columns(swept))
+    rows = []
+    for run in runs:
+        try:
+            rows += run.rows(experiment, scale) if run.is_done else []
+        except TrainingError as error:
+            print(error, file=sys.stderr)
+    rows = pd.DataFrame(rows, columns=columns(swept))
     order = {run.run_id: position for position, run in enumerate(runs)}
     for piece in pieces:
         extra = read_results(piece, experiment, swept)
@@ -175,57 +260,161 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
         dropped = set(read_results(csv, experiment, swept)["run_id"]) - set(rows["run_id"])
         if dropped:
             print(f"{csv.name} had {len(dropped)} more runs (more --seeds?): they are not in it now, their run folders stay")
+    remove_leftovers(csv.parent, csv.name, older_than_s=3600)
     write_atomically(csv, rows.to_csv(index=False, lineterminator="\n"))
     print(csv)
     return rows
 
 
-def main(experiment, description, configs, swept, draw, arguments=None):
-    """The command line of an experiment: run the grid (or a shard), write its CSV, draw its figure."""
+def make_parser(experiment, description):
+    """The command line of an experiment."""
     parser = ArgumentParser(prog=f"{experiment}.py", description=description)
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="default: smoke")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     parser.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the grid, into a CSV of its own")
-    parser.add_argument("--dry-run", action="store_true", help="list runs, parameters, FLOPs and state; run nothing")
-    parser.add_argument("--collect", action="store_true",
-                        help="run nothing; merge finished runs and the CSVs of shards, and draw")
-    add_place_flags(parser, "1 at smoke scale, else 2")
+    parser.add_argument("--cluster", choices=("local", "slurm", "debug"), default="local",
+                        help="where runs are run: here, as jobs of a Slurm cluster, or only the first that is not done, "
+                        "here, with its log (default: local)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time with --cluster local, each in a "
+                        "process of its own (default: 1)")
+    instead = parser.add_argument_group("instead of running anything; any of them from any shell, with the same "
+                                        "--scale, --seeds and --runs-dir")
+    instead.add_argument("--dry-run", action="store_true", help="list runs, parameters, cost, state and Slurm's settings")
+    instead.add_argument("--images-per-s", type=float, metavar="X", help="speed of one GPU, for the hours of --dry-run")
+    instead.add_argument("--status", action="store_true", help="what has become of each run")
+    instead.add_argument("--wait", action="store_true", help="follow what is queued or running to its end")
+    instead.add_argument("--cancel", action="store_true", help="cancel what is queued or running on Slurm")
+    instead.add_argument("--collect", action="store_true",
+                         help="merge finished runs and the CSVs of shards, and draw; after --wait, if both are given")
+    add_place_flags(parser.add_argument_group("how a run is run"), "1 at smoke scale, else 2")
+    cluster.add_cluster_flags(parser.add_argument_group("with --cluster slurm"))
     for name, default in (("runs", "runs"), ("results", "results"), ("figures", "paper_figures/out")):
         parser.add_argument(f"--{name}-dir", type=Path, default=ROOT / default, metavar="DIR",
                             help=f"default: {default}")
+    return parser
+
+
+def main(experiment, description, configs, swept, draw, arguments=None):
+    """The command line of an experiment: run the grid (or a shard), write its CSV, draw its figure."""
+    parser = make_parser(experiment, description)
     flags = parser.parse_args(arguments)
-    with one_line_errors(parser.prog, ResultsError):
-        if flags.seeds < 1:
-            parser.error(f"--seeds {flags.seeds}: must be 1 or more")
-        runs_dir = flags.runs_dir / f"{experiment}_{flags.scale}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("several processes at once run train.py; for a sweep, use --jobs or --cluster slurm")
+    with one_line_errors(parser.prog, ResultsError, cluster.ClusterError):
+        for name in ("seeds", "jobs"):
+            if getattr(flags, name) < 1:
+                parser.error(f"--{name} {getattr(flags, name)}: must be 1 or more")
+        if flags.images_per_s is not None and flags.images_per_s <= 0:
+            parser.error(f"--images-per-s {flags.images_per_s}: must be above 0")
+        watching = flags.status or flags.wait or flags.cancel or flags.collect
+        if flags.cluster != "slurm" and not watching and (given := cluster.given_cluster_flags(flags)):
+            parser.error(f"{', '.join(given)}: only with --cluster slurm")
+        if flags.cluster != "local" and flags.jobs > 1:
+            parser.error(f"--jobs {flags.jobs}: only with --cluster local; on Slurm, --max-parallel limits runs at a time")
+        flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
+        runs_dir = flags.runs_dir.absolute() / f"{experiment}_{flags.scale}"
         grid = [point.run(seed, runs_dir) for seed in range(flags.seeds) for point in configs(flags.scale)]
         runs, csv = grid, flags.results_dir / f"{experiment}_{flags.scale}.csv"
-        if flags.shard:
-            try:
+        try:
+            if flags.shard:
                 part, parts = parse_shard(flags.shard)
-            except ValueError as error:
-                parser.error(str(error))
-            runs = grid[part - 1::parts]
-            if not runs:
-                parser.error(f"--shard {flags.shard}: the grid has only {len(grid)} runs")
-            csv = csv.with_suffix(f".shard-{part}-of-{parts}.csv")
+                runs, csv = grid[part - 1::parts], csv.with_suffix(f".shard-{part}-of-{parts}.csv")
+                if not runs:
+                    raise ValueError(f"--shard {flags.shard}: the grid has only {len(grid)} runs")
+            settings = cluster.sbatch_settings(flags, flags.threads)
+        except ValueError as error:
+            parser.error(str(error))
         if flags.dry_run:
-            return print_plan(runs)
+            print_plan(runs, flags.images_per_s, settings["nodes"] * settings["ntasks_per_node"], flags.gpus_per_node)
+            if flags.cluster == "slurm":
+                cluster.print_settings(settings, len(runs), flags.max_parallel)
+            return
+        if flags.cancel:
+            print(f"{cluster.cancel(runs)} jobs cancelled: the same command that submitted them goes on from their last "
+                  "checkpoints")
+        if flags.wait:
+            watch.follow(runs)
+        if flags.status or flags.wait:
+            found = watch.statuses(runs)
+            watch.print_statuses(runs, found)
+            bad = [status for status in found if status.state == "failed" or flags.wait and status.state != "done"]
+            if bad and not flags.collect:
+                sys.exit(1)
+        if watching and not flags.collect:
+            return
         for folder in (runs_dir, flags.results_dir, flags.figures_dir):
             folder.mkdir(parents=True, exist_ok=True)
+        if flags.cluster == "slurm" and not flags.collect:
+            return submit(experiment, parser.prog, runs, runs_dir, flags, settings)
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}, "
-              f"{sum(run.state == 'done' for run in runs)} of them done")
-        flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
-        failed = [] if flags.collect else run_all(runs, place_options(vars(flags)))
+              f"{sum(run.is_done for run in runs)} of them done")
+        if not flags.collect:
+            run_here(parser.prog, runs, flags)
         pieces = sorted(flags.results_dir.glob(f"{csv.stem}.shard-*.csv")) if flags.collect else ()
         rows = collect(runs, experiment, flags.scale, swept, csv, pieces)
         if not rows.empty:
             print_table(rows, swept)
-        if failed:
-            sys.exit(f"{parser.prog}: error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        finished = set(rows["run_id"])
+        failed = [] if flags.collect else failures([run for run in runs if run.run_id not in finished])
+        if failed and flags.cluster == "local":
+            more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
+            sys.exit(f"{parser.prog}: error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed[:3])}{more}")
         if rows.empty:
             sys.exit(f"{parser.prog}: error: no run of {flags.scale} scale has finished: nothing to collect (without "
                      "--collect, the same command runs them)")
+        if flags.cluster == "debug" and failed:
+            return print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: the figure is drawn when all are")
         if not flags.shard:
             for path in draw(csv, flags.figures_dir):
                 print(path)
+
+
+def run_here(program, runs, flags):
+    """Run what is not done in this process, or in --jobs of them; with --cluster debug the first, with its log."""
+    place = place_options(vars(flags))
+    todo = [run for run in runs if not run.is_done]
+    if not todo:
+        return
+    pick_device(flags.device)  # what is wrong with all runs is told once, and no run begins
+    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations)
+    for data in {run.config.data for run in todo}:
+        load_images(data, "train", flags.data_root)
+    for run in todo:
+        if not is_running(run.folder):
+            for name in (ERROR_NAME, cluster.JOB_NAME):
+                (run.folder / name).unlink(missing_ok=True)
+    with Requests().on() as requests:
+        if flags.cluster == "debug":
+            run = todo[0]
+            print(f"{run.label}: {run.folder}")
+            train(run.config, run.folder, label=run.label, requests=requests, echo=True, **place)
+        elif flags.jobs > 1 and len(todo) > 1:
+            run_in_parallel(todo, place, min(flags.jobs, len(todo)), requests)
+        else:
+            run_all(runs, place, requests)
+    if requests.stop:
+        sys.exit(f"{program}: stopped: the same command goes on")
+
+
+def submit(experiment, program, runs, runs_dir, flags, settings):
+    """Submit what is not done, running or queued."""
+    cluster.check_slurm()
+    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations)
+    root = flags.data_root or os.environ.get("JET_DATA")
+    load_images(runs[0].config.data, "train", root)
+    place = place_options(vars(flags)) | ({"data_root": os.path.abspath(root)} if root else {})
+    if flags.gpus_per_node and flags.device == "auto":
+        place["device"] = "cuda"  # what was asked for: on a node without it the run fails, and says so
+    with cluster.submitting(runs_dir):
+        found = watch.statuses(runs)
+        todo = [run for run, status in zip(runs, found) if status.state not in ("done", "running", "queued")]
+        print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}: {watch.count(found)}")
+        if todo:
+            job = cluster.submit(todo, f"{experiment}_{flags.scale}", settings, place, runs_dir, flags.max_parallel,
+                                 flags.allow_dirty)
+            print(f"submitted {len(todo)} runs as job {job}, at most {min(flags.max_parallel or len(todo), len(todo))} at a "
+                  "time")
+        else:
+            print("nothing to submit")
+    same = f"{program} --scale {flags.scale} --seeds {flags.seeds}"
+    print(f"watch with {same} --status or --wait, then {same} --collect; --cancel cancels (and --runs-dir, if given)")

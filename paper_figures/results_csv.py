@@ -10,7 +10,7 @@ MEASURED = (
     "channel_share", "num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
     "total_steps", "lr", "precision", "step", "images_seen", "split", "bits_per_dim", "bits_per_dim_se",
     "num_images", "logdet_cap_share", "num_params", "train_flops", "train_seconds", "device", "hardware",
-    "threads", "dataset", "variant", "fingerprint", "train_fingerprint", "git_commit", "git_dirty",
+    "threads", "processes", "dataset", "variant", "fingerprint", "train_fingerprint", "git_commit", "git_dirty",
     "python_version", "torch_version", "numpy_version")
 KEY = ["run_id", "seed", "step", "split"]
 NUMBERS = ("seed", "channel_share", "step", "images_seen", "bits_per_dim", "num_images", "total_steps")

@@ -88,8 +88,9 @@ def test_dry_run_lists_every_scale_without_the_data(scale, capsys, monkeypatch, 
     sweep.main("ablate_coupling", "", ablate_coupling.configs, figure4.SWEPT, None,
                ["--scale", scale, "--dry-run", "--runs-dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(ablate_coupling.configs(scale)) + 2
-    assert all(line.endswith("new") for line in lines[1:-1]) and "training FLOPs in all" in lines[-1]
+    assert len(lines) == len(ablate_coupling.configs(scale)) + 3
+    assert all(line.endswith("new") for line in lines[1:-2]) and "training FLOPs in all" in lines[-2]
+    assert "GPU-hours: not known" in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,7 +173,7 @@ def test_dry_run_tells_the_state(finished, tmp_path, capsys):
     point = tiny_experiment.configs("smoke")[0]
     train_module.train(point.config, point.run(0, tmp_path / "runs/tiny_experiment_smoke").folder, stop_after=1, quiet=True)
     run(tmp_path, "--dry-run")
-    assert "3 runs (2 new, 1 started)" in capsys.readouterr().out
+    assert "3 runs (1 stopped, 2 new)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,0 +1,105 @@
+"""What has become of the runs of a grid, told from their folders and from Slurm's queue, in any shell."""
+import collections
+import contextlib
+import dataclasses
+import datetime
+import time
+
+import pandas as pd
+from tqdm import tqdm
+
+from convert import CHECKPOINT_NAME
+from experiments import cluster
+from run_folder import DONE_NAME, LOG_NAME, PREVIOUS_NAME, TrainingError, is_running, read_done, read_error, read_progress
+
+STATES = ("done", "running", "queued", "failed", "cancelled", "stopped", "new")  # the order they are counted in
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """state: done; running or queued (now); failed, cancelled or stopped (with a checkpoint); new."""
+    state: str
+    step: int = 0
+    bits_per_dim: str = ""
+    left_s: float | None = None
+    note: str = ""
+
+
+def statuses(runs):
+    """The Status of each run. Raises ClusterError when runs were submitted and Slurm cannot be asked."""
+    unfinished = [run for run in runs if not (run.folder / DONE_NAME).exists()]
+    queue = cluster.read_queue(unfinished)
+    return [_status(run, queue.get(run.folder)) for run in runs]
+
+
+def _status(run, entry):
+    folder, total = run.folder, run.config.total_steps
+    try:
+        if done := read_done(folder):
+            return Status(state="done", step=total, bits_per_dim=f"{done['bits_per_dim']:.4f}")
+    except TrainingError as error:
+        return Status(state="failed", note=str(error))
+    step, bits, seconds = read_progress(folder)
+    known = {"step": step, "bits_per_dim": f"{bits:.3f} (batch)" if step else ""}
+    if is_running(folder) or entry and entry[0] in cluster.RUNNING:
+        left = (total - step) * seconds / step if step else None
+        return Status(state="running", left_s=left, note=f"job {entry[2]}" if entry else "", **known)
+    if entry:
+        return Status(state="queued", note=f"job {entry[2]}" + (f" ({entry[1]})" if entry[1] != "None" else ""), **known)
+    if error := read_error(folder):
+        return Status(state="failed", note=f"{error} ({folder / LOG_NAME})", **known)
+    if (job := cluster.read_job(run)) and job["job"]:
+        ended, log = cluster.how_it_ended(job)
+        if ended == "CANCELLED":
+            return Status(state="cancelled", note=f"job {job['job']}", **known)
+        return Status(state="failed", note=f"job {job['job']} ended as {ended or 'unknown'}: {_last_line(log)} ({log})", **known)
+    started = (folder / CHECKPOINT_NAME).exists() or (folder / PREVIOUS_NAME).exists()
+    return Status(state="stopped" if started else "new", **known)
+
+
+def _last_line(log):
+    """The last line of a job's log that is not Slurm's own, if there is one."""
+    with contextlib.suppress(OSError):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        ours = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
+        return (ours or lines or ["its log is empty"])[-1]
+    return "it has no log"
+
+
+def count(found):
+    """"3 done, 1 running"."""
+    counts = collections.Counter(status.state for status in found)
+    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+
+
+def print_statuses(runs, found):
+    """A line for each run, and one for all."""
+    table = pd.DataFrame({
+        "run": [run.name for run in runs], "seed": [run.config.seed for run in runs],
+        "state": [status.state for status in found],
+        "steps": [f"{status.step:,}/{run.config.total_steps:,}" for run, status in zip(runs, found)],
+        "bits/dim": [status.bits_per_dim for status in found],
+        "left": ["" if status.left_s is None else str(datetime.timedelta(seconds=round(status.left_s)))
+                 for status in found],
+        "": [status.note if status.state not in ("failed",) else "see below" for status in found]})
+    print(table.to_string(index=False))
+    for run, status in zip(runs, found):
+        if status.state == "failed":
+            print(f"failed: {run.label}: {status.note}")
+    print(f"{len(runs)} runs: {count(found)}")
+
+
+def follow(runs, is_over=lambda found: not {"running", "queued"} & {status.state for status in found}, every_s=2):
+    """A bar over the steps of all runs until they are over; returns their last statuses."""
+    with tqdm(total=sum(run.config.total_steps for run in runs), dynamic_ncols=True, mininterval=0,
+              bar_format="|{bar:20}| {n_fmt}/{total_fmt} steps, {desc} [{elapsed}, {remaining} left]") as bar:
+        while True:
+            found = statuses(runs)
+            steps, text = sum(status.step for status in found), count(found)
+            bar.initial = bar.initial or steps  # else what was done before counts as speed
+            if steps != bar.n or not bar.desc.startswith(text):
+                bar.n = steps
+                bar.set_description_str(text, refresh=True)
+            if is_over(found):
+                return found
+            time.sleep(every_s)
