@@ -394,6 +394,8 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
                         log.write(f"first step: {seconds:.2f} s{', with compilation' if compile else ''}")
                 if save_now:
                     distributed.from_first(save)
+                    if log and requests.save:
+                        log.write(f"saved at step {taken}: a signal came")
                     requests.save, saved, save_seconds = False, time.monotonic(), time.monotonic() - read
                 if stop_now:
                     break

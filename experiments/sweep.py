@@ -345,7 +345,7 @@ def main(experiment, description, configs, swept, draw, arguments=None):
         for folder in (runs_dir, flags.results_dir, flags.figures_dir):
             folder.mkdir(parents=True, exist_ok=True)
         if flags.cluster == "slurm" and not flags.collect:
-            return submit(experiment, parser.prog, runs, runs_dir, flags, settings)
+            return submit(experiment, runs, runs_dir, flags, settings)
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}, "
               f"{sum(run.is_done for run in runs)} of them done")
         if not flags.collect:
@@ -396,7 +396,7 @@ def run_here(program, runs, flags):
         sys.exit(f"{program}: stopped: the same command goes on")
 
 
-def submit(experiment, program, runs, runs_dir, flags, settings):
+def submit(experiment, runs, runs_dir, flags, settings):
     """Submit what is not done, running or queued."""
     cluster.check_slurm()
     check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations)
@@ -416,5 +416,8 @@ def submit(experiment, program, runs, runs_dir, flags, settings):
                   "time")
         else:
             print("nothing to submit")
-    same = f"{program} --scale {flags.scale} --seeds {flags.seeds}"
-    print(f"watch with {same} --status or --wait, then {same} --collect; --cancel cancels (and --runs-dir, if given)")
+            return
+    same = f"python {sys.argv[0]}" + "".join(f" --{name} {value}" for name, value, default in (
+        ("scale", flags.scale, "smoke"), ("seeds", flags.seeds, 1), ("shard", flags.shard, None),
+        ("runs-dir", flags.runs_dir, ROOT / "runs")) if value != default)
+    print(f"from any shell: {same} --status (or --wait, --collect, --cancel)")
