@@ -5,6 +5,7 @@
 torchrun (or a Slurm job of experiments/cluster.py) tells each process its rank; the first one, of rank 0, alone
 reads and writes files. With one process every function here does nothing, or what its name says at once.
 """
+import atexit
 import datetime
 import os
 import warnings
@@ -23,6 +24,14 @@ def start():
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        if backend == "gloo":  # or its threads end the process with SIGABRT; NCCL may wait for those that are gone
+            atexit.register(leave)
+
+
+def leave():
+    """Part from the other processes, when all is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def size():
@@ -95,11 +104,8 @@ def wrap(jet):
     """The Jet with gradients that are means over the processes, and the first one's weights in all of them."""
     if size() == 1:
         return jet
-    # find_unused_parameters: else the first step of a process sorts gradients into other buckets than later ones
-    # do, and adds them up in another order: a restart would not give the same bits. None is unused, it says.
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-    return DistributedDataParallel(jet, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                   find_unused_parameters=True)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of broadcast_buffers; ours are constants
+        return DistributedDataParallel(jet, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def copy_moments(optimizer):

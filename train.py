@@ -123,27 +123,35 @@ def make_optimizer(parameters, config):
                              eps=config.adam_eps, weight_decay=config.weight_decay / config.lr, fused=True)
 
 
-def training_step(model, optimizer, x, step, config, micro_batch=None):
-    """One update on the batch x (B, C, H, W): (mean bits/dim before it, gradient norm before clipping).
+def add_gradients(model, x, config, micro_batch=None):
+    """Add the gradient of the mean bits/dim of the batch x (B, C, H, W) to the weights'; returns that mean.
 
     With several processes x is this one's part of the batch and model a DistributedDataParallel.
-    Both are tensors of no dimension on x's device, and nothing here waits for them. From the first step on that
-    has one which is not finite, the optimizer updates nothing: weights and moments stay as they were.
     micro_batch: images whose activations are in memory at a time (None: all); it changes rounding alone.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.zero_grad()
     processes, loss, pieces = distributed.size(), x.new_zeros(()), x.split(micro_batch or len(x))
     num_images = len(x) if processes == 1 else config.batch_size
     for number, piece in enumerate(pieces, 1):
-        # DistributedDataParallel adds up gradients over processes in backward of the last piece, and takes their mean
+        # DistributedDataParallel takes the mean over processes, in backward of the last piece
         with model.no_sync() if processes > 1 and number < len(pieces) else contextlib.nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 share = bits_per_dim(*model(piece)).sum() / num_images
             (share * processes if processes > 1 else share).backward()
         loss += share.detach()
-    distributed.add_up(loss)
+    return distributed.add_up(loss)
+
+
+def training_step(model, optimizer, x, step, config, micro_batch=None):
+    """One update on the batch x (B, C, H, W): (mean bits/dim before it, gradient norm before clipping).
+
+    Both are tensors of no dimension on x's device, and nothing here waits for them. From the first step on that
+    has one which is not finite, the optimizer updates nothing: weights and moments stay as they were.
+    model, micro_batch: see add_gradients.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.zero_grad()
+    loss = add_gradients(model, x, config, micro_batch)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
     # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it stays so.
@@ -367,6 +375,10 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
             for step, x in enumerate(batches, first):
                 x = x.to(DTYPES[config.precision])
                 x.requires_grad_(compile)  # or the first coupling, with no gradient to pass on, is another graph
+                if step == first and processes > 1:
+                    # DistributedDataParallel sorts gradients into other buckets after its first backward, and adds
+                    # them up in another order: without one to throw away, a restart would not give the same bits.
+                    add_gradients(model, x, config, **pieces)
                 pending.append((step, *training_step(model, optimizer, x, step, config, **pieces)))
                 bar.update()
                 taken, now = step + 1, time.monotonic()
@@ -419,8 +431,8 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
             claim.check()
             write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
             log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
-        distributed.from_first(finish)
-        return done
+            return done
+        return distributed.from_first(finish)
 
 
 @torch.no_grad()
@@ -815,6 +827,7 @@ def main(arguments=None):
             done = train(config, run_dir, requests=requests, **place_options(flags))
         if "bits_per_dim" not in done:
             sys.exit(f"{parser.prog}: stopped at step {done['step']}: the same command goes on" if first else 1)
+        distributed.leave()
         if not first:
             return
         same = done["test_fingerprint"] == done["train_fingerprint"]

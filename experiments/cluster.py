@@ -16,6 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
+import distributed
 from run_folder import DEAD_AFTER_S, ERROR_NAME, TrainingError, read_progress, record_error, write_atomically
 from train import COMMIT_FILE, ROOT, Requests, TrainConfig, git_commit, train
 
@@ -126,6 +127,7 @@ class TrainJob:
                 result = train(TrainConfig.from_dict(self.config), self.run_dir, requests=requests,
                                wait_s=2 * DEAD_AFTER_S, quiet=True, **self.place)
             if "bits_per_dim" in result:
+                distributed.leave()
                 return result["bits_per_dim"]
             if first and result["step"] <= before and time.monotonic() - begun > 30 * self.minutes:
                 raise TrainingError(f"no step was done in {self.minutes} minutes: raise --timeout-min")
@@ -204,8 +206,8 @@ def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
         **settings | {"additional_parameters": extra}, job_name=name, array_parallelism=max_parallel or len(runs),
         # one process lost is all lost; and since Slurm 22.05 srun does not take over sbatch's CPUs
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={settings['cpus_per_task']}"],
-        teardown=["code=$?", "# a process that was killed goes on from its last checkpoint, a few times",
-                  f'[ $code -gt 128 ] && echo $code >>{killed} && [ $(wc -l <{killed}) -le {KILLS} ] &&',
+        teardown=["code=$?", "# 137, 143: a process was killed; go on from the last checkpoint, a few times",
+                  f'[[ $code =~ ^(137|143)$ ]] && echo $code >>{killed} && [ $(wc -l <{killed}) -le {KILLS} ] &&',
                   "  scontrol requeue ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} &&",
                   "  sleep 60", "exit $code"])
     note = {"name": name, "job": None, "logs": str(logs)}

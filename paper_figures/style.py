@@ -1,6 +1,8 @@
 """What all figures share: column width, type, colours, and files of equal bytes from equal numbers."""
 import argparse
+import os
 import sys
+import uuid
 from pathlib import Path
 
 import matplotlib
@@ -45,7 +47,12 @@ def save(figure, name, out_dir=OUT):
     paths = [out_dir / f"{name}.pdf", out_dir / f"{name}.png"]
     for path, metadata in zip(paths, ({"CreationDate": None, "Producer": None, "Creator": None},
                                       {"Software": None})):
-        figure.savefig(path, metadata=metadata)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # or two that draw at once tear it
+        try:
+            figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     plt.close(figure)
     return paths
 

@@ -1,0 +1,33 @@
+"""What each of several processes does in test_distributed.py: torchrun starts it."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import distributed
+from convert import load_jet
+from run_folder import TrainingError
+from train import TrainConfig, evaluate, train
+
+
+def main(jobs):
+    """jobs: a file of {name: {"config": ..., "run_dir": ..., more arguments of train}}, done one after the other."""
+    torch.set_num_threads(1)
+    for name, job in json.loads(Path(jobs).read_text()).items():
+        config, run_dir = TrainConfig.from_dict(job.pop("config")), Path(job.pop("run_dir"))
+        try:
+            done = train(config, run_dir, quiet=True, **job)
+        except (TrainingError, ValueError) as error:
+            done = {"error": str(error)}
+        note = run_dir.parent / f"{name}-rank-{distributed.rank()}.json"
+        note.write_text(json.dumps(done))
+    images = np.load(config.data)[:13]
+    bits = evaluate(load_jet(sys.argv[2]), images, draws=2, batch_size=4, per_image=True)["bits_per_dim_per_image"]
+    (run_dir.parent / f"bits-rank-{distributed.rank()}.json").write_text(json.dumps(bits.tolist()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

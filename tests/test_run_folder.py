@@ -1,0 +1,378 @@
+"""A run folder: claims, two whole checkpoints, what is told, and stopping on request."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import run_folder
+import train as train_module
+from convert import CheckpointError, read_tensors
+from data import load_images
+from jet import JetConfig
+from run_folder import (BusyError, Claim, RunLog, TrainingError, is_running, read_checkpoint, read_claim, read_error,
+                        read_progress, remove_leftovers, save_checkpoint, write_atomically)
+from train import Requests, TrainConfig, train
+
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
+
+
+@pytest.fixture
+def config(tmp_path):
+    np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
+    return TrainConfig(model=MODEL, data=str(tmp_path / "images.npy"), batch_size=8, total_steps=6, lr=1e-2)
+
+
+@pytest.fixture
+def whole(tmp_path, config):
+    """The checkpoint of an unbroken run."""
+    train(config, tmp_path / "whole", quiet=True)
+    return read_tensors(tmp_path / "whole/checkpoint.pt")
+
+
+def same_weights(run_dir, state):
+    ours = read_tensors(run_dir / "checkpoint.pt")
+    return ours["step"] == state["step"] and all(torch.equal(ours["model"][name], state["model"][name])
+                                                 for name in state["model"])
+
+
+def held(folder, **changes):
+    """A claim file by somebody who is not this process."""
+    folder.mkdir(exist_ok=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    claim = {"host": "elsewhere", "pid": dead.pid, "machine": run_folder._machine(), "started": 1, "job": None,
+             "token": "x"} | changes
+    (folder / "claim.json").write_text(json.dumps(claim))
+    return folder
+
+
+# ---- claims
+
+def test_a_living_process_keeps_its_claim_and_leaves_nothing(tmp_path):
+    first, second = Claim(tmp_path), Claim(tmp_path)
+    first.take()
+    assert is_running(tmp_path)
+    with pytest.raises(BusyError, match=rf"another process is at this run \(process {os.getpid()} on .*wait for it"):
+        second.take()
+    second.release()  # of what was never taken: nothing
+    first.check()
+    first.release()
+    assert not is_running(tmp_path) and [path.name for path in tmp_path.iterdir()] == ["lock"]
+    second.take()
+    second.release()
+
+
+@pytest.mark.parametrize("changes, age_s, taken", [
+    ({}, 0, True),  # a process of this machine that is not there
+    ({"pid": os.getpid(), "started": 1}, 0, True),  # its number belongs to another process by now
+    ({"pid": os.getpid(), "started": run_folder._process_started(os.getpid())}, 1e6, False),  # it lives, if silently
+    ({"machine": "another"}, 0, False), ({"machine": "another"}, 45, False), ({"machine": "another"}, 75, True),
+    ({"machine": None}, 0, False), ({"machine": None}, 75, True)])
+def test_a_claim_is_taken_over_from_the_dead_alone(tmp_path, changes, age_s, taken):
+    held(tmp_path, **changes)
+    os.utime(tmp_path / "claim.json", (time.time() - age_s,) * 2)
+    claim = Claim(tmp_path)
+    assert is_running(tmp_path) is not taken
+    if taken:
+        claim.take()
+        assert read_claim(tmp_path)["token"] == claim.ours["token"]
+        claim.release()
+    else:
+        with pytest.raises(BusyError, match=r"process \d+ on elsewhere"):
+            claim.take()
+        assert read_claim(tmp_path)["token"] == "x"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "\0" * 50, '{"host": "a"}'])
+def test_a_torn_claim_is_taken_over_once_it_is_old(tmp_path, content):
+    (tmp_path / "claim.json").write_text(content)
+    with pytest.raises(BusyError):
+        Claim(tmp_path).take()
+    os.utime(tmp_path / "claim.json", (time.time() - 75,) * 2)
+    claim = Claim(tmp_path)
+    claim.take()
+    claim.release()
+
+
+def test_of_many_that_see_a_dead_holder_one_takes_over(tmp_path):
+    for attempt in range(10):
+        folder = held(tmp_path / str(attempt))
+        claims, won = [Claim(folder) for _ in range(8)], []
+
+        def contend(claim):
+            try:
+                claim.take()
+                won.append(claim)
+            except BusyError:
+                pass
+        threads = [threading.Thread(target=contend, args=(claim,)) for claim in claims]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        won[0].check()
+        won[0].release()
+
+
+def test_a_claim_is_waited_for(tmp_path):
+    first, second = Claim(tmp_path), Claim(tmp_path)
+    first.take()
+    threading.Timer(0.3, first.release).start()
+    second.take(wait_s=20)
+    second.check()
+    second.release()
+
+
+def test_the_heartbeat_keeps_a_claim_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.02)
+    claim = Claim(tmp_path)
+    claim.take()
+    os.utime(tmp_path / "claim.json", (1, 1))
+    end = time.monotonic() + 10
+    while (tmp_path / "claim.json").stat().st_mtime < time.time() - 5:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    claim.release()
+
+
+@pytest.mark.parametrize("loss", ["taken", "gone"])
+def test_a_process_that_lost_its_claim_writes_no_more(tmp_path, config, monkeypatch, loss):
+    def lose(*arguments, original=train_module.training_step):
+        if arguments[3] == 3:
+            (tmp_path / "run/claim.json").unlink()
+            if loss == "taken":
+                held(tmp_path / "run", machine="another")
+        return original(*arguments)
+    train(config, tmp_path / "run", stop_after=2, quiet=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")}
+    monkeypatch.setattr(train_module, "training_step", lose)
+    with pytest.raises(BusyError, match="taken over by another process .* nothing more was written"):
+        train(config, tmp_path / "run", quiet=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")} == before
+    assert (tmp_path / "run/claim.json").exists() == (loss == "taken")  # it is not ours to remove
+    assert not (tmp_path / "run/error.txt").exists() and not (tmp_path / "run/done.json").exists()
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_done_again(tmp_path, config, monkeypatch):
+    def other(self, wait_s, original=Claim.take):
+        monkeypatch.undo()
+        train(config, tmp_path / "run", quiet=True)
+        original(self, wait_s)
+    monkeypatch.setattr(Claim, "take", other)
+    monkeypatch.setattr(train_module, "save_checkpoint", None)
+    assert train(config, tmp_path / "run", quiet=True)["num_images"] == 40
+    assert (tmp_path / "run/log.txt").read_text().count("finished") == 1
+
+
+# ---- checkpoints
+
+def state(step):
+    return {"step": step, "model": {"w": torch.full((1000,), float(step))}}
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step))
+    assert read_tensors(tmp_path / "checkpoint.pt")["step"] == 3
+    assert read_tensors(tmp_path / "checkpoint-previous.pt")["step"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.999, "flipped"])
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, share):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+    content, told = bytearray((tmp_path / "checkpoint.pt").read_bytes()), []
+    if share == "flipped":
+        content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content if share == "flipped" else content[:int(share * len(content))])
+    path, saved = read_checkpoint(tmp_path, told.append)
+    assert saved["step"] == 1 and path.name == "checkpoint-previous.pt"
+    assert len(told) == 1 and "going on from checkpoint-previous.pt, step 1" in told[0] and "\n" not in told[0]
+    save_checkpoint(tmp_path, state(2))  # must not put the torn one in the place of the whole one
+    assert [read_tensors(tmp_path / name)["step"] for name in ("checkpoint.pt", "checkpoint-previous.pt")] == [2, 1]
+
+
+def test_a_missing_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
+    """As a kill between the two renames leaves it."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+    (tmp_path / "checkpoint.pt").unlink()
+    told = []
+    assert read_checkpoint(tmp_path, told.append)[1]["step"] == 1 and "missing" in told[0]
+
+
+def test_without_a_whole_checkpoint_it_is_an_error(tmp_path):
+    assert read_checkpoint(tmp_path, None) == (None, None)
+    save_checkpoint(tmp_path, state(1))
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="there is none before it: move it away"):
+        read_checkpoint(tmp_path, None)
+    (tmp_path / "checkpoint-previous.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="move both away to begin again"):
+        read_checkpoint(tmp_path, None)
+
+
+def test_a_checkpoint_that_cannot_be_read_back_takes_no_place(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+
+    def torn(content, file, original=torch.save):
+        original(content, file)
+        file.truncate(file.tell() // 2)
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(TrainingError, match="checkpoint of step 3 was not saved .what was read back"):
+        save_checkpoint(tmp_path, state(3))
+    assert [read_tensors(tmp_path / name)["step"] for name in ("checkpoint.pt", "checkpoint-previous.pt")] == [2, 1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_with_the_same_bits(tmp_path, config, whole, capsys):
+    train(config, tmp_path / "run", stop_after=4, checkpoint_every_s=0, quiet=True)
+    (tmp_path / "run/checkpoint.pt").write_bytes((tmp_path / "run/checkpoint.pt").read_bytes()[:5000])
+    train(config, tmp_path / "run", quiet=True)
+    assert same_weights(tmp_path / "run", whole)
+    for text in (capsys.readouterr().err, (tmp_path / "run/log.txt").read_text()):
+        assert "going on from checkpoint-previous.pt, step 3" in text
+    assert "resumed at step 3" in (tmp_path / "run/log.txt").read_text()
+    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123456")
+
+
+# ---- what is told
+
+def test_a_file_is_whole_whatever_writes_it_at_once(tmp_path):
+    texts = [str(number) * 100_000 for number in range(4)]
+    threads = [threading.Thread(target=lambda text=text: [write_atomically(tmp_path / "file", text) for _ in range(20)])
+               for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not (tmp_path / "file").exists() or (tmp_path / "file").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path, config):
+    for name in (".checkpoint.pt.0123.tmp", ".claim.json.4567.tmp"):
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path, older_than_s=60)
+    assert len(list(tmp_path.glob(".*"))) == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.checkpoint.pt.0123.tmp").write_text("x")
+    train(config, tmp_path / "run", stop_after=1, quiet=True)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_error_is_left_in_the_folder_until_the_next_attempt(tmp_path, config, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("of\nits own")
+    monkeypatch.setattr(train_module, "training_step", broken)
+    with pytest.raises(RuntimeError):
+        train(config, tmp_path / "run", quiet=True)
+    assert read_error(tmp_path / "run") == "RuntimeError: of its own"
+    assert "Traceback" in (tmp_path / "run/error.txt").read_text()
+    assert (tmp_path / "run/log.txt").read_text().endswith(" failed: RuntimeError: of its own\n")
+    monkeypatch.undo()
+    train(config, tmp_path / "run", stop_after=1, quiet=True)
+    assert read_error(tmp_path / "run") is None
+
+
+def test_a_torn_log_goes_on_with_a_line_of_its_own(tmp_path):
+    (tmp_path / "log.txt").write_text("one\ntwo, to")
+    RunLog(tmp_path).write("three")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[:2] == ["one", "two, to"] and lines[2].endswith(" three") and len(lines) == 3
+
+
+def test_progress_is_the_last_whole_line(tmp_path):
+    assert read_progress(tmp_path) == (0, 0.0, 0.0)
+    (tmp_path / "metrics.csv").write_text("step,images_seen,bits_per_dim,grad_norm,lr,seconds\n1,8,7.5,1,1,0.5\n2,16,7.4,1,1,0")
+    assert read_progress(tmp_path) == (1, 7.5, 0.5)
+
+
+def test_metrics_hold_each_step_once_and_the_log_start_restart_and_end(tmp_path, config):
+    train(config, tmp_path / "run", stop_after=3, quiet=True)
+    train(config, tmp_path / "run", quiet=True)
+    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123456")
+    text = (tmp_path / "run/log.txt").read_text()
+    words = [word for word in ("started at step 0: 1 process of 1 thread on ", "stopped at step 3", "resumed at step 3",
+                               "finished: ") if word in text]
+    assert len(words) == 4 and [text.index(word) for word in words] == sorted(text.index(word) for word in words)
+
+
+# ---- stopping on request
+
+def signalled(monkeypatch, number, at):
+    """This process gets a signal in the training step `at`."""
+    def step(*arguments, original=train_module.training_step):
+        if arguments[3] == at:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+    monkeypatch.setattr(train_module, "training_step", step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, monkeypatch, whole, number, capfd):
+    signalled(monkeypatch, number, at=2)
+    before = signal.getsignal(number)
+    with Requests().on() as requests:
+        assert train(config, tmp_path / "run", requests=requests, quiet=True) == {"step": 3}
+    assert requests.stop and signal.getsignal(number) is before
+    assert f"{number.name}: stopping with a checkpoint after this step" in capfd.readouterr().err
+    assert read_tensors(tmp_path / "run/checkpoint.pt")["step"] == 3
+    monkeypatch.undo()
+    train(config, tmp_path / "run", quiet=True)
+    assert same_weights(tmp_path / "run", whole)
+
+
+def test_a_second_interrupt_ends_at_once():
+    with Requests(quiet=True).on(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_to_save_saves_and_goes_on(tmp_path, config, monkeypatch, whole):
+    signalled(monkeypatch, signal.SIGTERM, at=2)
+    with Requests().on(stop=(), save=[signal.SIGTERM]) as requests:
+        train(config, tmp_path / "run", requests=requests, quiet=True)
+    assert same_weights(tmp_path / "run", whole) and not requests.save
+    assert read_tensors(tmp_path / "run/checkpoint-previous.pt")["step"] == 3
+    assert "saved at step 3: a signal came" in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.parametrize("eval_every, step", [(2, 2), (0, 6)])
+def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypatch, eval_every, step):
+    config = train_module.dataclasses.replace(config, eval_every=eval_every)
+    rows = train(config, tmp_path / "whole-rows", quiet=True)["rows"]
+    requests = Requests()
+
+    def stop(*arguments, original=train_module.evaluation_noise):
+        requests.stop = True  # in the first batch, of the train rows: the test rows begin no more
+        return original(*arguments)
+    monkeypatch.setattr(train_module, "evaluation_noise", stop)
+    assert train(config, tmp_path / "run", requests=requests, quiet=True) == {"step": step}
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", quiet=True)["rows"] == rows
+
+
+def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, whole):
+    command = [sys.executable, train_module.ROOT / "train.py", "--data", config.data, "--batch_size", "8", "--total_steps",
+               "3000", "--model.num_couplings", "2", "--model.block_depth", "1", "--model.emb_dim", "8",
+               "--model.num_heads", "2", "--model.kinds", "channels", "spatial", "--run-dir", tmp_path / "run"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    end = time.monotonic() + 60
+    while read_progress(tmp_path / "run")[0] < 1:
+        assert running.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    error = running.communicate(timeout=60)[1]
+    step = read_tensors(tmp_path / "run/checkpoint.pt")["step"]
+    assert running.returncode == 1 and 0 < step < 3000
+    assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n") and "Traceback" not in error
