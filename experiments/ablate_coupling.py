@@ -1,8 +1,9 @@
 """Figure 4: the ratio of channel to spatial couplings, for four kinds of spatial split.
 
-    python experiments/ablate_coupling.py                      # smoke: two minutes, embedded images
+    python experiments/ablate_coupling.py                      # smoke: one minute, embedded images
     python experiments/ablate_coupling.py --scale small --data-root DIR
     python experiments/ablate_coupling.py --scale paper --dry-run
+    python experiments/ablate_coupling.py --scale paper --cluster slurm --partition NAME --gpus-per-node 8
 
 Fixed: the number of couplings and everything else. Swept: the ratio and the split. The paper (Figure 4 and
 its table, ImageNet-1k 64 x 64) is not quoted in numbers here: results/reported.csv has none for it;

@@ -6,6 +6,7 @@ copy of the code, made when they are submitted, and may be preempted, killed and
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def sbatch_settings(flags, threads):
         if not (key and equals):
             raise ValueError(f"--slurm {text}: must be KEY=VALUE, like exclude=node7")
         if key in OURS or key.replace("-", "_") in settings and key != "signal-delay-s" or key in ("mem-gb", "timeout-min"):
-            raise ValueError(f"--slurm {text}: {key} is set here; see --help for what has a flag of its own")
+            raise ValueError(f"--slurm {text}: {key} is set by this program, or has a flag of its own")
         if key == "signal-delay-s":
             if not value.isdigit():
                 raise ValueError(f"--slurm {text}: must be a number of seconds")
@@ -206,8 +207,8 @@ def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
         **settings | {"additional_parameters": extra}, job_name=name, array_parallelism=max_parallel or len(runs),
         # one process lost is all lost; and since Slurm 22.05 srun does not take over sbatch's CPUs
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={settings['cpus_per_task']}"],
-        teardown=["code=$?", "# 137, 143: a process was killed; go on from the last checkpoint, a few times",
-                  f'[[ $code =~ ^(137|143)$ ]] && echo $code >>{killed} && [ $(wc -l <{killed}) -le {KILLS} ] &&',
+        teardown=["code=$?", "# 137, 140, 143: a process was killed; go on from the last checkpoint, a few times",
+                  f'[[ $code =~ ^(137|140|143)$ ]] && echo $code >>{killed} && [ $(wc -l <{killed}) -le {KILLS} ] &&',
                   "  scontrol requeue ${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} &&",
                   "  sleep 60", "exit $code"])
     note = {"name": name, "job": None, "logs": str(logs)}
@@ -216,12 +217,14 @@ def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
         (run.folder / ERROR_NAME).unlink(missing_ok=True)
         write_atomically(run.folder / JOB_NAME, json.dumps(note | {"index": index}))
     try:
-        with executor.batch():
+        # submitit prints what sbatch says, too
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(TrainJob(run.config, run.folder.absolute(), place, settings["time"])) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         for run in runs:
             (run.folder / JOB_NAME).unlink()
-        raise ClusterError(f"sbatch refuses: {' '.join(str(error).split())}") from None
+        reason = "; ".join(str(error).replace("sbatch: error: ", "").strip().splitlines())
+        raise ClusterError(f"sbatch refuses: {reason}") from None
     for index, (run, job) in enumerate(zip(runs, jobs)):
         write_atomically(run.folder / JOB_NAME, json.dumps(note | {"index": index, "job": job.job_id}))
     return jobs[0].job_id.split("_")[0]

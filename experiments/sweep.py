@@ -140,7 +140,8 @@ def print_plan(runs, images_per_s, processes, gpus):
     if speed:
         left = sum((run.config.total_steps - status.step) * run.config.batch_size for run, status in zip(runs, found))
         unit, one = ("GPU-hours", "GPU") if gpus or images_per_s else ("CPU-process-hours", "process")
-        print(f"{left / speed / 3600:,.2f} {unit} to go, of training, at {speed:,.0f} images/s a {one} ({source})"
+        hours = left / speed / 3600
+        print(f"{hours:,.{1 if hours >= 10 else 3}f} {unit} to go, of training, at {speed:,.0f} images/s a {one} ({source})"
               + (f"; {processes} processes to a run" if processes > 1 else ""))
     else:
         print("GPU-hours: not known before a run is done here; --images-per-s N tells them from the speed of one GPU")
@@ -330,8 +331,9 @@ def main(experiment, description, configs, swept, draw, arguments=None):
                 cluster.print_settings(settings, len(runs), flags.max_parallel)
             return
         if flags.cancel:
-            print(f"{cluster.cancel(runs)} jobs cancelled: the same command that submitted them goes on from their last "
-                  "checkpoints")
+            number = cluster.cancel(runs)
+            print(f"{number} jobs cancelled: the command that submitted them goes on from the last checkpoints" if number
+                  else "no run is queued or running on Slurm")
         if flags.wait:
             watch.follow(runs)
         if flags.status or flags.wait:

@@ -1,13 +1,17 @@
 """The grid of Figure 4, and a sweep's conduct: skip, resume, shard, collect, refuse."""
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+import run_folder
 import train as train_module
 from experiments import ablate_coupling, sweep
 from jet import SPATIAL_SPLITS, Jet, JetConfig
@@ -156,7 +160,7 @@ def test_shards_split_the_grid_and_collect_merges_their_csvs(finished, tmp_path,
         run(tmp_path, "--collect")
 
 
-def test_a_run_that_is_not_finite_fails_alone(tmp_path, monkeypatch, capsys):
+def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys):
     def fails_for_2_heads(model, optimizer, x, step, config, original=train_module.training_step):
         if config.model.num_heads == 2 and step == 3:
             raise train_module.NonFiniteError("not finite at step 3")
@@ -165,6 +169,108 @@ def test_a_run_that_is_not_finite_fails_alone(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1 of 3 runs failed: 2 seed 0: not finite at step 3"):
         run(tmp_path)
     assert pd.read_csv(csv(tmp_path))["heads"].unique().tolist() == [1, 4]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--status")
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    folder, = tmp_path.glob("runs/*/2_*")
+    assert f"failed: 2 seed 0: not finite at step 3 ({folder / 'log.txt'})" in out and "3 runs: 2 done, 1 failed" in out
+    monkeypatch.undo()
+    run(tmp_path)
+    assert len(pd.read_csv(csv(tmp_path))) == 6 and not (folder / "error.txt").exists()
+
+
+def test_a_damaged_result_is_told_and_the_others_are_collected(tmp_path, capsys):
+    run(tmp_path)
+    folder, = tmp_path.glob("runs/*/2_*")
+    whole = (folder / "done.json").read_text()
+    (folder / "done.json").write_text(whole[:100])
+    with pytest.raises(SystemExit, match="1 of 3 runs failed: 2 seed 0: .*done.json: damaged"):
+        run(tmp_path)
+    assert pd.read_csv(csv(tmp_path))["heads"].unique().tolist() == [1, 4]
+    (folder / "done.json").unlink()
+    run(tmp_path)
+    assert json.loads((folder / "done.json").read_text())["bits_per_dim"] == json.loads(whole)["bits_per_dim"]
+
+
+def command(folder, *flags):
+    return [sys.executable, TESTS / "tiny_experiment.py", "--runs-dir", folder / "runs", "--results-dir",
+            folder / "results", "--figures-dir", folder / "figures", *flags]
+
+
+def same_rows(one, two):
+    return pd.read_csv(csv(one)).drop(columns=TIMES).equals(pd.read_csv(csv(two)).drop(columns=TIMES))
+
+
+def each_run_once(folder, count):
+    logs = [path.read_text() for path in folder.glob("runs/*/*/log.txt")]
+    return len(logs) == count and all(log.count("started at step 0") == log.count("finished") == 1 for log in logs)
+
+
+def test_jobs_at_the_same_time_give_the_same_rows(finished, tmp_path):
+    run(tmp_path, "--seeds", "2", "--jobs", "2")
+    assert same_rows(tmp_path, finished) and each_run_once(tmp_path, 6)
+
+
+def test_sweeps_started_at_the_same_moment_share_the_runs(finished, tmp_path):
+    sweeps = [subprocess.Popen(command(tmp_path, "--seeds", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+              for _ in range(3)]
+    for one in sweeps:
+        out, error = one.communicate(timeout=120)
+        assert one.returncode == 0, error
+    assert same_rows(tmp_path, finished) and each_run_once(tmp_path, 6)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    killed = subprocess.Popen(command(tmp_path, "--scale", "small", "--seeds", "2", "--jobs", "2", "--threads", "1"),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len([folder for folder in tmp_path.glob("runs/*/*/") if run_folder.is_running(folder)]) == 2)
+    killed.kill()
+    killed.wait()
+    wait_until(lambda: not any(run_folder.is_running(folder) for folder in tmp_path.glob("runs/*/*/")))
+    assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 2 and not list(tmp_path.glob("runs/*/*/done.json"))
+
+
+def wait_until(happened, seconds=60):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_status_tells_each_state(finished, tmp_path, capsys):
+    point = tiny_experiment.configs("smoke")[0]
+    folder = tmp_path / "runs/tiny_experiment_smoke"
+    train_module.train(point.config, point.run(0, folder).folder, quiet=True)
+    train_module.train(dataclasses.replace(point.config, seed=1), point.run(1, folder).folder, stop_after=4, quiet=True)
+    claim = run_folder.Claim(tiny_experiment.configs("smoke")[1].run(0, folder).folder)
+    claim.take()
+    run(tmp_path, "--status", "--seeds", "2")
+    claim.release()
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search("1 +0 +done +12/12 +8[.][0-9]{4}", lines[1]) and re.search("2 +0 +running +0/12", lines[2])
+    assert re.search(r"1 +1 +stopped +4/12 +[0-9.]{5} .batch.", lines[4]) and re.search("4 +1 +new +0/12", lines[6])
+    assert lines[-1] == "6 runs: 1 done, 1 running, 1 stopped, 3 new"
+
+
+def test_debug_runs_one_in_the_foreground_with_its_log(tmp_path, capsys):
+    run(tmp_path, "--cluster", "debug")
+    out = capsys.readouterr().out
+    assert "started at step 0" in out and "finished: 8." in out and "1 of 3 runs are done" in out
+    assert pd.read_csv(csv(tmp_path))["run_id"].nunique() == 1
+
+
+def test_hours_come_from_a_given_speed_or_from_finished_runs(finished, tmp_path, capsys):
+    run(tmp_path, "--dry-run", "--images-per-s", "0.01", "--cluster", "slurm", "--nodes", "2", "--gpus-per-node", "4",
+        "--partition", "p", "--slurm", "exclude=node7", "--timeout-min", "30", "--max-parallel", "2")
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("8.000 GPU-hours to go") and "8 processes to a run" in out[-2]  # 3 runs x 96 images
+    assert out[-1] == ("sbatch --partition=p --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=1 --time=30 "
+                       "--signal=USR2@120 --requeue --exclude=node7 --array=0-2%2")
+    run(finished, "--seeds", "3", "--dry-run")
+    assert re.search(r"[0-9.]+ CPU-process-hours to go, .* \(measured in 6 runs that are done", capsys.readouterr().out)
 
 
 def test_dry_run_tells_the_state(finished, tmp_path, capsys):
@@ -181,7 +287,13 @@ def test_dry_run_tells_the_state(finished, tmp_path, capsys):
     (["--shard", "3/2"], "--shard 3/2: must be i/n"), (["--shard", "half"], "--shard half: must be i/n"),
     (["--shard", "4/4"], "--shard 4/4: the grid has only 3 runs"),
     (["--seed", "1"], "unrecognized arguments: --seed 1 (did you mean --seeds?)"), (["--collect"], "nothing to collect"), (["--results-dir", "/dev/null/x"], "/dev/null/x"),
-    (["--device", "tpu"], "device 'tpu'")])
+    (["--device", "tpu"], "device 'tpu'"), (["--jobs", "0"], "--jobs 0: must be 1 or more"),
+    (["--partition", "gpu"], "--partition: only with --cluster slurm"), (["--threads", "0"], "threads=0"),
+    (["--cluster", "slurm", "--jobs", "2"], "--jobs 2: only with --cluster local"),
+    (["--cluster", "slurm", "--nodes", "0"], "--nodes 0: must be above 0"),
+    (["--cluster", "slurm", "--slurm", "array=1"], "array is set by this program"),
+    (["--cluster", "slurm", "--slurm", "x"], "--slurm x: must be KEY=VALUE"),
+    (["--cluster", "slurm", "--timeout-min", "1", "--slurm", "signal_delay_s=60"], "must be below the time limit")])
 def test_a_users_mistake_is_one_line_and_a_failure(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *flags)
