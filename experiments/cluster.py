@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 
 import distributed
-from run_folder import DEAD_AFTER_S, ERROR_NAME, TrainingError, read_progress, record_error, write_atomically
+from run_folder import DEAD_AFTER_S, ERROR_NAME, BusyError, TrainingError, read_progress, record_error, write_atomically
 from train import COMMIT_FILE, ROOT, Requests, TrainConfig, git_commit, train
 
 JOB_NAME = "job.json"
@@ -133,7 +133,7 @@ class TrainJob:
             if first and result["step"] <= before and time.monotonic() - begun > 30 * self.minutes:
                 raise TrainingError(f"no step was done in {self.minutes} minutes: raise --timeout-min")
         except Exception as error:
-            if first and not (Path(self.run_dir) / ERROR_NAME).exists():
+            if first and not isinstance(error, BusyError) and not (Path(self.run_dir) / ERROR_NAME).exists():
                 record_error(self.run_dir, error)  # it came before train() had the folder
             if not isinstance(error, (RuntimeError, ValueError, OSError)):
                 raise

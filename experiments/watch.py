@@ -36,7 +36,8 @@ def _status(run, entry):
     folder, total = run.folder, run.config.total_steps
     try:
         if done := read_done(folder):
-            return Status(state="done", step=total, bits_per_dim=f"{done['bits_per_dim']:.4f}")
+            cost = f"{done['train_seconds']:.0f} s, {done.get('peak_memory_gib', 0):.2f} GiB"
+            return Status(state="done", step=total, bits_per_dim=f"{done['bits_per_dim']:.4f}", note=cost)
     except TrainingError as error:
         return Status(state="failed", note=str(error))
     step, bits, seconds = read_progress(folder)
