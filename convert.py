@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+import textwrap
 import warnings
 import zipfile
 from pathlib import Path
@@ -104,7 +105,7 @@ def load_weights(path, jet, state):
 
 
 def _one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"
+    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 250, placeholder=" ...")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -10,6 +10,7 @@
 """
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, read_tensors
 
@@ -47,17 +49,25 @@ def write_atomically(path, content, check=lambda path: None):
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # of this process alone
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        check(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
+        with _named(path):
+            with open(temporary, "wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            check(temporary)
+            os.replace(temporary, path)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not say which file it was
+
+
+@contextlib.contextmanager
+def _named(path):
+    """A full disk does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise
 
 
@@ -108,8 +118,7 @@ class Claim:
         end = time.monotonic() + wait_s
         while (holder := self._try()) is not None:
             if time.monotonic() >= end:
-                raise BusyError(f"{self.run_dir}: another process is at this run ({describe(holder)}): wait for it to "
-                                f"end; if it was lost, it counts as dead after {DEAD_AFTER_S} seconds")
+                raise BusyError(f"{self.run_dir}: another process is at this run ({describe(holder)}): wait for it to end")
             time.sleep(min(1, wait_s / 10))
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
@@ -132,14 +141,16 @@ class Claim:
                     os.replace(temporary, self.path)
                 remove_leftovers(self.run_dir)
         except OSError as error:
-            raise TrainingError(f"{self.run_dir}: cannot be a run folder ({error.strerror}): choose another") from None
+            what = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that, or choose another"
+            raise TrainingError(f"{self.run_dir}: cannot be a run folder ({error.strerror}): {what}") from None
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
     def _beat(self):
         while not self._over.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, BusyError):
+                self.check()
                 os.utime(self.path)
 
     def check(self):
@@ -162,21 +173,22 @@ class Claim:
 def read_claim(run_dir):
     """The holder of a run folder, with the time of its last heartbeat, or None."""
     path = Path(run_dir) / CLAIM_NAME
+    unknown = {"host": "?", "pid": 0, "machine": None, "started": None, "job": None, "token": None}
     try:
         beat = path.stat().st_mtime
-        holder = json.loads(path.read_text())
-        return {"host": "?", "pid": 0, "machine": None, "started": None, "job": None, "token": None, **holder, "beat": beat}
-    except FileNotFoundError:
+    except OSError:
         return None
+    try:
+        return {**unknown, **json.loads(path.read_text()), "beat": beat}
     except (OSError, ValueError, TypeError):  # torn: nobody's, once it is old
-        return {"host": "?", "pid": 0, "machine": None, "started": None, "job": None, "token": None, "beat": beat}
+        return {**unknown, "beat": beat}
 
 
 def is_dead(holder, now):
     """Whether the holder of a claim is dead. now: the time by the clock that heartbeats have, the file server's."""
     if holder["machine"] and holder["machine"] == _machine():
         return holder["started"] is None or _process_started(holder["pid"]) != holder["started"]
-    return now - holder["beat"] > DEAD_AFTER_S
+    return abs(now - holder["beat"]) > DEAD_AFTER_S
 
 
 def is_running(run_dir):
@@ -189,7 +201,10 @@ def describe(holder):
     if holder is None:
         return "its claim is gone"
     job = f", job {holder['job']}" if holder["job"] else ""
-    return f"process {holder['pid']} on {holder['host']}{job}, last heard of {max(0, time.time() - holder['beat']):.0f} s ago"
+    silent = time.time() - holder["beat"]
+    heard = "" if holder["machine"] == _machine() else (
+        f", last heard of {max(0, silent):.0f} s ago; it counts as dead after {DEAD_AFTER_S}")
+    return f"process {holder['pid']} on {holder['host']}{job}{heard}"
 
 
 # ---- checkpoints
@@ -207,8 +222,9 @@ def save_checkpoint(run_dir, content):
         write_atomically(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file), keep_previous)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or "writing failed: is the disk full?"
+        before = "the one before is untouched: " if path.exists() else ""
         raise TrainingError(f"{run_dir}: the checkpoint of step {content['step']} was not saved ({reason}); "
-                            "the one before is untouched: make room and run the same command") from None
+                            f"{before}make room and run the same command") from None
 
 
 def read_checkpoint(run_dir, tell):
@@ -232,7 +248,7 @@ def read_checkpoint(run_dir, tell):
     try:
         content = read_tensors(previous)
     except CheckpointError as error:
-        raise CheckpointError(f"{damage}; and {error}: move both away to begin again") from None
+        raise CheckpointError(f"{damage}; and {error}: move away what is there to begin again") from None
     if newest.exists():  # or the next save would put it in the place of the whole one
         os.replace(newest, run_dir / "checkpoint-damaged.pt")
         damage = f"{damage}: set aside as checkpoint-damaged.pt"
@@ -249,7 +265,8 @@ def read_done(run_dir):
         return None
     try:
         done = json.loads(path.read_text())
-        whole = {"config", "num_params", "test_fingerprint", "git_commit"} <= done.keys() and all(
+        whole = {"config", "num_params", "test_fingerprint", "train_fingerprint", "git_commit", "bits_per_dim",
+                 "bits_per_dim_se", "num_images", "train_seconds", "hardware", "device"} <= done.keys() and all(
             isinstance(row[name], float) for row in done["rows"]
             for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"))
         if whole and done["rows"][-1]["split"] == "test":
@@ -262,13 +279,19 @@ def read_done(run_dir):
 
 def record_error(run_dir, error):
     """Write why an attempt failed: the line first, then, for a bug, the traceback."""
-    line = " ".join(str(error).split())
-    if not isinstance(error, (TrainingError, ValueError, OSError)):
-        line = f"{type(error).__name__}: {line}"
+    line = one_line(error)
     with contextlib.suppress(OSError):  # a full disk
         text = "".join(traceback.format_exception(error))
         write_atomically(Path(run_dir) / ERROR_NAME, f"{line}\n\n{text}")
         RunLog(run_dir).write(f"failed: {line}")
+
+
+def one_line(error):
+    """What to tell of an error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    line = " ".join(str(error).split())
+    return line if isinstance(error, (TrainingError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 def read_error(run_dir):
@@ -290,7 +313,7 @@ def read_progress(run_dir):
 
 
 def _is_whole(row):
-    return row.endswith("\n") and row.count(",") == METRICS_COLUMNS.count(",") and row.split(",")[0].isdigit()
+    return row.endswith("\n") and row.count(",") == METRICS_COLUMNS.count(",") and row.split(",")[0].isdecimal()
 
 
 class RunLog:
@@ -306,12 +329,15 @@ class RunLog:
         whole = [row for row in rows if _is_whole(row)]
         if len(whole) < len(rows):
             self.write(f"{METRICS_NAME}: {len(rows) - len(whole)} torn lines dropped")
-        kept = [row for row in whole if int(row.split(",")[0]) <= step]
+        kept = {int(row.split(",")[0]): row for row in whole}
+        kept = [kept[number] for number in sorted(kept) if number <= step]
+        if len(kept) < step:
+            self.write(f"{METRICS_NAME}: {step - len(kept)} of the lines up to step {step} are missing")
         write_atomically(self.metrics, "".join([METRICS_COLUMNS + "\n", *kept]))
 
     def write(self, message):
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        with open(self.log, "ab+") as file:
+        with _named(self.log), open(self.log, "ab+") as file:
             torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
             file.write(f"{chr(10) if torn else ''}{now} {message}\n".encode())
         if self.echo:
@@ -321,9 +347,9 @@ class RunLog:
         """A line for the log and for whoever sits at the terminal."""
         self.write(message)
         if not self.echo:
-            print(message, file=sys.stderr)
+            tqdm.write(message, file=sys.stderr)  # beside a progress bar
 
     def add(self, rows):
         """Rows of metrics.csv."""
-        with open(self.metrics, "a") as file:
+        with _named(self.metrics), open(self.metrics, "a") as file:
             file.write("".join(",".join(map(str, row)) + "\n" for row in rows))

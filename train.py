@@ -34,8 +34,8 @@ from convert import CHECKPOINT_FORMAT, CheckpointError, load_weights
 from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
                   training_batch, training_batches)
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
-from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, BusyError, Claim, RunLog, TrainingError, read_checkpoint,
-                        read_done, record_error, save_checkpoint, write_atomically)
+from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, BusyError, Claim, RunLog, TrainingError, one_line,
+                        read_checkpoint, read_done, record_error, save_checkpoint, write_atomically)
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
@@ -322,7 +322,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     if (done := distributed.from_first(read_done, run_dir)) is not None:
         return done
     device = pick_device(device)
-    check_place(threads, micro_batch, checkpoint_activations)
+    check_place(threads, micro_batch, checkpoint_activations, checkpoint_every_s)
     if (processes := distributed.size()) > config.batch_size:
         raise TrainingError(f"{processes} processes for a batch of {config.batch_size} images: at most one for each")
     torch.set_num_threads(threads)
@@ -334,6 +334,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
     with (_claimed(run_dir, config, wait_s, echo) as (claim, log),
           progress_bar(config, label, quiet or log is None) as bar):
         if (done := distributed.from_first(read_done, run_dir)) is not None:
+            bar.leave = False
             return done  # finished by the process that we have waited for
         state = {"step": 0, "seconds": 0.0, "rows": [], "train_fingerprint": images["train"].fingerprint,
                  "micro_batch": None, "processes": processes}
@@ -398,6 +399,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
                 rate = (taken - first) * config.batch_size / seconds
                 bar.set_postfix_str(f"{steps[-1][1]:.3f} bits/dim, {rate:.0f} images/s", refresh=False)
                 if log:
+                    claim.check()
                     log.add([(number + 1, (number + 1) * config.batch_size, *pair, learning_rate(number, config),
                               f"{state['seconds']:.3f}") for number, *pair in steps])
                 if step == first:
@@ -430,7 +432,8 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
         def finish():
             claim.check()
             write_atomically(run_dir / DONE_NAME, json.dumps(done, indent=1) + "\n")
-            log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
+            with contextlib.suppress(OSError):  # a full disk: the result is there
+                log.write(f"finished: {test['bits_per_dim']:.4f} bits/dim on {test['num_images']} test images")
             return done
         return distributed.from_first(finish)
 
@@ -550,6 +553,8 @@ def _claimed(run_dir, config, wait_s, echo):
         except BusyError:
             raise
         except Exception as error:
+            if distributed.rank() == 0:
+                claim.check()  # or it is not our folder any more
             if not (run_dir / ERROR_NAME).exists():
                 record_error(run_dir, error)
             raise
@@ -564,7 +569,7 @@ def _refuse_other_config(run_dir, config):
         try:
             theirs = json.loads(path.read_text())
         except ValueError as error:
-            raise TrainingError(f"{path}: damaged ({error}): use another run folder") from None
+            raise TrainingError(f"{path}: damaged ({error}): delete it, and the same command goes on") from None
         _refuse_changes(run_dir, theirs, config)
 
 
@@ -632,8 +637,10 @@ def progress_bar(config, label, quiet):
 
 # ---- what ran it
 
-def check_place(threads, micro_batch, checkpoint_activations):
+def check_place(threads, micro_batch, checkpoint_activations, checkpoint_every_s):
     """Raise TrainingError for settings that no run can have."""
+    if checkpoint_every_s is not None and not checkpoint_every_s >= 0:
+        raise TrainingError(f"checkpoint_every_s={checkpoint_every_s}: must be 0 or more")
     if not 1 <= threads <= 1024:
         raise TrainingError(f"threads={threads}: must be from 1 to 1024")
     if micro_batch is not None and micro_batch < 1:
@@ -796,8 +803,7 @@ def one_line_errors(program, *more):
     except (DataError, CheckpointError, TrainingError, *more) as error:
         sys.exit(1 if getattr(error, "told", False) else f"{program}: error: {error}")
     except OSError as error:
-        sys.exit(f"{program}: error: {error.filename or 'writing'}: {error.strerror or error}: the same command "
-                 "goes on when this is mended")
+        sys.exit(f"{program}: error: {one_line(error)}: the same command goes on when this is mended")
     except KeyboardInterrupt:
         print(f"{program}: interrupted: the same command goes on from the run's last checkpoint, or from its start "
               "where there is none yet", file=sys.stderr)

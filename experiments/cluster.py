@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 
 import distributed
-from run_folder import DEAD_AFTER_S, ERROR_NAME, BusyError, TrainingError, read_progress, record_error, write_atomically
+from run_folder import DEAD_AFTER_S, ERROR_NAME, BusyError, TrainingError, one_line, read_progress, record_error, write_atomically
 from train import COMMIT_FILE, ROOT, Requests, TrainConfig, git_commit, train
 
 JOB_NAME = "job.json"
@@ -137,7 +137,7 @@ class TrainJob:
                 record_error(self.run_dir, error)  # it came before train() had the folder
             if not isinstance(error, (RuntimeError, ValueError, OSError)):
                 raise
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {one_line(error)}")
         if first:
             requeue(signal.SIGUSR2, None)
 
@@ -236,8 +236,9 @@ def read_job(run):
     """What job.json says of a run that was submitted, or None."""
     try:
         job = json.loads((run.folder / JOB_NAME).read_text())
-        return job if {"name", "index", "job", "logs"} <= job.keys() else None
-    except (OSError, ValueError, AttributeError):
+        kinds = {"name": str, "index": int, "job": (str, type(None)), "logs": str}
+        return job if all(isinstance(job[name], kind) for name, kind in kinds.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ from data import load_images
 from experiments import cluster, watch
 from jet import Jet, forward_flops
 from paper_figures.results_csv import KEY, ResultsError, columns, read_results
-from run_folder import DONE_NAME, ERROR_NAME, BusyError, is_running, read_done, read_error, remove_leftovers, write_atomically
+from run_folder import (DONE_NAME, ERROR_NAME, BusyError, is_running, one_line, read_done, read_error, record_error,
+                        remove_leftovers, write_atomically)
 from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, one_line_errors,
                    pick_device, place_options, train)
 
@@ -164,31 +166,39 @@ def print_table(rows, swept):
 def run_all(runs, place, requests, labels=True):
     """Run what is not done, one after the other; a run that another process is at is waited for.
 
-    What fails is told by its error.txt, and the others go on.
+    Where one fails, its error.txt says why, and the others go on. Returns {run id: why} of those whose folder
+    could not take it.
     """
-    width, waiting, told = max(len(run.label) for run in runs), list(runs), []
+    width, waiting, told, untold = max(len(run.label) for run in runs), list(runs), [], {}
     while waiting and not requests.stop:
         for number, run in [(runs.index(run) + 1, run) for run in waiting]:
             if requests.stop:
-                return
+                break
             if run.is_done or read_error(run.folder):
                 waiting.remove(run)
+                continue
+            if run in told and is_running(run.folder):
                 continue
             label = f"[{number:{len(str(len(runs)))}}/{len(runs)}] {run.label:{width}}"
             try:
                 train(run.config, run.folder, label=label, requests=requests, quiet=not labels, **place)
             except BusyError as error:
                 if labels and run not in told:
-                    told.append(run)
                     print(f"{run.label}: waiting for another process ({error})")
+                told.append(run)
                 continue
-            except Exception as error:  # it is in the run's error.txt, but for what could not be written there
-                if labels or not read_error(run.folder):
-                    print(f"{run.label}: {error} ({run.folder})", file=sys.stderr)
+            except Exception as error:
+                if not read_error(run.folder) and not is_running(run.folder):
+                    record_error(run.folder, error)  # it came before train() had the folder
+                if not read_error(run.folder):
+                    untold[run.run_id] = one_line(error)
+                if labels:
+                    print(f"{run.label}: {one_line(error)} ({run.folder})", file=sys.stderr)
             if not requests.stop:
                 waiting.remove(run)
         if waiting and not requests.stop:
             time.sleep(0.5)
+    return untold
 
 
 class _WorkerRequests(Requests):
@@ -207,8 +217,9 @@ class _WorkerRequests(Requests):
 def _work(runs, place, parent):
     requests = _WorkerRequests(quiet=True)
     requests.parent = parent
-    with requests.on():
-        run_all(runs, place, requests, labels=False)
+    with contextlib.suppress(KeyboardInterrupt), requests.on():
+        for line in run_all(runs, place, requests, labels=False).values():
+            print(line, file=sys.stderr)
 
 
 def run_in_parallel(runs, place, jobs, requests):
@@ -217,8 +228,10 @@ def run_in_parallel(runs, place, jobs, requests):
     gpus = torch.cuda.device_count() if place["device"] in ("auto", "cuda") else 0
     places = [place | ({"device": f"cuda:{number % gpus}"} if gpus else {}) for number in range(jobs)]
     workers = [context.Process(target=_work, args=(runs, place, os.getpid())) for place in places]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until a worker has its own
     for worker in workers:
         worker.start()
+    signal.signal(signal.SIGINT, handler)
     watch.follow(runs, lambda found: requests.stop or not any(worker.is_alive() for worker in workers), every_s=0.5)
     for worker in workers:
         if requests.stop and worker.is_alive():
@@ -226,13 +239,14 @@ def run_in_parallel(runs, place, jobs, requests):
         worker.join()
 
 
-def failures(runs):
+def failures(runs, untold):
     """A line for each run that has not finished, and why."""
     lines = []
     for run in runs:
         try:
             if read_done(run.folder) is None:
-                lines.append(f"{run.label}: {read_error(run.folder) or 'not finished'} ({run.folder})")
+                why = read_error(run.folder) or untold.get(run.run_id, "not finished")
+                lines.append(f"{run.label}: {why} ({run.folder})")
         except TrainingError as error:
             lines.append(f"{run.label}: {error}")
     return lines
@@ -307,6 +321,10 @@ def main(experiment, description, configs, swept, draw, arguments=None):
                 parser.error(f"--{name} {getattr(flags, name)}: must be 1 or more")
         if flags.images_per_s is not None and flags.images_per_s <= 0:
             parser.error(f"--images-per-s {flags.images_per_s}: must be above 0")
+        if flags.images_per_s and not flags.dry_run:
+            parser.error("--images-per-s: only with --dry-run")
+        if flags.dry_run and (flags.status or flags.wait or flags.cancel or flags.collect):
+            parser.error("--dry-run: not together with --status, --wait, --cancel or --collect")
         watching = flags.status or flags.wait or flags.cancel or flags.collect
         if flags.cluster != "slurm" and not watching and (given := cluster.given_cluster_flags(flags)):
             parser.error(f"{', '.join(given)}: only with --cluster slurm")
@@ -350,14 +368,13 @@ def main(experiment, description, configs, swept, draw, arguments=None):
             return submit(experiment, runs, runs_dir, flags, settings)
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}, "
               f"{sum(run.is_done for run in runs)} of them done")
-        if not flags.collect:
-            run_here(parser.prog, runs, flags)
+        untold = {} if flags.collect else run_here(parser.prog, runs, flags)
         pieces = sorted(flags.results_dir.glob(f"{csv.stem}.shard-*.csv")) if flags.collect else ()
         rows = collect(runs, experiment, flags.scale, swept, csv, pieces)
         if not rows.empty:
             print_table(rows, swept)
         finished = set(rows["run_id"])
-        failed = [] if flags.collect else failures([run for run in runs if run.run_id not in finished])
+        failed = [] if flags.collect else failures([run for run in runs if run.run_id not in finished], untold)
         if failed and flags.cluster == "local":
             more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
             sys.exit(f"{parser.prog}: error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed[:3])}{more}")
@@ -372,19 +389,23 @@ def main(experiment, description, configs, swept, draw, arguments=None):
 
 
 def run_here(program, runs, flags):
-    """Run what is not done in this process, or in --jobs of them; with --cluster debug the first, with its log."""
-    place = place_options(vars(flags))
+    """Run what is not done in this process, or in --jobs of them; with --cluster debug the first, with its log.
+
+    Returns what run_all does.
+    """
+    place, untold = place_options(vars(flags)), {}
     todo = [run for run in runs if not run.is_done]
     if not todo:
-        return
+        return {}
     pick_device(flags.device)  # what is wrong with all runs is told once, and no run begins
-    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations)
+    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations, flags.checkpoint_every_s)
     for data in {run.config.data for run in todo}:
         load_images(data, "train", flags.data_root)
     for run in todo:
         if not is_running(run.folder):
-            for name in (ERROR_NAME, cluster.JOB_NAME):
-                (run.folder / name).unlink(missing_ok=True)
+            for path in (run.folder / ERROR_NAME, run.folder / cluster.JOB_NAME):
+                with contextlib.suppress(OSError):  # train() tells what is wrong with a folder
+                    path.unlink()
     with Requests().on() as requests:
         if flags.cluster == "debug":
             run = todo[0]
@@ -393,15 +414,16 @@ def run_here(program, runs, flags):
         elif flags.jobs > 1 and len(todo) > 1:
             run_in_parallel(todo, place, min(flags.jobs, len(todo)), requests)
         else:
-            run_all(runs, place, requests)
+            untold = run_all(runs, place, requests)
     if requests.stop:
         sys.exit(f"{program}: stopped: the same command goes on")
+    return untold
 
 
 def submit(experiment, runs, runs_dir, flags, settings):
     """Submit what is not done, running or queued."""
     cluster.check_slurm()
-    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations)
+    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations, flags.checkpoint_every_s)
     root = flags.data_root or os.environ.get("JET_DATA")
     load_images(runs[0].config.data, "train", root)
     place = place_options(vars(flags)) | ({"data_root": os.path.abspath(root)} if root else {})

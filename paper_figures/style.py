@@ -1,5 +1,6 @@
 """What all figures share: column width, type, colours, and files of equal bytes from equal numbers."""
 import argparse
+import io
 import os
 import sys
 import uuid
@@ -47,10 +48,15 @@ def save(figure, name, out_dir=OUT):
     paths = [out_dir / f"{name}.pdf", out_dir / f"{name}.png"]
     for path, metadata in zip(paths, ({"CreationDate": None, "Producer": None, "Creator": None},
                                       {"Software": None})):
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # or two that draw at once tear it
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], metadata=metadata)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # a full disk, or two that draw at once
         try:
-            figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)
+            temporary.write_bytes(drawn.getvalue())
             os.replace(temporary, path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
     plt.close(figure)

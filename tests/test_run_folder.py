@@ -157,7 +157,9 @@ def test_a_process_that_lost_its_claim_writes_no_more(tmp_path, config, monkeypa
     with pytest.raises(BusyError, match="taken over by another process .* nothing more was written"):
         train(config, tmp_path / "run", quiet=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")} == before
+    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123")
     assert (tmp_path / "run/claim.json").exists() == (loss == "taken")  # it is not ours to remove
+    assert "failed" not in (tmp_path / "run/log.txt").read_text()
     assert not (tmp_path / "run/error.txt").exists() and not (tmp_path / "run/done.json").exists()
 
 
@@ -217,7 +219,7 @@ def test_without_a_whole_checkpoint_it_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there is none before it: move it away"):
         read_checkpoint(tmp_path, None)
     (tmp_path / "checkpoint-previous.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="move both away to begin again"):
+    with pytest.raises(CheckpointError, match="move away what is there to begin again"):
         read_checkpoint(tmp_path, None)
 
 
@@ -295,6 +297,34 @@ def test_progress_is_the_last_whole_line(tmp_path):
     assert read_progress(tmp_path) == (0, 0.0, 0.0)
     (tmp_path / "metrics.csv").write_text("step,images_seen,bits_per_dim,grad_norm,lr,seconds\n1,8,7.5,1,1,0.5\n2,16,7.4,1,1,0")
     assert read_progress(tmp_path) == (1, 7.5, 0.5)
+
+
+def test_lines_of_metrics_are_put_in_order_and_missing_ones_told(tmp_path):
+    row = "{},8,7.5,1,1,0.5\n".format
+    (tmp_path / "metrics.csv").write_text("header\n" + "".join(map(row, (1, 2, 3, 5, 2, 3, "²", 9))))
+    RunLog(tmp_path).begin(step=6)
+    assert (tmp_path / "metrics.csv").read_text() == run_folder.METRICS_COLUMNS + "\n" + "".join(map(row, (1, 2, 3, 5)))
+    log = (tmp_path / "log.txt").read_text()
+    assert "metrics.csv: 1 torn lines dropped" in log and "metrics.csv: 2 of the lines up to step 6 are missing" in log
+
+
+def test_a_heartbeat_does_not_keep_the_claim_of_another_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.01)
+    claim = Claim(tmp_path)
+    claim.take()
+    held(tmp_path, machine="another")
+    os.utime(tmp_path / "claim.json", (1, 1))
+    time.sleep(0.2)
+    assert (tmp_path / "claim.json").stat().st_mtime == 1
+    claim.release()
+    assert read_claim(tmp_path)["token"] == "x"
+
+
+def test_a_folder_that_cannot_be_one_is_one_line(tmp_path, config):
+    (tmp_path / "run").write_text("a file")
+    assert not is_running(tmp_path / "run") and read_progress(tmp_path / "run") == (0, 0.0, 0.0)
+    with pytest.raises(TrainingError, match="cannot be a run folder .*: mend that, or choose another"):
+        train(config, tmp_path / "run", quiet=True)
 
 
 def test_metrics_hold_each_step_once_and_the_log_start_restart_and_end(tmp_path, config):
