@@ -7,6 +7,7 @@ reads and writes files. With one process every function here does nothing, or wh
 """
 import atexit
 import datetime
+import gc
 import os
 import warnings
 
@@ -24,13 +25,18 @@ def start():
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-        if backend == "gloo":  # or its threads end the process with SIGABRT; NCCL may wait for those that are gone
+        if backend == "gloo":  # NCCL may wait for those that are gone
             atexit.register(leave)
 
 
 def leave():
-    """Part from the other processes, when all is done."""
+    """Part from the other processes, when all is done.
+
+    gloo's threads must have ended before Python does: one that drops the last reference to a tensor after that
+    aborts the process. DistributedDataParallel, which is in reference cycles, keeps them alive.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -271,10 +271,13 @@ def how_it_ended(job):
 
 
 def cancel(runs):
-    """Cancel what is waiting or running; returns how many jobs that were."""
+    """Cancel what is waiting or running, which job.json then says; returns how many jobs that were."""
     queue = read_queue(runs)
     if queue:
         _slurm("scancel", *(job_id for _, _, job_id in queue.values()))
+    for run in runs:
+        if run.folder in queue:
+            write_atomically(run.folder / JOB_NAME, json.dumps(read_job(run) | {"cancelled": True}))
     return len(queue)
 
 

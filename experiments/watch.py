@@ -51,7 +51,7 @@ def _status(run, entry):
         return Status(state="failed", note=f"{error} ({folder / LOG_NAME})", **known)
     if (job := cluster.read_job(run)) and job["job"]:
         ended, log = cluster.how_it_ended(job)
-        if ended == "CANCELLED":
+        if job.get("cancelled") or ended == "CANCELLED":
             return Status(state="cancelled", note=f"job {job['job']}", **known)
         return Status(state="failed", note=f"job {job['job']} ended as {ended or 'unknown'}: {_last_line(log)} ({log})", **known)
     started = (folder / CHECKPOINT_NAME).exists() or (folder / PREVIOUS_NAME).exists()

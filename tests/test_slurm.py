@@ -45,8 +45,8 @@ def tiny(folder, *flags, code=0, **options):
     return done.stdout + done.stderr
 
 
-def slurm(*words):
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+def slurm(*words, timeout=60):
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=timeout).stdout
 
 
 def run_of(folder, scale="small", point=0):
@@ -115,7 +115,7 @@ def done(run):
 def base(tmp_path_factory):
     """A folder for all runs here, on a machine with a Slurm; whatever they leave in its queue is cancelled."""
     try:
-        slurm("sinfo", "--noheader")
+        slurm("sinfo", "--noheader", timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         reason = "there is no sinfo on the PATH" if isinstance(error, FileNotFoundError) else "sinfo gets no answer"
         pytest.skip(f"no Slurm here: {reason}")

@@ -262,20 +262,13 @@ def test_debug_runs_one_in_the_foreground_with_its_log(tmp_path, capsys):
     assert pd.read_csv(csv(tmp_path))["run_id"].nunique() == 1
 
 
-def test_jobs_run_a_copy_of_the_code_that_knows_its_commit(tmp_path, monkeypatch):
+def test_jobs_run_a_copy_of_the_code_that_knows_its_commit(tmp_path):
     copy = cluster.copy_code(tmp_path, allow_dirty=True)
-    assert cluster.copy_code(tmp_path, allow_dirty=True) == copy and len(list(tmp_path.iterdir())) == 1
     told = subprocess.run([sys.executable, "-c", "import train, experiments.cluster as cluster\n"
                            "print(cluster.__file__, train.ROOT, *train.git_commit())"],
                           cwd=copy, capture_output=True, text=True).stdout.split()
     assert told == [str(copy / "experiments/cluster.py"), str(copy), *train_module.git_commit()]
     assert (copy / "train.py").read_bytes() == (TESTS.parent / "train.py").read_bytes()
-    monkeypatch.setattr(cluster, "git_commit", lambda: ("0123", "dirty"))
-    with pytest.raises(cluster.ClusterError, match="changes that are not committed: commit them, or give --allow-dirty"):
-        cluster.copy_code(tmp_path, allow_dirty=False)
-    monkeypatch.setattr(cluster, "git_commit", lambda: ("", ""))
-    with pytest.raises(cluster.ClusterError, match="is no git checkout"):
-        cluster.copy_code(tmp_path, allow_dirty=True)
 
 
 def test_hours_come_from_a_given_speed_or_from_finished_runs(finished, tmp_path, capsys):
