@@ -659,7 +659,7 @@ def pick_device(device):
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise TrainingError(f"device {device!r}: must be auto, cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
-        raise TrainingError(f"device {device!r}: torch {torch.__version__} sees no GPU here; use cpu or auto")
+        raise TrainingError(f"device {device!r}: torch {torch.__version__} sees no GPU here: use --device cpu, or a machine with one")
     try:
         if device == "cpu":
             kernels.name()
