@@ -71,6 +71,15 @@ def _named(path):
         raise
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Within, no other process has this file locked; on a file system without locks it does nothing."""
+    with open(path, "w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers(folder, name="", older_than_s=0):
     """Remove what processes killed in write_atomically have left of a file, or of all of a folder's."""
     for path in folder.glob(f".{name}*.tmp"):
@@ -128,9 +137,7 @@ class Claim:
         temporary = self.run_dir / f".{CLAIM_NAME}.{self.ours['token']}.tmp"
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.run_dir / "lock", "w") as lock:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # so that of two that see a dead holder one takes over
+            with locked(self.run_dir / "lock"):  # so that of two that see a dead holder one takes over
                 temporary.write_text(json.dumps(self.ours))
                 try:
                     os.link(temporary, self.path)
@@ -164,10 +171,9 @@ class Claim:
         if self._beating:
             self._over.set()
             self._beating.join()
-            holder = read_claim(self.run_dir)
-            if holder and holder["token"] == self.ours["token"]:
-                with contextlib.suppress(OSError):
-                    self.path.unlink()
+            with contextlib.suppress(OSError, BusyError):
+                self.check()
+                self.path.unlink()
 
 
 def read_claim(run_dir):
@@ -278,7 +284,9 @@ def read_done(run_dir):
 
 
 def record_error(run_dir, error):
-    """Write why an attempt failed: the line first, then, for a bug, the traceback."""
+    """Write why an attempt failed, the line first, then the traceback; what was written first stays."""
+    if (Path(run_dir) / ERROR_NAME).exists():
+        return
     line = one_line(error)
     with contextlib.suppress(OSError):  # a full disk
         text = "".join(traceback.format_exception(error))

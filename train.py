@@ -555,8 +555,7 @@ def _claimed(run_dir, config, wait_s, echo):
         except Exception as error:
             if distributed.rank() == 0:
                 claim.check()  # or it is not our folder any more
-            if not (run_dir / ERROR_NAME).exists():
-                record_error(run_dir, error)
+            record_error(run_dir, error)
             raise
     finally:
         claim.release()

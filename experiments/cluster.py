@@ -4,7 +4,6 @@ Each run folder keeps in job.json which job it was last given to; what became of
 copy of the code, made when they are submitted, and may be preempted, killed and requeued: train() goes on.
 """
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -61,9 +60,10 @@ def given_cluster_flags(flags):
 
 def sbatch_settings(flags, threads):
     """submitit's settings from the parsed flags. Raises ValueError."""
-    for name in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "timeout_min", "max_parallel"):
-        if (value := getattr(flags, name)) is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name, (kind, *_) in FLAGS.items():
+        value = getattr(flags, name.replace("-", "_"))
+        if kind is not str and value is not None and value <= 0:
+            raise ValueError(f"--{name} {value}: must be above 0")
     minutes = flags.timeout_min or 240
     settings = {"partition": flags.partition, "account": flags.account, "qos": flags.qos,
                 "constraint": flags.constraint, "nodes": flags.nodes or 1, "gpus_per_node": flags.gpus_per_node,
@@ -133,8 +133,8 @@ class TrainJob:
             if first and result["step"] <= before and time.monotonic() - begun > 30 * self.minutes:
                 raise TrainingError(f"no step was done in {self.minutes} minutes: raise --timeout-min")
         except Exception as error:
-            if first and not isinstance(error, BusyError) and not (Path(self.run_dir) / ERROR_NAME).exists():
-                record_error(self.run_dir, error)  # it came before train() had the folder
+            if first and not isinstance(error, BusyError):
+                record_error(self.run_dir, error)  # where it came before train() had the folder
             if not isinstance(error, (RuntimeError, ValueError, OSError)):
                 raise
             sys.exit(f"error: {one_line(error)}")
@@ -171,15 +171,6 @@ def copy_code(folder, allow_dirty):
         except OSError:  # somebody else was first
             shutil.rmtree(begun)
     return copy
-
-
-@contextlib.contextmanager
-def submitting(folder):
-    """Within, no one else submits runs of this folder."""
-    with open(folder / "submit.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: claims keep two jobs apart
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def check_slurm():

@@ -21,7 +21,7 @@ from data import load_images
 from experiments import cluster, watch
 from jet import Jet, forward_flops
 from paper_figures.results_csv import KEY, ResultsError, columns, read_results
-from run_folder import (DONE_NAME, ERROR_NAME, BusyError, is_running, one_line, read_done, read_error, record_error,
+from run_folder import (DONE_NAME, ERROR_NAME, BusyError, is_running, locked, one_line, read_done, read_error, record_error,
                         remove_leftovers, write_atomically)
 from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, one_line_errors,
                    pick_device, place_options, train)
@@ -188,8 +188,8 @@ def run_all(runs, place, requests, labels=True):
                 told.append(run)
                 continue
             except Exception as error:
-                if not read_error(run.folder) and not is_running(run.folder):
-                    record_error(run.folder, error)  # it came before train() had the folder
+                if not is_running(run.folder):
+                    record_error(run.folder, error)  # where it came before train() had the folder
                 if not read_error(run.folder):
                     untold[run.run_id] = one_line(error)
                 if labels:
@@ -352,10 +352,8 @@ def main(experiment, description, configs, swept, draw, arguments=None):
             number = cluster.cancel(runs)
             print(f"{number} jobs cancelled: the command that submitted them goes on from the last checkpoints" if number
                   else "no run is queued or running on Slurm")
-        if flags.wait:
-            watch.follow(runs)
         if flags.status or flags.wait:
-            found = watch.statuses(runs)
+            found = watch.follow(runs) if flags.wait else watch.statuses(runs)
             watch.print_statuses(runs, found)
             bad = [status for status in found if status.state == "failed" or flags.wait and status.state != "done"]
             if bad and not flags.collect:
@@ -388,6 +386,13 @@ def main(experiment, description, configs, swept, draw, arguments=None):
                 print(path)
 
 
+def check_runs(runs, flags):
+    """Raise for settings and images that no run could begin with."""
+    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations, flags.checkpoint_every_s)
+    for data in {run.config.data for run in runs}:
+        load_images(data, "train", flags.data_root)
+
+
 def run_here(program, runs, flags):
     """Run what is not done in this process, or in --jobs of them; with --cluster debug the first, with its log.
 
@@ -398,9 +403,7 @@ def run_here(program, runs, flags):
     if not todo:
         return {}
     pick_device(flags.device)  # what is wrong with all runs is told once, and no run begins
-    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations, flags.checkpoint_every_s)
-    for data in {run.config.data for run in todo}:
-        load_images(data, "train", flags.data_root)
+    check_runs(todo, flags)
     for run in todo:
         if not is_running(run.folder):
             for path in (run.folder / ERROR_NAME, run.folder / cluster.JOB_NAME):
@@ -423,13 +426,12 @@ def run_here(program, runs, flags):
 def submit(experiment, runs, runs_dir, flags, settings):
     """Submit what is not done, running or queued."""
     cluster.check_slurm()
-    check_place(flags.threads, flags.micro_batch, flags.checkpoint_activations, flags.checkpoint_every_s)
+    check_runs(runs, flags)
     root = flags.data_root or os.environ.get("JET_DATA")
-    load_images(runs[0].config.data, "train", root)
     place = place_options(vars(flags)) | ({"data_root": os.path.abspath(root)} if root else {})
     if flags.gpus_per_node and flags.device == "auto":
         place["device"] = "cuda"  # what was asked for: on a node without it the run fails, and says so
-    with cluster.submitting(runs_dir):
+    with locked(runs_dir / "submit.lock"):  # two at once would both submit what is not queued yet
         found = watch.statuses(runs)
         todo = [run for run, status in zip(runs, found) if status.state not in ("done", "running", "queued")]
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}: {watch.count(found)}")
