@@ -71,6 +71,7 @@ class TrainConfig:
                              ("float32", "bfloat16", "float64"))
     seed: int = setting(0, "of weights, data order and training noise", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
+    init: str = ""  # which weights it starts from, as weights_id() names them (--init-from); "": a fresh Jet's
 
     def __post_init__(self):
         check_settings(self)
