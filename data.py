@@ -25,6 +25,8 @@ import torch
 
 SPLITS = ("train", "test")  # the validation images of ImageNet are "test", too
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_PARTS = {"animals": "bird cat deer dog frog horse".split(),
+                 "vehicles": "airplane automobile ship truck".split()}  # sets of their own: cifar10-animals, ...
 CIFAR10_FOLDER = "cifar-10-batches-bin"
 CIFAR10_FILES = {
     "train": {
@@ -60,6 +62,11 @@ def _known_sets():
         "cifar10": KnownSet("cifar10", (32, 32, 3), {"train": 50_000, "test": 10_000},
                             "cifar-10-binary.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, unpacked"),
     }
+    for name, num_train, num_test in (("cifar10-animals", 30_000, 6_000), ("cifar10-vehicles", 20_000, 4_000),
+                                      ("cifar10-subset-animals", 1_230, 306), ("cifar10-subset-vehicles", 818, 206)):
+        whole, _, part = name.rpartition("-")
+        sets[name] = KnownSet(name, (32, 32, 3), {"train": num_train, "test": num_test},
+                              f"the images of {whole} that show {', '.join(CIFAR10_PARTS[part])}")
     oord = {"train": 1_281_149, "test": 49_999}
     full = {"train": 1_281_167, "test": 50_000}
     split_by_us = {"train": None, "test": None}  # 13 to 14 million images, held-out split of one's own
@@ -90,6 +97,22 @@ FINGERPRINTS = {  # of the sets that cannot differ from one machine to the next
         "7db256e89ed2d55f5f1c113beaf9a21a1e4c28f3f4fd374a35dc4301727cca4b",
     ("cifar10", "test"):
         "b90bf5fc55d5e0a76f1358afc9511ceb962591ae8418653bb5e5d103f36d4a46",
+    ("cifar10-animals", "train"):
+        "5ca1146327d53c7224f1886b866e6acad1ba0665e6730d3d02e6dbb9c6614e29",
+    ("cifar10-animals", "test"):
+        "ecb9f1ced606d71162f09fe2eda52536b120b4096d14cda9da0e03321f6502b0",
+    ("cifar10-vehicles", "train"):
+        "6af15a9318eda1200f4a0c68c68cae6740fa1c38ffcbd274f56831892cf2b0f3",
+    ("cifar10-vehicles", "test"):
+        "963f1076e4315658fa3fc265431f061cf8710e4f9ac133d1b72eb9c3d1161071",
+    ("cifar10-subset-animals", "train"):
+        "d9eabb9dbbabe1545348c0a06ba6a1b8f679a9e3f5ae7766854ee7843ed04bf0",
+    ("cifar10-subset-animals", "test"):
+        "ae64523835b5e9bcb577dba0b5a93727f6005c0bc0d6a7559af8e611494ee374",
+    ("cifar10-subset-vehicles", "train"):
+        "bc10c634ba6ba5eb9c11219d9860386d5a0884977ec6c120d9eb2c8fd0277e7d",
+    ("cifar10-subset-vehicles", "test"):
+        "0c59ff65e66249b3bb8b09d79a3fad74dc0e426d315b8a71f2f19cd793285ba8",
 }
 
 
@@ -138,6 +161,9 @@ def load_images(name_or_path, split, root=None):
     if split not in SPLITS:
         raise DataError(f"split={split!r}: must be train or test (ImageNet's validation set is test)")
     name = str(name_or_path)
+    whole, _, part = name.rpartition("-")
+    if part in CIFAR10_PARTS and name in SETS:
+        return _load_part(load_images(whole, split, root), part)
     if name == "cifar10-subset":
         return _load_subset(split)
     if name in SETS:
@@ -203,6 +229,14 @@ def _load_cifar10(folder, split):
     array = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return ImageSet(array=array, labels=records[:, 0].astype(np.int64), name="cifar10",
                     variant="cifar10", split=split, known_fingerprint=FINGERPRINTS["cifar10", split])
+
+
+def _load_part(images, part):
+    """The images of CIFAR-10 or its subset that belong to some of the classes, in their order."""
+    name = f"{images.name}-{part}"
+    kept = np.isin(images.labels, [CIFAR10_CLASSES.index(label) for label in CIFAR10_PARTS[part]])
+    return ImageSet(array=images.array[kept], labels=images.labels[kept], name=name, variant=name, split=images.split,
+                    known_fingerprint=FINGERPRINTS[name, images.split])
 
 
 def _load_folder(folder, split, name=None):

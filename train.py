@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import distributed
 import kernels
-from convert import CHECKPOINT_FORMAT, CheckpointError, load_weights
+from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_jet, load_weights, read_tensors
 from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
                   training_batch, training_batches)
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
-from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, BusyError, Claim, RunLog, TrainingError, one_line,
+from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, PREVIOUS_NAME, BusyError, Claim, RunLog, TrainingError, one_line,
                         read_checkpoint, read_done, record_error, save_checkpoint, write_atomically)
 
 ROOT = Path(__file__).resolve().parent
@@ -57,7 +57,8 @@ class TrainConfig:
     model: JetConfig = dataclasses.field(default_factory=JetConfig)
     data: str = setting("imagenet64-oord", "image set: a known name, a prepared folder or a .npy file")
     batch_size: int = setting(1024, "images per step")
-    total_steps: int = setting(250_224, "optimizer steps; 250,224 are 200 epochs of ImageNet-1k")
+    total_steps: int = setting(250_224, "optimizer steps; 250,224 are 200 epochs of ImageNet-1k; 0 only evaluates",
+                               minimum=0)
     lr: float = setting(3e-4, "peak learning rate")
     warmup_fraction: float = setting(0.1, "share of the steps with a rising learning rate", minimum=0)
     weight_decay: float = setting(1e-5, "decoupled and NOT multiplied by lr (torch's AdamW takes "
@@ -175,6 +176,26 @@ def read_steps(pending, config):
                                  "another --seed")
     pending.clear()
     return steps
+
+
+def weights_id(path):
+    """The name of the weights in a run folder or weight file, as TrainConfig.init holds it.
+
+    The hash of the configuration that they were trained with (and the step, of a run that has not ended); of a
+    foreign file its SHA-256. Raises CheckpointError.
+    """
+    path = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+    content = {} if path.suffix == ".npz" else read_tensors(path)
+    if content.get("format") != CHECKPOINT_FORMAT:
+        try:
+            return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
+    try:
+        config, step = TrainConfig.from_dict(content["config"]), content["step"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is damaged or of another version ({error})") from None
+    return config.hash + (f"-step{step}" if step < config.total_steps else "")
 
 
 @contextlib.contextmanager
@@ -298,13 +319,14 @@ class Stopped(Exception):
 
 @_outside_errors()
 @_full_float32()
-def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", threads=1, compile=False,
+def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, device="auto", threads=1, compile=False,
           micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=None, requests=None, wait_s=0,
           label="", quiet=False, echo=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
     config: TrainConfig. run_dir: gets the files that run_folder.py lists; the last two checkpoints are kept.
-    stop_after: stop with a checkpoint once this many steps are done in all. device (auto, cpu, cuda),
+    stop_after: stop with a checkpoint once this many steps are done in all. init_from: run folder or weight file
+    that holds config.init's weights; needed to begin such a run, not to resume it. device (auto, cpu, cuda),
     threads and kernels (of the CPU), compile, micro_batch (images in a process's memory at a time; None: the
     checkpoint's, else what fits) and the number of processes (distributed.py) decide rounding; all else that
     decides the result is in config. checkpoint_activations (auto, on, off) trades time for memory.
@@ -328,7 +350,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
         raise TrainingError(f"{processes} processes for a batch of {config.batch_size} images: at most one for each")
     torch.set_num_threads(threads)
     images = {split: load_images(config.data, split, data_root) for split in ("train", "test")}
-    jet = _fresh_jet(config, images["train"]).to(device, DTYPES[config.precision])
+    jet = _first_jet(config, images["train"], init_from, run_dir).to(device, DTYPES[config.precision])
     optimizer = make_optimizer(jet.parameters(), config)
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
 
@@ -353,7 +375,7 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
                       f"{hardware(device)}, torch {torch.__version__}, {_cpu_kernels(device) or 'cuda'} kernels, "
                       f"commit {' '.join(git_commit())}")
             log.write(line)
-        if not first and config.model.actnorm:
+        if not first and config.model.actnorm and not config.init:
             x = training_batch(images["train"], config.batch_size, config.seed, 0, device)
             jet.initialize(x.to(DTYPES[config.precision]))
         if compile:
@@ -372,6 +394,8 @@ def train(config, run_dir, stop_after=None, *, data_root=None, device="auto", th
         batches = training_batches(images["train"], config.batch_size, config.seed, range(first, stop), device,
                                    part=distributed.part(config.batch_size))
         with contextlib.closing(batches), contextlib.suppress(Stopped):
+            if not config.total_steps:
+                distributed.from_first(save)  # the weights that are evaluated
             if _evaluation_is_due(config, state):  # it was interrupted
                 state["rows"] += _evaluate_splits(jet, images, first, requests)
             for step, x in enumerate(batches, first):
@@ -590,15 +614,24 @@ def _flat(values, prefix=""):
     return {name: value for key, item in values.items() for name, value in _flat(item, f"{prefix}{key}.").items()}
 
 
-def _fresh_jet(config, images):
-    """The Jet of a configuration before training, checked against the images."""
+def _first_jet(config, images, init_from, run_dir):
+    """The Jet of a configuration before training, checked against the images and the weights it begins with."""
     height, width, channels = images.array.shape[1:]
     if (channels, height, width) != config.model.image_shape:
         raise TrainingError(f"{config.data} has images of {height} x {width} x {channels}; the model takes "
                             f"image_size={config.model.image_size} and channels={config.model.channels}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Jet(config.model)
+    begun = any((run_dir / name).exists() for name in (CHECKPOINT_NAME, PREVIOUS_NAME))
+    if not config.init or begun:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return Jet(config.model)
+    if init_from is None:
+        raise TrainingError(f"{run_dir} begins with the weights {config.init}: give the run folder or file that holds "
+                            "them (--init-from)")
+    if (found := weights_id(init_from)) != config.init:
+        raise TrainingError(f"{init_from} holds the weights {found}, and this run begins with {config.init}: give that "
+                            "one's run folder or file")
+    return load_jet(init_from, **vars(config.model))  # refuses a field that is another there, by name
 
 
 def _restore(run_dir, config, jet, optimizer, state, log):
@@ -616,12 +649,13 @@ def _restore(run_dir, config, jet, optimizer, state, log):
     load_weights(path, jet, saved["model"])
     try:  # only the moments: the hyper-parameters are the config's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["optimizer"]})
-        fits = all(optimizer.state[parameter][moment].shape == parameter.shape
-                   for parameter in jet.parameters() for moment in ("exp_avg", "exp_avg_sq"))
+        fits = not config.total_steps or all(
+            optimizer.state[parameter][moment].shape == parameter.shape
+            for parameter in jet.parameters() for moment in ("exp_avg", "exp_avg_sq"))
     except (KeyError, ValueError, TypeError, AttributeError):
         fits = False
     step, seconds, rows, micro_batch = (saved[name] for name in ("step", "seconds", "rows", "micro_batch"))
-    if not (fits and type(step) is int and 0 < step <= config.total_steps and type(seconds) is float
+    if not (fits and type(step) is int and 0 <= step <= config.total_steps and type(seconds) is float
             and type(rows) is list and (micro_batch is None or type(micro_batch) is int and micro_batch > 0)):
         raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this run: move it away to "
                               "begin again")
@@ -764,13 +798,17 @@ def add_config_flags(parser, config_class, prefix=""):
 
 
 def config_from_flags(flags, data_root):
-    """TrainConfig from parsed flags; image size and channels are the set's unless they are given."""
+    """TrainConfig from parsed flags; where weights are given the model is theirs, and image size and channels are the
+    set's unless they are given."""
     top = {name: value for name, value in flags.items() if name in TrainConfig.__dataclass_fields__}
     model = {name.removeprefix("model."): value for name, value in flags.items() if name.startswith("model.")}
     height, width, channels = image_shape(top.get("data", TrainConfig.data), data_root)
-    model = {"image_size": (height, width), "channels": channels} | model
-    if isinstance(model["image_size"], list) and len(model["image_size"]) == 1:
+    if isinstance(model.get("image_size"), list) and len(model["image_size"]) == 1:
         model["image_size"] = model["image_size"][0]
+    if flags.get("init_from"):
+        model = vars(load_jet(flags["init_from"], **model).config)
+        top["init"] = weights_id(flags["init_from"])
+    model = {"image_size": (height, width), "channels": channels} | model
     return TrainConfig(model=JetConfig(**model), **top)
 
 
@@ -816,12 +854,14 @@ def main(arguments=None):
     add_config_flags(parser.add_argument_group("the model"), JetConfig, "model.")
     place = parser.add_argument_group("where it runs")
     add_place_flags(place)
+    place.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT", help="begin with the weights of this run folder or "
+                       "weight file: the model is theirs, the schedule is new (give a lower --lr)")
     place.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/<set>-<hash of the config>)")
     flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog):
         try:
             config = config_from_flags(flags, flags["data_root"])
-        except (DataError, TrainingError):
+        except (DataError, CheckpointError, TrainingError):
             raise
         except ValueError as error:
             parser.error(str(error))
@@ -830,7 +870,7 @@ def main(arguments=None):
         if first := distributed.rank() == 0:
             print(f"run folder {run_dir}, seed {config.seed}", flush=True)
         with Requests().on() as requests:
-            done = train(config, run_dir, requests=requests, **place_options(flags))
+            done = train(config, run_dir, init_from=flags["init_from"], requests=requests, **place_options(flags))
         if "bits_per_dim" not in done:
             sys.exit(f"{parser.prog}: stopped at step {done['step']}: the same command goes on" if first else 1)
         distributed.leave()
