@@ -24,8 +24,8 @@ BASE = {
         data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
         model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
     "small": TrainConfig(
-        data="cifar10", batch_size=32, total_steps=650, lr=2e-3,
-        model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=64, num_heads=2)),
+        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+        model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(
         data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
         model=JetConfig(image_size=32, num_couplings=32, block_depth=1, emb_dim=256, num_heads=4)),

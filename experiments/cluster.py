@@ -105,8 +105,9 @@ def print_settings(settings, num_runs, max_parallel):
 class TrainJob:
     """One run as a job of submitit: train() in each process, requeued when the time is up or another job comes."""
 
-    def __init__(self, config, run_dir, place, minutes):
-        self.config, self.run_dir, self.place, self.minutes = config.to_dict(), str(run_dir), place, minutes
+    def __init__(self, run, place, minutes):
+        self.config, self.run_dir, self.place, self.minutes = run.config.to_dict(), str(run.folder.absolute()), place, minutes
+        self.init_from = run.init_from and str(run.init_from.absolute())
 
     def checkpoint(self):
         """What submitit submits again: the run's state is in its folder."""
@@ -125,8 +126,8 @@ class TrainJob:
         try:
             # SIGTERM comes before a preemption or a cancellation: the time left is unknown, and Slurm will requeue
             with requests.on(stop=[signal.SIGUSR2], save=[signal.SIGTERM]):
-                result = train(TrainConfig.from_dict(self.config), self.run_dir, requests=requests,
-                               wait_s=2 * DEAD_AFTER_S, quiet=True, **self.place)
+                result = train(TrainConfig.from_dict(self.config), self.run_dir, init_from=self.init_from,
+                               requests=requests, wait_s=2 * DEAD_AFTER_S, quiet=True, **self.place)
             if "bits_per_dim" in result:
                 distributed.leave()
                 return result["bits_per_dim"]
@@ -185,8 +186,11 @@ def check_slurm():
     _slurm("sinfo", "--noheader")
 
 
-def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
-    """Submit runs as one job array; returns its id. folder: of the experiment's runs."""
+def submit(runs, name, settings, place, folder, max_parallel, allow_dirty, after=None):
+    """Submit runs as one job array; returns its id. folder: of the experiment's runs.
+
+    after: id of the job that has to end before: its run trains the weights that these begin with.
+    """
     import submitit
     code = copy_code(folder.parent / "code", allow_dirty)
     name = f"{name}-{uuid.uuid4().hex[:8]}"
@@ -194,6 +198,8 @@ def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
     executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=10 ** 6)  # the end of its time is no failure
     killed = f"{logs}/killed_${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}"
     extra = {"chdir": str(code), "requeue": True} | settings["additional_parameters"]
+    if after:
+        extra["dependency"] = ",".join(filter(None, (extra.get("dependency"), f"afterany:{after}")))
     executor.update_parameters(
         **settings | {"additional_parameters": extra}, job_name=name, array_parallelism=max_parallel or len(runs),
         # one process lost is all lost; and since Slurm 22.05 srun does not take over sbatch's CPUs
@@ -210,7 +216,7 @@ def submit(runs, name, settings, place, folder, max_parallel, allow_dirty):
     try:
         # submitit prints what sbatch says, too
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            jobs = [executor.submit(TrainJob(run.config, run.folder.absolute(), place, settings["time"])) for run in runs]
+            jobs = [executor.submit(TrainJob(run, place, settings["time"])) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         for run in runs:
             (run.folder / JOB_NAME).unlink()

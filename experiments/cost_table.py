@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from experiments.sweep import num_parameters, train_flops
+from experiments.sweep import GPU_PEAKS as PEAKS, GPU_SHARE as SHARE, num_parameters, number, train_flops
 from experiments.throughput import SIZES
 from jet import Jet, JetConfig, forward_flops
 from paper_figures import throughput as figure
@@ -22,8 +22,6 @@ from train import ArgumentParser, TrainConfig, one_line_errors
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes
 CONTEXT = 1e9  # bytes of a card that CUDA, its libraries and fragments take (assumed)
-PEAKS = {"float32": 67e12, "bfloat16": 989e12}  # FLOP/s of an H100 SXM, dense, by its data sheet
-SHARE = 0.4  # of that peak (assumed): the goal
 MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9  # bytes/s of a GPU: HBM3, to its node, to other nodes (400 Gb/s)
 NODE, BUCKET = 8, 25 * 2 ** 20  # GPUs of a node; bytes of the last gradients, which nothing is left to hide behind
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -161,15 +159,11 @@ def _speed_cell(size, config, precision, checkpointing, mine):
     """Measured images/s with where, or for the paper's sizes what an H100 would do."""
     if mine:
         best = {row["hardware"]: row["images_per_s"] for row in sorted(mine, key=lambda row: row["images_per_s"])}
-        return "; ".join(f"{_number(speed)} measured ({hardware})" for hardware, speed in best.items())
+        return "; ".join(f"{number(speed)} measured ({hardware})" for hardware, speed in best.items())
     if size not in ("32x2", "64x5"):
         return ""
     speed = SHARE * PEAKS[precision] / forward_flops(config) / (4 if checkpointing else 3)
-    return f"{_number(speed)} computed (H100)"
-
-
-def _number(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number(speed)} computed (H100)"
 
 
 def paper_runs():
@@ -194,8 +188,8 @@ def hours_table(measured, gpus=(8, 64)):
         hours = [sum(config.total_steps * step_seconds(train_flops(config) / config.total_steps,
                                                        num_parameters(config.model), rate, n)[0]
                      for config in configs) / 3600 for n in gpus]
-        lines.append(f"| {what} | {len(configs)} | {flops:.3g} | {_number(flops / rate / 3600)} | "
-                     f"{' | '.join(map(_number, hours))} | {rate / 1e12:.0f} TFLOP/s {mark} |")
+        lines.append(f"| {what} | {len(configs)} | {flops:.3g} | {number(flops / rate / 3600)} | "
+                     f"{' | '.join(map(number, hours))} | {rate / 1e12:.0f} TFLOP/s {mark} |")
     return lines
 
 

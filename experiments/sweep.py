@@ -17,28 +17,37 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import load_images
+from data import SETS, load_images
 from experiments import cluster, watch
 from jet import Jet, forward_flops
+from paper_figures import style
 from paper_figures.results_csv import KEY, ResultsError, columns, read_results
 from run_folder import (DONE_NAME, ERROR_NAME, BusyError, is_running, locked, one_line, read_done, read_error, record_error,
                         remove_leftovers, write_atomically)
 from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, one_line_errors,
                    pick_device, place_options, train)
 
-SCALES = ("smoke", "small", "medium", "paper")
-THREADS = {"smoke": 1, "small": 2, "medium": 2, "paper": 2}  # smoke models gain little from two, and threads
-# that wait for a core which another process has cost more than a factor of ten
+THREADS = {"smoke": 1, "small": 1, "medium": 2, "paper": 2}  # small models gain little from two, and threads that
+# wait for a core which another process has cost more than a factor of ten; --jobs uses all cores
+GPU_PEAKS = {"float32": 67e12, "bfloat16": 989e12}  # FLOP/s of an H100 SXM, dense, by its data sheet
+GPU_SHARE = 0.4  # of that peak (assumed): the goal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """One point of a grid: its value of each swept field, and the configuration for seed 0."""
+    """One point of a grid: its value of each swept field, and the configuration for seed 0.
+
+    after: the point whose final weights it begins with; it has to come before this one in its grid.
+    """
     labels: dict
     config: TrainConfig
+    after: "Point | None" = None
 
     def run(self, seed, runs_dir):
-        return Run(point=self, config=dataclasses.replace(self.config, seed=seed), runs_dir=runs_dir)
+        """The run of a seed; one that begins with another's weights takes those of the same seed."""
+        after = self.after and self.after.run(seed, runs_dir)
+        config = dataclasses.replace(self.config, seed=seed, **({"init": after.config.hash} if after else {}))
+        return Run(point=self, config=config, runs_dir=runs_dir, after=after)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +56,13 @@ class Run:
     point: Point
     config: TrainConfig
     runs_dir: Path
+    after: "Run | None" = None
 
     @property
     def name(self):
-        """The values of the swept fields, like "4:1 row"; "any" for what makes no difference."""
-        return " ".join("any" if value.count("|") > 2 else value for value in self.point.labels.values())
+        """The values of the swept fields, like "4:1 row" or "vit emb_dim=64"; "any" for what makes no difference."""
+        return " ".join("any" if value.count("|") > 2 else f"{field}={value}" if value.isdigit() else value
+                        for field, value in self.point.labels.items())
 
     @property
     def label(self):
@@ -71,11 +82,16 @@ class Run:
         """Whether it has a result; a damaged one counts: it is told, and not trained again."""
         return (self.folder / DONE_NAME).exists()
 
+    @property
+    def init_from(self):
+        """Where its first weights are, or None."""
+        return self.after.folder if self.after else None
+
     def rows(self, experiment, scale):
         """The CSV rows of a finished run: what the process that measured them has recorded."""
         done, config, model = read_done(self.folder), self.config, self.config.model
         fixed = {name: done.get(name) for name in columns(()) if name in done}
-        fixed |= {name: getattr(config, name) for name in ("batch_size", "total_steps", "lr", "precision", "seed")}
+        fixed |= {name: getattr(config, name) for name in ("batch_size", "total_steps", "lr", "precision", "init", "seed")}
         fixed |= {name: getattr(model, name) for name in ("num_couplings", "block", "block_depth", "emb_dim",
                                                           "patch_size")}
         fixed |= {"experiment": experiment, "scale": scale, "run_id": self.run_id, **self.point.labels,
@@ -111,6 +127,11 @@ def train_flops(config):
     return 3 * forward_flops(config.model) * config.batch_size * config.total_steps
 
 
+def first_of(run):
+    """The run at the start of a chain of runs, each of which begins with the weights of the one before."""
+    return first_of(run.after) if run.after else run
+
+
 def parse_shard(text):
     """"2/8" -> (2, 8). Raises ValueError."""
     part, _, parts = text.partition("/")
@@ -119,24 +140,56 @@ def parse_shard(text):
     return int(part), int(parts)
 
 
+def steps(name, epochs, batch_size=TrainConfig.batch_size):
+    """Optimizer steps that show each training image of a set so many times; ImageNet-21k counts as 13 million."""
+    return round(epochs * (SETS[name].counts["train"] or 13_000_000) / batch_size)
+
+
+def at_paper_scale(config, epochs=None):
+    """The configuration for its image set as in the paper: 256 tokens, 200 epochs, of ImageNet-21k 50."""
+    size = SETS[config.data].shape[0]
+    epochs = epochs or (50 if config.data.startswith("imagenet21k") else 200)
+    return dataclasses.replace(config, total_steps=steps(config.data, epochs, config.batch_size),
+                               model=dataclasses.replace(config.model, image_size=size, patch_size=size // 16))
+
+
+def gpu_hours(flops, precision):
+    """Hours of an H100 for so many FLOPs, at the share of its peak that is assumed."""
+    return flops / GPU_SHARE / GPU_PEAKS[precision] / 3600
+
+
+def number(value):
+    """"1,273", "60.6", "0.0123": three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def print_plan(runs, images_per_s, processes, gpus):
     """Runs, sizes and cost. images_per_s: of one process, or None: measured on the runs that are done."""
     found = watch.statuses(runs)
+    flops = [train_flops(run.config) for run in runs]
+    same_images = len({(run.config.data, run.config.total_steps, run.config.batch_size) for run in runs}) == 1
+    images = {} if same_images else {"images": [run.config.data for run in runs],
+                                     "steps": [f"{run.config.total_steps:,}" for run in runs]}
     plan = pd.DataFrame({
-        "run": [run.name for run in runs], "seed": [run.config.seed for run in runs],
+        "run": [run.name for run in runs], "seed": [run.config.seed for run in runs], **images,
         "channel share": [f"{channel_share(run.config.model):.3f}" for run in runs],
         "parameters": [f"{num_parameters(run.config.model):,}" for run in runs],
-        "training FLOPs": [f"{train_flops(run.config):.3g}" for run in runs],
+        "training FLOPs": [f"{value:.3g}" for value in flops],
+        "GPU-hours": [number(gpu_hours(value, run.config.precision)) for value, run in zip(flops, runs)],
         "state": [status.state for status in found]})
     print(plan.to_string(index=False))
     config = runs[0].config
-    print(f"{len(runs)} runs ({watch.count(found)}), each {config.total_steps:,} steps of {config.batch_size:,} images "
-          f"of {config.data}; {sum(train_flops(run.config) for run in runs):.3g} training FLOPs in all")
-    done = [read_done(run.folder) for run, status in zip(runs, found) if status.state == "done"]
+    each = f"each {config.total_steps:,} steps of {config.batch_size:,} images of {config.data}; " if same_images else ""
+    print(f"{len(runs)} runs ({watch.count(found)}), {each}{sum(flops):.3g} training FLOPs in all")
+    precision = config.precision
+    other = "" if precision == "bfloat16" else f"; {number(gpu_hours(sum(flops), 'bfloat16'))} in bfloat16"
+    print(f"{number(gpu_hours(sum(flops), precision))} GPU-hours in all: computed, not measured, for an H100 at "
+          f"{GPU_SHARE:.0%} (assumed) of its peak in {precision}{other}")
+    done = [read_done(run.folder) for run, status in zip(runs, found) if status.state == "done" and run.config.total_steps]
     speed, source = images_per_s, "given"
     if not speed and done:
-        speed = pd.Series([config.total_steps * config.batch_size / max(result["train_seconds"], 1e-9)
-                           / (result.get("processes") or 1) for result in done]).median()
+        speed = pd.Series([result["config"]["total_steps"] * result["config"]["batch_size"]
+                           / max(result["train_seconds"], 1e-9) / (result.get("processes") or 1) for result in done]).median()
         source = f"measured in {len(done)} runs that are done, on {done[0]['hardware']}"
         gpus = done[0]["device"] == "cuda"
     if speed:
@@ -146,19 +199,19 @@ def print_plan(runs, images_per_s, processes, gpus):
         print(f"{hours:,.{1 if hours >= 10 else 3}f} {unit} to go, of training, at {speed:,.0f} images/s a {one} ({source})"
               + (f"; {processes} processes to a run" if processes > 1 else ""))
     else:
-        print("GPU-hours: not known before a run is done here; --images-per-s N tells them from the speed of one GPU")
+        print("measured hours: not known before a run is done here; --images-per-s N tells them from the speed of one GPU")
 
 
 def print_table(rows, swept):
-    """The finished runs, best first."""
+    """The finished runs, those on equal images together, best first."""
     train_bits = rows[rows["split"] == "train"].set_index(["run_id", "step"])["bits_per_dim"]
-    test = rows[rows["split"] == "test"].sort_values("bits_per_dim")
+    test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
     table = test[[*swept, "seed"]].replace({name: {r"(.+\|){3}.+": "any"} for name in swept}, regex=True).assign(**{
         "channel share": test["channel_share"].map("{:.3f}".format),
         "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
         "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
         "train": [f"{train_bits.get(key, math.nan):.4f}" for key in zip(test["run_id"], test["step"])],
-        "logdet/cap": test["logdet_cap_share"].map("{:.1%}".format),
+        "logdet/cap": ["" if pd.isna(share) else f"{share:.1%}" for share in test["logdet_cap_share"]],
         "seconds": test["train_seconds"].map("{:.1f}".format)})
     print(table.to_string(index=False))
 
@@ -179,9 +232,15 @@ def run_all(runs, place, requests, labels=True):
                 continue
             if run in told and is_running(run.folder):
                 continue
+            if run.after and not run.after.is_done:
+                if (why := read_error(run.after.folder) or untold.get(run.after.run_id)):
+                    untold[run.run_id] = f"{run.after.label}, whose weights it begins with, failed: {why}"
+                    waiting.remove(run)
+                continue
             label = f"[{number:{len(str(len(runs)))}}/{len(runs)}] {run.label:{width}}"
             try:
-                train(run.config, run.folder, label=label, requests=requests, quiet=not labels, **place)
+                train(run.config, run.folder, init_from=run.init_from, label=label, requests=requests, quiet=not labels,
+                      **place)
             except BusyError as error:
                 if labels and run not in told:
                     print(f"{run.label}: waiting for another process ({error})")
@@ -284,7 +343,7 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
 def make_parser(experiment, description):
     """The command line of an experiment."""
     parser = ArgumentParser(prog=f"{experiment}.py", description=description)
-    parser.add_argument("--scale", choices=SCALES, default="smoke", help="default: smoke")
+    parser.add_argument("--scale", choices=style.SCALES, default="smoke", help="default: smoke")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     parser.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the grid, into a CSV of its own")
     parser.add_argument("--cluster", choices=("local", "slurm", "debug"), default="local",
@@ -337,9 +396,12 @@ def main(experiment, description, configs, swept, draw, arguments=None):
         try:
             if flags.shard:
                 part, parts = parse_shard(flags.shard)
-                runs, csv = grid[part - 1::parts], csv.with_suffix(f".shard-{part}-of-{parts}.csv")
+                firsts = [run for run in grid if not run.after]  # what begins with a run's weights stays with it
+                runs = [run for run in grid if first_of(run) in firsts[part - 1::parts]]
+                csv = csv.with_suffix(f".shard-{part}-of-{parts}.csv")
                 if not runs:
-                    raise ValueError(f"--shard {flags.shard}: the grid has only {len(grid)} runs")
+                    raise ValueError(f"--shard {flags.shard}: the grid has only {len(firsts)} runs"
+                                     + (" that begin with no other's weights" if len(firsts) < len(grid) else ""))
             settings = cluster.sbatch_settings(flags, flags.threads)
         except ValueError as error:
             parser.error(str(error))
@@ -413,7 +475,7 @@ def run_here(program, runs, flags):
         if flags.cluster == "debug":
             run = todo[0]
             print(f"{run.label}: {run.folder}")
-            train(run.config, run.folder, label=run.label, requests=requests, echo=True, **place)
+            train(run.config, run.folder, init_from=run.init_from, label=run.label, requests=requests, echo=True, **place)
         elif flags.jobs > 1 and len(todo) > 1:
             run_in_parallel(todo, place, min(flags.jobs, len(todo)), requests)
         else:
@@ -435,14 +497,21 @@ def submit(experiment, runs, runs_dir, flags, settings):
         found = watch.statuses(runs)
         todo = [run for run, status in zip(runs, found) if status.state not in ("done", "running", "queued")]
         print(f"{experiment}, {flags.scale} scale: {len(runs)} runs in {runs_dir}: {watch.count(found)}")
-        if todo:
-            job = cluster.submit(todo, f"{experiment}_{flags.scale}", settings, place, runs_dir, flags.max_parallel,
-                                 flags.allow_dirty)
-            print(f"submitted {len(todo)} runs as job {job}, at most {min(flags.max_parallel or len(todo), len(todo))} at a "
-                  "time")
-        else:
-            print("nothing to submit")
-            return
+        if not todo:
+            return print("nothing to submit")
+
+        def awaited(run):
+            return None if not run.after or run.after.is_done else run.after
+        left, jobs = todo, []
+        while left:  # one job array; then one for those that begin with the weights of the same run
+            after = next(awaited(run) for run in left if awaited(run) not in left)
+            group = [run for run in left if awaited(run) == after]
+            job = cluster.read_job(after) if after else None
+            jobs.append(cluster.submit(group, f"{experiment}_{flags.scale}", settings, place, runs_dir, flags.max_parallel,
+                                       flags.allow_dirty, job and job["job"]))
+            left = [run for run in left if run not in group]
+        print(f"submitted {len(todo)} runs as job {', '.join(jobs)}, at most "
+              f"{min(flags.max_parallel or len(todo), len(todo))} at a time" + (" each" if len(jobs) > 1 else ""))
     same = f"python {sys.argv[0]}" + "".join(f" --{name} {value}" for name, value, default in (
         ("scale", flags.scale, "smoke"), ("seeds", flags.seeds, 1), ("shard", flags.shard, None),
         ("runs-dir", flags.runs_dir, ROOT / "runs")) if value != default)

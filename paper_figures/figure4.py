@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
-from paper_figures.results_csv import ResultsError, read_results
+from paper_figures.results_csv import final_rows
 
 SWEPT = ("coupling_ratio", "spatial_split")
 # A complete figure has every ratio (channel : spatial) with every split, for each seed. A run may stand
@@ -24,31 +24,18 @@ def ratios(scale):
     return SMOKE_RATIOS if scale == "smoke" else RATIOS
 
 
+GRID = {scale: [(ratio, split) for ratio in ratios(scale) for split in SPLITS] for scale in style.SCALES}
+
+
 def load(path):
     """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
-    rows = read_results(path, "ablate_coupling", SWEPT)
-    scale = rows["scale"].iloc[0]
-    rows = rows[(rows["split"] == "test") & (rows["step"] == rows["total_steps"])]
-    if rows.empty:
-        raise ResultsError(f"{path}: has no test rows of the last step")
-    shared = rows[rows["spatial_split"].str.contains("|", regex=False)]
-    for name in SWEPT:
-        rows = rows.assign(**{name: rows[name].str.split("|")}).explode(name)
-    if len(bad := rows[rows.duplicated([*SWEPT, "seed"])]):
-        raise ResultsError(f"{path}: {bad.iloc[0]['coupling_ratio']} {bad.iloc[0]['spatial_split']} seed "
-                           f"{bad.iloc[0]['seed']} is there twice (run {bad.iloc[0]['run_id']})")
-    found = set(zip(rows["coupling_ratio"], rows["spatial_split"], rows["seed"]))
-    missing = [f"{ratio} {split} seed {seed}" for seed in sorted(rows["seed"].unique())
-               for ratio in ratios(scale) for split in SPLITS if (ratio, split, seed) not in found]
-    if missing:
-        raise ResultsError(f"{path}: {len(missing)} runs of Figure 4 are missing: {', '.join(missing)}: "
-                           f"complete them by experiments/ablate_coupling.py --scale {scale}")
-    return rows, shared
+    rows = final_rows(path, "ablate_coupling", SWEPT, GRID, "Figure 4")
+    return rows[rows["split"] == "test"]
 
 
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
-    rows, shared = load(path)
+    rows = load(path)
     scale, dataset = rows["scale"].iloc[0], rows["dataset"].iloc[0]
     num_seeds = rows["seed"].nunique()
     figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.85))
@@ -72,8 +59,8 @@ def draw(path, out_dir=style.OUT):
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
     axes.legend(title=f"spatial split ({spread})", title_fontsize=6.5, ncols=2, handlelength=1.6)
-    same = [f"{row.coupling_ratio}: {row.spatial_split.replace('|', ' = ')}"
-            for row in shared.drop_duplicates(list(SWEPT)).itertuples() if row.channel_share < 1]
+    shared = rows[(rows["channel_share"] < 1) & rows.duplicated("run_id", keep=False)].groupby("coupling_ratio")
+    same = [f"{ratio}: {' = '.join(splits.unique())}" for ratio, splits in shared["spatial_split"]]
     if same:
         figure.supxlabel(f"{'; '.join(same)}: the same couplings, run once", fontsize=6)
     if scale == "smoke":

@@ -15,6 +15,7 @@ from paper_figures.results_csv import ResultsError
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "paper_figures/out"
+SCALES = ("smoke", "small", "medium", "paper")
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column paper
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 SPLIT_STYLES = {
@@ -64,7 +65,7 @@ def save(figure, name, out_dir=OUT):
 
 
 def main(script, description, experiment, draw, arguments=None, flag="scale",
-         choices=("smoke", "small", "medium", "paper")):
+         choices=SCALES):
     """The command line of a figure: draw(csv, out_dir) from results/<experiment>_<choice of the flag>.csv."""
     parser = argparse.ArgumentParser(prog=Path(script).name, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
