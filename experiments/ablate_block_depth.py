@@ -21,10 +21,10 @@ from train import TrainConfig
 BASE = {
     "smoke": TrainConfig(
         data="cifar10-subset", batch_size=16, total_steps=60, lr=4e-3,
-        model=JetConfig(image_size=32, num_couplings=6, emb_dim=32, num_heads=2)),
-    "small": TrainConfig(
-        data="cifar10", batch_size=32, total_steps=450, lr=3e-3,
         model=JetConfig(image_size=32, num_couplings=8, emb_dim=32, num_heads=2)),
+    "small": TrainConfig(
+        data="cifar10", batch_size=32, total_steps=350, lr=3e-3,
+        model=JetConfig(image_size=32, num_couplings=12, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(
         data="cifar10", batch_size=256, total_steps=800, lr=1e-3, precision="bfloat16",
         model=JetConfig(image_size=32, num_couplings=16, emb_dim=256, num_heads=4)),

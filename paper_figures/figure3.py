@@ -15,7 +15,7 @@ SETS = {  # a smaller and a larger one each
     "small": ("cifar10-subset", "cifar10"), "medium": ("cifar10-subset", "cifar10"),
     "paper": ("imagenet32-oord", "imagenet21k-32-box", "imagenet64-oord", "imagenet21k-64-box")}
 SIZES = {  # couplings, blocks in each, width: all combinations
-    "smoke": ((4, 8), (1,), (16, 32)), "small": ((6, 12), (1, 2), (16, 32)), "medium": ((16, 32), (1, 2), (128, 256)),
+    "smoke": ((8, 12), (1,), (16, 32)), "small": ((10, 20), (1, 2), (16, 32)), "medium": ((16, 32), (1, 2), (128, 256)),
     "paper": ((16, 32, 64), (2, 5), (256, 512))}
 GRID = {scale: [(name, *map(str, size)) for name in SETS[scale] for size in itertools.product(*SIZES[scale])]
         for scale in style.SCALES}

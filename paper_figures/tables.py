@@ -17,7 +17,7 @@ LAYERS_GRID = {scale: [(actnorm, dense) for actnorm in ACTNORM for dense in DENS
 
 MAIN_SWEPT = ("size", "training", "dataset")
 MAIN_VARYING = ("num_couplings", "block_depth", "emb_dim", "total_steps", "lr", "init")
-MAIN_SIZES = {"smoke": ("4x1",), "small": ("12x1", "16x2"), "medium": ("32x1", "32x2"), "paper": ("32x2", "64x5")}
+MAIN_SIZES = {"smoke": ("10x1",), "small": ("12x1", "16x2"), "medium": ("32x1", "32x2"), "paper": ("32x2", "64x5")}
 # What is trained on what: from scratch, in advance on other images, from those weights on, or no further.
 STAND_IN = [("pretrained", "cifar10-animals"), ("scratch", "cifar10-vehicles"), ("fine-tuned", "cifar10-vehicles"),
             ("not-fine-tuned", "cifar10-vehicles")]
