@@ -69,4 +69,4 @@ def draw(path, out_dir=style.OUT):
 
 
 if __name__ == "__main__":
-    style.main(__file__, __doc__, "ablate_coupling", draw)
+    style.main(__file__, __doc__, {"ablate_coupling": draw})

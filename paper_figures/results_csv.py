@@ -2,6 +2,9 @@
 
 results/README.md says what each column means.
 """
+import contextlib
+import csv
+
 import numpy as np
 import pandas as pd
 
@@ -26,6 +29,18 @@ class ResultsError(ValueError):
 def columns(swept):
     """All columns in order, for an experiment with these swept fields; some of them are columns of all experiments."""
     return [*WHICH, *(name for name in swept if name not in MEASURED), *MEASURED]
+
+
+def read_experiment(path, known):
+    """Which of the known experiments a CSV is of: the only one, or what its first row says. Raises ResultsError."""
+    if len(known) == 1:
+        return next(iter(known))
+    found = ""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open(path, newline="") as file:
+        found = next(csv.DictReader(file)).get("experiment")
+    if found not in known:
+        raise ResultsError(f"{path}: is of {found or 'no experiment'}, not of {' or '.join(known)}")
+    return found
 
 
 def read_results(path, experiment, swept, varying=()):

@@ -1,5 +1,6 @@
 """What all figures share: column width, type, colours, and files of equal bytes from equal numbers."""
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from paper_figures.results_csv import ResultsError
+from paper_figures.results_csv import ResultsError, read_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "paper_figures/out"
@@ -64,9 +65,8 @@ def save(figure, name, out_dir=OUT):
     return paths
 
 
-def main(script, description, experiment, draw, arguments=None, flag="scale",
-         choices=SCALES):
-    """The command line of a figure: draw(csv, out_dir) from results/<experiment>_<choice of the flag>.csv."""
+def main(script, description, draws, arguments=None, flag="scale", choices=SCALES):
+    """The command line of a figure. draws: {experiment: draw(csv, out_dir)}, each from its CSV of the flag's choice."""
     parser = argparse.ArgumentParser(prog=Path(script).name, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
@@ -76,10 +76,20 @@ def main(script, description, experiment, draw, arguments=None, flag="scale",
     which.add_argument("--csv", type=Path, help="draw this CSV")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default: paper_figures/out")
     flags = parser.parse_args(arguments)
+    with one_line_errors(parser.prog, flags.out):
+        given = {read_experiment(flags.csv, draws): flags.csv} if flags.csv else {
+            experiment: ROOT / f"results/{experiment}_{getattr(flags, flag)}.csv" for experiment in draws}
+        for experiment, csv in given.items():
+            for path in draws[experiment](csv, flags.out):
+                print(path)
+
+
+@contextlib.contextmanager
+def one_line_errors(program, out_dir):
+    """End the program in one line for a CSV that must not be drawn, or a folder that cannot be written."""
     try:
-        for path in draw(flags.csv or ROOT / f"results/{experiment}_{getattr(flags, flag)}.csv", flags.out):
-            print(path)
+        yield
     except ResultsError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        sys.exit(f"{program}: error: {error}")
     except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error.filename or flags.out}: {error.strerror}: choose another --out")
+        sys.exit(f"{program}: error: {error.filename or out_dir}: {error.strerror}: choose another --out")

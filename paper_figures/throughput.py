@@ -131,7 +131,7 @@ def _label(name, value):
 
 
 def main(arguments=None):
-    style.main("throughput.py", __doc__, "throughput", draw, arguments, flag="device", choices=("cpu", "cuda"))
+    style.main("throughput.py", __doc__, {"throughput": draw}, arguments, flag="device", choices=("cpu", "cuda"))
 
 
 if __name__ == "__main__":

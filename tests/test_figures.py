@@ -33,7 +33,7 @@ def save(tmp_path):
 
 
 def main(*flags):
-    style.main("figure4.py", "", "ablate_coupling", figure4.draw, flags)
+    style.main("figure4.py", "", {"ablate_coupling": figure4.draw}, flags)
 
 
 def texts(figure):
