@@ -368,9 +368,15 @@ def make_parser(experiment, description):
     return parser
 
 
-def main(experiment, description, configs, swept, draw, arguments=None):
-    """The command line of an experiment: run the grid (or a shard), write its CSV, draw its figure."""
+def main(experiment, description, configs, swept, draw, arguments=None, runs_of=None, add_flags=None, finish=None):
+    """The command line of an experiment: run the grid (or a shard), write its CSV, draw its figure.
+
+    runs_of: another experiment whose run folders are used. add_flags(parser): more flags. finish(runs, flags): what
+    is made of the runs, once all are done, before the figure.
+    """
     parser = make_parser(experiment, description)
+    if add_flags:
+        add_flags(parser)
     flags = parser.parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("several processes at once run train.py; for a sweep, use --jobs or --cluster slurm")
@@ -390,7 +396,7 @@ def main(experiment, description, configs, swept, draw, arguments=None):
         if flags.cluster != "local" and flags.jobs > 1:
             parser.error(f"--jobs {flags.jobs}: only with --cluster local; on Slurm, --max-parallel limits runs at a time")
         flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
-        runs_dir = flags.runs_dir.absolute() / f"{experiment}_{flags.scale}"
+        runs_dir = flags.runs_dir.absolute() / f"{runs_of or experiment}_{flags.scale}"
         grid = [point.run(seed, runs_dir) for seed in range(flags.seeds) for point in configs(flags.scale)]
         runs, csv = grid, flags.results_dir / f"{experiment}_{flags.scale}.csv"
         try:
@@ -444,6 +450,8 @@ def main(experiment, description, configs, swept, draw, arguments=None):
         if flags.cluster == "debug" and failed:
             return print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: the figure is drawn when all are")
         if not flags.shard:
+            if finish:
+                finish(runs, flags)
             for path in draw(csv, flags.figures_dir):
                 print(path)
 
