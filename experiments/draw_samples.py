@@ -68,7 +68,7 @@ def interpolate(jet, images, steps=STEPS):
     An arc and not a line, for the middle of a line between two normal vectors is shorter than any sample.
     """
     weight = next(jet.parameters())
-    x = dequantize(images, torch.full(images.shape, 0.5, dtype=weight.dtype)).permute(0, 3, 1, 2).to(weight.device)
+    x = dequantize(np.array(images), torch.full(images.shape, 0.5, dtype=weight.dtype)).permute(0, 3, 1, 2).to(weight.device)
     ends = jet(x)[0].unflatten(0, (-1, 2))  # (r, 2, C, H, W)
     one, two = (end.flatten(1) for end in ends.unbind(1))
     angle = torch.acos(torch.nn.functional.cosine_similarity(one, two).clamp(-1 + 1e-6, 1 - 1e-6))[:, None]

@@ -4,6 +4,7 @@ An experiment declares a pure function configs(scale) -> [Point]; main() does th
 """
 import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -116,10 +117,14 @@ def logdet_cap_share(model, logdet_nats):
 
 
 def num_parameters(model):
-    """Trainable parameters: all couplings have equally many, so one is built, without memory."""
-    with torch.device("meta"):
-        one = Jet(dataclasses.replace(model, num_couplings=1))
-    return model.num_couplings * sum(parameter.numel() for parameter in one.parameters())
+    """Trainable parameters: all couplings have equally many."""
+    return model.num_couplings * _coupling_parameters(dataclasses.replace(model, num_couplings=1))
+
+
+@functools.cache
+def _coupling_parameters(model):
+    with torch.device("meta"):  # without memory
+        return sum(parameter.numel() for parameter in Jet(model).parameters())
 
 
 def train_flops(config):
@@ -233,8 +238,7 @@ def run_all(runs, place, requests, labels=True):
             if run in told and is_running(run.folder):
                 continue
             if run.after and not run.after.is_done:
-                if (why := read_error(run.after.folder) or untold.get(run.after.run_id)):
-                    untold[run.run_id] = f"{run.after.label}, whose weights it begins with, failed: {why}"
+                if run.after not in waiting:  # it failed
                     waiting.remove(run)
                 continue
             label = f"[{number:{len(str(len(runs)))}}/{len(runs)}] {run.label:{width}}"
@@ -304,7 +308,9 @@ def failures(runs, untold):
     for run in runs:
         try:
             if read_done(run.folder) is None:
-                why = read_error(run.folder) or untold.get(run.run_id, "not finished")
+                first = run.after and not run.after.is_done
+                why = read_error(run.folder) or untold.get(run.run_id) or (
+                    f"{run.after.label}, whose weights it begins with, has not finished" if first else "not finished")
                 lines.append(f"{run.label}: {why} ({run.folder})")
         except TrainingError as error:
             lines.append(f"{run.label}: {error}")

@@ -69,6 +69,10 @@ def read_results(path, experiment, swept, varying=()):
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
         if len(bad := rows[~np.isfinite(rows[name])]):
             raise ResultsError(f"{path}: run {bad.iloc[0]['run_id']} has no number as {name}")
+    for name, bad in (("num_params", rows["num_params"] <= 0), ("bits_per_dim_se", rows["bits_per_dim_se"] < 0),
+                      ("train_flops", (rows["train_flops"] <= 0) & (rows["total_steps"] > 0))):
+        if bad.any():
+            raise ResultsError(f"{path}: run {rows[bad].iloc[0]['run_id']} has {rows[bad].iloc[0][name]} as {name}")
     if wrong := set(rows["split"]) - {"train", "test"}:
         raise ResultsError(f"{path}: split {sorted(map(str, wrong))[0]} is neither train nor test")
     if len(bad := rows[rows.duplicated(KEY)]):
@@ -110,12 +114,13 @@ def final_rows(path, experiment, swept, grid, what, varying=()):
     for split in ("test", "train"):
         mine = rows[rows["split"] == split]
         if len(bad := mine[mine.duplicated([*swept, "seed"])]):
-            raise ResultsError(f"{path}: {' '.join(bad.iloc[0][[*swept]])} seed {bad.iloc[0]['seed']} is there twice (run "
-                               f"{bad.iloc[0]['run_id']})")
+            row = bad.iloc[0]
+            raise ResultsError(f"{path}: {' '.join(row[[*swept]])} seed {row['seed']} is there twice (run {row['run_id']})")
         found = set(zip(points[rows["split"] == split], mine["seed"]))
         missing = [f"{' '.join(point)} seed {seed}" for seed in sorted(rows["seed"].unique()) for point in grid[scale]
                    if (point, seed) not in found]
         if missing:
-            raise ResultsError(f"{path}: {len(missing)} runs of {what} are missing{' in train' if split == 'train' else ''}: "
-                               f"{', '.join(missing)}: complete them by experiments/{experiment}.py --scale {scale}")
+            rows_of = "" if split == "test" else f" in {split}"
+            raise ResultsError(f"{path}: {len(missing)} runs of {what} are missing{rows_of}: {', '.join(missing)}: complete "
+                               f"them by experiments/{experiment}.py --scale {scale}")
     return rows

@@ -264,3 +264,27 @@ def test_evaluation_noise_is_keyed_by_seed_draw_and_image():
     for seed, draw in ((2, 0), (1, 1)):
         assert not torch.equal(evaluation_noise(range(6), (4, 4, 3), seed, draw), noise)
     assert len(noise.flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("split, counts", [("train", (1230, 818)), ("test", (306, 206))])
+def test_the_parts_of_the_subset_are_its_animals_and_its_vehicles(split, counts):
+    whole, kept = load_images("cifar10-subset", split), []
+    for part, count in zip(("animals", "vehicles"), counts):
+        images = load_images(f"cifar10-subset-{part}", split)
+        classes = {data.CIFAR10_CLASSES[label] for label in images.labels}
+        assert classes == set(data.CIFAR10_PARTS[part]) and len(images.array) == count
+        assert len(images.array) == data.SETS[images.name].counts[split]
+        assert images.name == images.variant == f"cifar10-subset-{part}"
+        assert images.fingerprint == fingerprint(images.array) == data.FINGERPRINTS[images.name, split]
+        kept.append(images.array)
+    rows = {image.tobytes() for image in whole.array}
+    assert {image.tobytes() for part in kept for image in part} == rows  # none twice, none lost, none else
+    assert sum(map(len, kept)) == len(whole.array)
+
+
+def test_the_parts_of_cifar10_keep_its_order(cifar, monkeypatch):
+    monkeypatch.setitem(data.FINGERPRINTS, ("cifar10-vehicles", "test"), "f" * 64)
+    whole, part = (load_images(name, "test", cifar.parent) for name in ("cifar10", "cifar10-vehicles"))
+    assert np.array_equal(part.array, whole.array[np.isin(whole.labels, [0, 1, 8, 9])])
+    with pytest.raises(DataError, match="cifar10 .* is needed as the folder"):
+        load_images("cifar10-animals", "test")

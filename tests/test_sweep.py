@@ -15,7 +15,7 @@ import run_folder
 import train as train_module
 from experiments import ablate_coupling, cluster, sweep
 from jet import SPATIAL_SPLITS, Jet, JetConfig
-from paper_figures import figure4
+from paper_figures import figure4, style
 from paper_figures.results_csv import columns
 
 TESTS = Path(__file__).parent
@@ -86,15 +86,15 @@ def test_parameters_are_counted_without_building_the_model(changes):
     assert sweep.num_parameters(model) == sum(parameter.numel() for parameter in Jet(model).parameters())
 
 
-@pytest.mark.parametrize("scale", sweep.SCALES)
+@pytest.mark.parametrize("scale", style.SCALES)
 def test_dry_run_lists_every_scale_without_the_data(scale, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("JET_DATA", raising=False)
     sweep.main("ablate_coupling", "", ablate_coupling.configs, figure4.SWEPT, None,
                ["--scale", scale, "--dry-run", "--runs-dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(ablate_coupling.configs(scale)) + 3
-    assert all(line.endswith("new") for line in lines[1:-2]) and "training FLOPs in all" in lines[-2]
-    assert "GPU-hours: not known" in lines[-1]
+    assert len(lines) == len(ablate_coupling.configs(scale)) + 4
+    assert all(line.endswith("new") for line in lines[1:-3]) and "training FLOPs in all" in lines[-3]
+    assert "measured hours: not known" in lines[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,7 +109,7 @@ def test_csv_has_a_row_for_each_run_seed_and_split(finished):
     assert first["split"] == "test" and first["num_images"] == 512 and first["images_seen"] == 96
     assert first["channel_share"] == 1 and 0 < first["logdet_cap_share"] < 1
     assert first["fingerprint"].startswith("999264") and first["train_fingerprint"].startswith("50bf9f")
-    assert rows.notna().drop(columns=["git_commit", "git_dirty"]).all(axis=None)
+    assert rows.notna().drop(columns=["git_commit", "git_dirty", "init"]).all(axis=None)
 
 
 def test_every_column_is_explained():
@@ -166,7 +166,7 @@ def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys
             raise train_module.NonFiniteError("not finite at step 3")
         return original(model, optimizer, x, step, config)
     monkeypatch.setattr(train_module, "training_step", fails_for_2_heads)
-    with pytest.raises(SystemExit, match="1 of 3 runs failed: 2 seed 0: not finite at step 3"):
+    with pytest.raises(SystemExit, match="1 of 3 runs failed: heads=2 seed 0: not finite at step 3"):
         run(tmp_path)
     assert pd.read_csv(csv(tmp_path))["heads"].unique().tolist() == [1, 4]
     capsys.readouterr()
@@ -174,8 +174,8 @@ def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys
         run(tmp_path, "--status")
     assert stop.value.code == 1
     out = capsys.readouterr().out
-    folder, = tmp_path.glob("runs/*/2_*")
-    assert f"failed: 2 seed 0: not finite at step 3 ({folder / 'log.txt'})" in out and "3 runs: 2 done, 1 failed" in out
+    folder, = tmp_path.glob("runs/*/heads=2_*")
+    assert f"failed: heads=2 seed 0: not finite at step 3 ({folder / 'log.txt'})" in out and "3 runs: 2 done, 1 failed" in out
     monkeypatch.undo()
     run(tmp_path)
     assert len(pd.read_csv(csv(tmp_path))) == 6 and not (folder / "error.txt").exists()
@@ -183,10 +183,10 @@ def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys
 
 def test_a_damaged_result_is_told_and_the_others_are_collected(tmp_path, capsys):
     run(tmp_path)
-    folder, = tmp_path.glob("runs/*/2_*")
+    folder, = tmp_path.glob("runs/*/heads=2_*")
     whole = (folder / "done.json").read_text()
     (folder / "done.json").write_text(whole[:100])
-    with pytest.raises(SystemExit, match="1 of 3 runs failed: 2 seed 0: .*done.json: damaged"):
+    with pytest.raises(SystemExit, match="1 of 3 runs failed: heads=2 seed 0: .*done.json: damaged"):
         run(tmp_path)
     assert pd.read_csv(csv(tmp_path))["heads"].unique().tolist() == [1, 4]
     (folder / "done.json").unlink()
@@ -238,6 +238,52 @@ def wait_until(happened, seconds=60):
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def chain(scale):
+    """A run, two that begin with its weights, and one that does not."""
+    first, other, _ = tiny_experiment.configs(scale)
+    then = [sweep.Point(labels={"heads": name}, config=dataclasses.replace(first.config, lr=1e-3, total_steps=steps),
+                        after=first) for name, steps in (("then", 4), ("as-it-is", 0))]
+    return [first, *then, other]
+
+
+@pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
+def test_runs_begin_with_the_weights_of_the_run_before_them(tmp_path, monkeypatch, flags):
+    run(tmp_path, *flags, configs=chain)
+    rows = pd.read_csv(csv(tmp_path)).set_index(["heads", "split"])
+    first = chain("smoke")[0].run(0, tmp_path).config
+    assert rows.loc["as-it-is", "bits_per_dim"].tolist() == rows.loc["1", "bits_per_dim"].tolist()
+    assert rows.loc[("then", "test"), "bits_per_dim"] < rows.loc[("1", "test"), "bits_per_dim"]
+    assert rows.loc["then", "init"].tolist() == [first.hash] * 2 and rows.loc[["1", "2"], "init"].isna().all()
+    assert rows.loc["as-it-is", "images_seen"].tolist() == [0, 0]
+    assert each_run_once(tmp_path, 4)
+    before = csv(tmp_path).read_bytes()
+    run(tmp_path, configs=chain)
+    assert csv(tmp_path).read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
+def test_what_begins_with_a_failed_run_fails_with_it_and_is_mended_by_the_same_command(tmp_path, flags):
+    first = chain("smoke")[0].run(0, tmp_path / "runs/tiny_experiment_smoke").folder
+    first.parent.mkdir(parents=True)
+    first.touch()  # where its folder would have to be
+    with pytest.raises(SystemExit, match="3 of 4 runs failed: heads=1 seed 0: .*; then seed 0: heads=1 seed 0, whose "
+                                         "weights it begins with, has not finished"):
+        run(tmp_path, configs=chain, *flags)
+    first.unlink()
+    run(tmp_path, configs=chain, *flags)
+    assert len(pd.read_csv(csv(tmp_path))) == 8
+
+
+def test_a_shard_has_whole_chains(tmp_path, capsys):
+    for part, names in (("1/2", ["1", "then", "as-it-is"]), ("2/2", ["2"])):
+        run(tmp_path, "--shard", part, configs=chain)
+        piece = csv(tmp_path, f"tiny_experiment_smoke.shard-{part.replace('/', '-of-')}.csv")
+        assert pd.read_csv(piece)["heads"].astype(str).unique().tolist() == names
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--shard", "3/3", configs=chain)
+    assert "the grid has only 2 runs that begin with no other's weights" in capsys.readouterr().err
 
 
 def test_status_tells_each_state(finished, tmp_path, capsys):

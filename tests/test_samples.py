@@ -1,0 +1,199 @@
+"""Figure 5: samples of a seed, true neighbours, paths that end at real images; and what is refused."""
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from data import load_images
+from experiments import draw_samples, main_results, sweep
+from jet import Jet, JetConfig
+from paper_figures import figure5, style, tables
+from paper_figures.results_csv import ResultsError, columns
+from run_folder import TrainingError
+from train import TrainConfig, train, weights_id
+
+MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def jet():
+    torch.manual_seed(0)
+    jet = Jet(MODEL)
+    with torch.no_grad():
+        for parameter in jet.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return jet
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on a folder of 40 images to train and 12 to test."""
+    folder = tmp_path_factory.mktemp("samples")
+    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
+    train(TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=16, total_steps=3, lr=1e-2),
+          folder / "run", quiet=True)
+    return folder / "run"
+
+
+def test_samples_are_those_of_the_jet_and_the_seed(jet):
+    samples = draw_samples.draw_samples(jet, 70, seed=4, temperature=0.7)
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.cat([jet.sample(n, generator, 0.7) for n in (64, 6)]).numpy()
+    assert samples.shape == (70, 8, 8, 3) and samples.dtype == np.uint8 and np.array_equal(samples, expected)
+    assert not np.array_equal(samples, draw_samples.draw_samples(jet, 70, seed=5, temperature=0.7))
+    assert not np.array_equal(samples, draw_samples.draw_samples(jet, 70, seed=4, temperature=1))
+
+
+def test_the_nearest_image_is_the_nearest():
+    array = load_images("cifar10-subset", "train").array[:, ::4, ::4]
+    array = np.concatenate([array] * 3)  # more than one piece; of equal ones the first counts
+    queries = array[[5000, 7]].copy()
+    queries[1, 0, 0, 0] ^= 64
+    index, distance = draw_samples.nearest(queries, array)
+    assert index.tolist() == [5000 - 2 * 2048, 7] and distance[0] == 0
+    assert np.isclose(distance[1], 64 / np.sqrt(8 * 8 * 3))
+    query = load_images("cifar10-subset", "test").array[:3, ::4, ::4]
+    differences = np.square(query[:, None].astype(float) - array[None, :2048]).mean((2, 3, 4))
+    index, distance = draw_samples.nearest(query, array)
+    assert np.array_equal(index, differences.argmin(1)) and np.allclose(distance ** 2, differences.min(1))
+
+
+def test_a_path_leads_from_one_image_to_the_other_over_latents_of_a_sample_s_length(jet, monkeypatch):
+    images = load_images("cifar10-subset", "test").array[:6, ::4, ::4]
+    latents = []
+    monkeypatch.setattr(type(jet), "inverse", lambda self, z, original=Jet.inverse: (latents.append(z), original(self, z))[1])
+    paths = draw_samples.interpolate(jet, images, steps=5)
+    assert paths.shape == (3, 5, 8, 8, 3) and paths.dtype == np.uint8
+    assert np.array_equal(paths[:, 0], images[::2]) and np.array_equal(paths[:, -1], images[1::2])
+    assert all(not np.array_equal(paths[:, i], paths[:, i + 1]) for i in range(4))
+    lengths = latents[0].flatten(1).norm(dim=1).view(3, 5)
+    low, high = lengths[:, [0, -1]].min(1).values, lengths[:, [0, -1]].max(1).values
+    assert (lengths[:, 2] > 0.9 * low).all() and (lengths[:, 2] < 1.1 * high).all()  # a line's would be 0.7 of it
+
+
+def test_the_middle_of_a_path_is_an_arc(jet):
+    z = torch.zeros(2, 3, 8, 8)
+    z[0, 0, 0, 0], z[1, 0, 0, 1] = 3.0, 3.0
+    inverted = []
+    fake = type("Fake", (), {"parameters": lambda self: iter([torch.zeros(1)]), "__call__": lambda self, x: (z, None),
+                             "inverse": lambda self, z: (inverted.append(z), (0.0 * z, None))[1]})()
+    draw_samples.interpolate(fake, np.zeros((2, 8, 8, 3), np.uint8), steps=3)
+    middle = inverted[0][1]
+    assert torch.allclose(middle[0, 0, :2], torch.tensor([3 / 2 ** 0.5] * 2), atol=1e-5) and middle.count_nonzero() == 2
+
+
+def command(run, folder, *flags):
+    draw_samples.main(["--checkpoint", str(run), "--results-dir", str(folder), "--figures-dir", str(folder), *flags])
+    return figure5.read_samples(folder / "samples/run.npz")
+
+
+def test_a_file_of_samples_tells_what_made_it(run, tmp_path):
+    about, content = command(run, tmp_path, "--num", "10", "--neighbours", "--interpolate", "2", "--temperature", "0.8",
+                             "--sample-seed", "3")
+    assert (about["temperature"], about["seed"], about["weights"]) == (0.8, 3, weights_id(run))
+    assert about["variant"] == "unknown" and about["neighbours_of"] == about["dataset"]
+    assert {name: value.shape for name, value in content.items()} == {
+        "samples": (10, 8, 8, 3), "neighbours": (10, 8, 8, 3), "distances": (10,), "paths": (2, 8, 8, 8, 3)}
+    assert about["held_out_distance"] == 0  # these test images are the training images
+    first = (tmp_path / "samples/run.npz").read_bytes()
+    command(run, tmp_path, "--num", "10", "--neighbours", "--interpolate", "2", "--temperature", "0.8", "--sample-seed", "3")
+    assert (tmp_path / "samples/run.npz").read_bytes() == first
+    assert {path.name for path in tmp_path.glob("samples_run.*")} == {"samples_run.pdf", "samples_run.png"}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--num", "0"], "--num 0: must be 1 or more"), (["--temperature", "-1"], "--temperature -1.0: must be"),
+    (["--temperature", "nan"], "--temperature nan: must be"), (["--interpolate", "-2"], "--interpolate -2"),
+    (["--temperature", "1e38"], "try a lower --temperature"), (["--data", "nowhere", "--neighbours"], "neither a known set"),
+    (["--checkpoint", "none.pt"], "none.pt: no such file"), (["--data", "cifar10-subset", "--interpolate"], "images of shape")])
+def test_a_mistake_is_one_line(run, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        command(run, tmp_path, *flags)
+    assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+    assert not list(tmp_path.glob("samples/*"))
+
+
+# ---- the figure
+
+def test_a_sheet_has_each_image_at_its_place():
+    images = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
+    sheet = figure5.tile(images, columns=2)
+    assert sheet.shape == (3 * 3 - 1, 2 * 4 - 1, 3)
+    for i, image in enumerate(images):
+        y, x = i // 2 * 3, i % 2 * 4
+        assert np.array_equal(sheet[y:y + 2, x:x + 3], image)
+    assert (sheet[6:, 4:] == 255).all() and (sheet[2] == 255).all() and (sheet[:, 3] == 255).all()
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A CSV of small scale with a file of samples for each of its runs."""
+    rows = []
+    (tmp_path / "samples").mkdir()
+    for point in draw_samples.configs("small"):
+        run, labels = point.run(0, style.ROOT), point.labels
+        for split in ("train", "test"):
+            rows.append(dict.fromkeys(columns(figure5.SWEPT), 1) | labels | {
+                "experiment": "draw_samples", "scale": "small", "run_id": run.run_id, "seed": 0, "split": split, "init": "",
+                "step": point.config.total_steps, "total_steps": point.config.total_steps, "variant": labels["dataset"]})
+        about = {"run_id": run.run_id, "dataset": labels["dataset"], "weights": "w", "seed": 0, "temperature": 1.0}
+        np.savez(figure5.samples_path(tmp_path, "small", labels.values()), about=json.dumps(about),
+                 samples=np.zeros((9, 32, 32, 3), np.uint8))
+    pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
+    return tmp_path
+
+
+def test_the_figure_has_a_panel_for_each_run(grid, drawn):
+    figure5.draw(grid / "in.csv", grid)
+    (figure, name), = drawn
+    assert name == "figure5_small" and len(figure.axes) == 3
+    assert all(axes.images[0].get_array().shape == (2 * 33 - 1, 8 * 33 - 1, 3) for axes in figure.axes)
+    captions = [text.get_text() for text in figure.texts]
+    assert [caption.split(":")[0] for caption in captions if "bits/dim" in caption] == [
+        "16x2, pretrained", "16x2, scratch", "16x2, fine-tuned"]
+    assert figure.get_size_inches()[0] == style.COLUMN_WIDTH
+
+
+def test_the_figure_is_byte_stable(grid):
+    paths = [figure5.draw(grid / "in.csv", grid / name) for name in ("one", "two")]
+    assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda path: path.unlink(), "no such file"), (lambda path: path.write_bytes(b"x"), "no file of samples"),
+    (lambda path: np.savez(path, samples=np.zeros((1, 2, 2, 3))), "no file of samples"),
+    (lambda path: np.savez(path, about="{}", samples=np.zeros((1, 2, 2, 3), np.uint8)), "does not tell what made it"),
+    (lambda path: np.savez(path, about=json.dumps({"run_id": "other", "dataset": "", "weights": "", "seed": 0, "temperature": 1}),
+                           samples=np.zeros((1, 2, 2, 3), np.uint8)), "is of run other")])
+def test_samples_that_are_not_the_runs_are_refused(grid, change, message):
+    change(sorted((grid / "samples").glob("*.npz"))[1])
+    with pytest.raises(ResultsError, match=message) as raised:
+        figure5.draw(grid / "in.csv", grid / "out")
+    assert "\n" not in str(raised.value) and not (grid / "out").exists()
+
+
+def test_the_experiment_uses_the_runs_of_the_main_table(tmp_path, monkeypatch):
+    """Trained once, by whichever comes first; sampled when all are done."""
+    def tiny(scale):
+        return [dataclasses.replace(point, after=None, config=dataclasses.replace(
+            point.config, total_steps=2, batch_size=2, init="", model=dataclasses.replace(
+                point.config.model, num_couplings=1, patch_size=8, emb_dim=8))) for point in main_results_configs(scale)]
+    main_results_configs = main_results.configs
+    monkeypatch.setattr(main_results, "configs", tiny)
+    folders = ["--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path), "--figures-dir", str(tmp_path)]
+    sweep.main("main_results", "", main_results.configs, tables.MAIN_SWEPT, lambda csv, out: [], folders)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/done.json")}
+    draw_samples.main([*folders, "--num", "2"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/done.json")} == before and len(before) == 4
+    assert len(list(tmp_path.glob("samples/smoke_*.npz"))) == 3 and (tmp_path / "figure5_smoke.png").exists()
+
+
+def test_an_overflow_is_told(jet, run, tmp_path, monkeypatch):
+    flags = SimpleNamespace(num=1, sample_seed=0, temperature=1.0, interpolate=0, neighbours=False, device="cpu")
+    monkeypatch.setattr(Jet, "sample", lambda *arguments: (_ for _ in ()).throw(ValueError("1 value is not finite")))
+    with pytest.raises(TrainingError, match="1 value is not finite: try a lower --temperature"):
+        draw_samples.save_samples(tmp_path / "x.npz", run, {}, flags, {})
