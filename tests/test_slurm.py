@@ -241,6 +241,12 @@ def whole_sweep(folder):
     return first, second, status, throttle, running, tiny(folder, *flags, "--collect")
 
 
+def chained(folder):
+    submitted = tiny(folder, "--scale", "medium", *SUBMIT)
+    queue = slurm("squeue", "-h", "--format=%j %E")
+    return submitted, queue, tiny(folder, "--scale", "medium", "--wait", "--collect")
+
+
 def two_nodes(folder):
     tiny(folder, *SUBMIT, "--shard", "1/3", "--nodes", "2")
     tiny(folder, "--shard", "1/3", "--wait")
@@ -256,7 +262,7 @@ def happened(base):
     """A function that waits for one of the above, which are begun now: (folder, what it returned)."""
     futures = {}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for function in (out_of_time, killed, cancelled, lost_by_slurm, whole_sweep, failing, edited, two_nodes,
+        for function in (out_of_time, killed, cancelled, lost_by_slurm, whole_sweep, failing, edited, chained, two_nodes,
                          two_processes_on_a_node):
             (base / function.__name__).mkdir()
             futures[function] = pool.submit(function, base / function.__name__)
@@ -330,6 +336,17 @@ def test_a_sweep_on_slurm_gives_the_csv_of_a_local_one(happened, local):
     here, there = (pd.read_csv(path / csv).drop(columns=times) for path in (local(), folder))
     assert len(there) == 12
     pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+@pytest.mark.slurm
+def test_runs_that_begin_with_another_s_weights_wait_for_it(happened):
+    folder, (submitted, queue, collected) = happened(chained)
+    assert re.search(r"submitted 4 runs as job \d+, \d+, ", submitted) and "4 runs: 4 done" in collected
+    first = json.loads((run_of(folder, "medium").folder / "job.json").read_text())["job"]
+    then = json.loads((run_of(folder, "medium", 1).folder / "job.json").read_text())["name"]
+    assert not (mine := re.findall(rf"^{then} (.*)", queue, re.M)) or f"afterany:{first}" in mine[0]
+    rows = pd.read_csv(folder / "results/tiny_experiment_medium.csv").set_index("heads")
+    assert rows.loc["as-it-is", "bits_per_dim"].tolist() == rows.loc["1", "bits_per_dim"].tolist()
 
 
 @pytest.mark.slurm

@@ -241,11 +241,7 @@ def wait_until(happened, seconds=60):
 
 
 def chain(scale):
-    """A run, two that begin with its weights, and one that does not."""
-    first, other, _ = tiny_experiment.configs(scale)
-    then = [sweep.Point(labels={"heads": name}, config=dataclasses.replace(first.config, lr=1e-3, total_steps=steps),
-                        after=first) for name, steps in (("then", 4), ("as-it-is", 0))]
-    return [first, *then, other]
+    return tiny_experiment.configs("medium")
 
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])

@@ -1,0 +1,158 @@
+"""RESULTS.md and the command that redraws everything: each number from a CSV, and each verdict by its rule."""
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from grid_rows import grid_rows
+
+from paper_figures import figure2, figure4, redraw, results_page, style, tables
+from paper_figures.results_csv import ResultsError
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of CSVs of small scale, Figure 4 with two seeds."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for item in results_page.ITEMS:
+        if item.experiment != "draw_samples":
+            grid_rows(item.experiment, "small", (0, 1) if item.experiment == "ablate_coupling" else (0,)).to_csv(
+                folder / f"{item.experiment}_small.csv", index=False)
+    (folder / "reported.csv").write_text((style.ROOT / "results/reported.csv").read_text())
+    return folder
+
+
+def change(folder, name, change):
+    path = folder / f"{name}_small.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+
+
+def page(folder):
+    return results_page.page(folder, folder / "assets")
+
+
+def section(text, title):
+    return text.split(f"## {title}")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("value, error, wanted, verdict", [
+    (-0.1, 0.01, -1, "agrees"), (0.1, 0.01, -1, "disagrees"), (0.1, 0.01, 1, "agrees"), (-0.1, 0.01, 1, "disagrees"),
+    (0.019, 0.01, 1, "cannot tell"), (-0.019, 0.01, 1, "cannot tell"), (0.021, 0.01, 1, "agrees")])
+def test_a_difference_counts_from_two_standard_errors(value, error, wanted, verdict):
+    assert results_page.Difference("", value, error, wanted).verdict == verdict
+
+
+def test_a_standard_error_has_images_and_seeds(results):
+    sd = results_page.seed_deviation(results, "small")
+    assert np.isclose(sd, 0.02 / math.sqrt(2))  # each pair of seeds differs by 0.02
+    rows = figure4.load(results / "ablate_coupling_small.csv")
+    scores = results_page.Scores(rows, figure4.SWEPT, sd)
+    one, other = ("4:1", "mix"), ("1:1", "mix")
+    errors = [rows.set_index([*figure4.SWEPT]).loc[key, "bits_per_dim_se"].iloc[0] for key in (one, other)]
+    difference = scores.difference("", one, other, -1)
+    assert np.isclose(difference.error, math.sqrt(errors[0] ** 2 + errors[1] ** 2 + 2 * sd ** 2 / 2))
+    means = [rows[(rows[[*figure4.SWEPT]] == list(key)).all(axis=1)]["bits_per_dim"].mean() for key in (one, other)]
+    assert np.isclose(difference.value, means[0] - means[1])
+    change(results, "ablate_coupling", lambda rows: rows[rows["seed"] == 0])
+    assert math.isnan(results_page.seed_deviation(results, "small")) and "not known yet: one seed" in page(results)
+
+
+def test_a_run_that_stands_for_several_counts_once(results):
+    text = section(page(results), "Figure 4")
+    assert "40 runs, 2 seeds" in text  # 24 points of the figure are 20 runs
+
+
+def test_vit_and_cnn_are_compared_at_equal_compute(results):
+    def on_lines(rows):  # a CNN's bits/dim fall by 0.2 per factor of e in compute, a ViT's are 0.05 above that
+        return rows.assign(bits_per_dim=8 - 0.2 * np.log(rows["train_flops"]) + 0.05 * (rows["block"] == "vit"))
+    change(results, "compare_vit_cnn", on_lines)
+    rows = figure2.load(results / "compare_vit_cnn_small.csv", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A, "")
+    found = results_page.vit_against_cnn(rows, math.nan)
+    assert len(found) >= 2 and all(np.isclose(one.value, 0.05) and one.verdict == "disagrees" for one in found)
+
+
+def test_the_claims_have_the_right_signs(results):
+    """Numbers that follow the paper agree with every claim, and their mirror image with none."""
+    def follow(sign):
+        def of(name, score):
+            rows = grid_rows(name, "small")
+            return rows.assign(bits_per_dim=[4 + sign * score(row) for row in rows.itertuples()], bits_per_dim_se=1e-5)
+        return {
+            "compare_vit_cnn": of("compare_vit_cnn", lambda row: row.block == "cnn"),
+            "ablate_block_depth": of("ablate_block_depth", lambda row: -0.1 * int(row.block_depth)),
+            "scaling": of("scaling", lambda row: 1e-13 * row.train_flops * (
+                1 if row.dataset.endswith("subset") and row.split == "test" else -1)),
+            "ablate_coupling": of("ablate_coupling", lambda row: row.coupling_ratio != "4:1" or row.spatial_split != "mix"),
+            "ablate_splits": of("ablate_splits", lambda row: row.split_mode == "masking"),
+            "ablate_layers": of("ablate_layers", lambda row: "no" not in (row.actnorm[:2], row.invertible_dense[:2]) or
+                                row.actnorm == "actnorm" or row.invertible_dense == "dense"),
+            "main_results": of("main_results", lambda row: row.training != "fine-tuned")}
+    for sign, verdict in ((1, "agrees"), (-1, "disagrees")):
+        for item in results_page.ITEMS:
+            if item.differences:
+                follow(sign)[item.experiment].to_csv(results / f"{item.experiment}_small.csv", index=False)
+                rows = results_page.final_rows(results / f"{item.experiment}_small.csv", item.experiment, item.swept,
+                                               item.grid, "", item.varying)
+                found = [one.verdict for one in item.differences(rows, math.nan)]
+                assert found and set(found) == {verdict}, item.title
+
+
+def test_saturation_is_told(results):
+    assert "saturates" not in page(results)
+    change(results, "scaling", lambda rows: rows.assign(logdet_cap_share=[0.9, *rows["logdet_cap_share"][1:]]))
+    text = page(results)
+    assert text.count("saturates") == 0  # that row is of training images
+    change(results, "scaling", lambda rows: rows.assign(logdet_cap_share=0.9))
+    assert "is at 90.0% of it: **it saturates" in section(page(results), "Figure 3")
+    assert "have no such cap" in section(text, "Table 2b") and "have no such cap" not in section(text, "Figure 4")
+
+
+def test_what_was_not_run_is_told_with_its_command(results):
+    text = page(results)
+    assert "Not run: medium, paper" in section(text, "Figure 3") and "Not run: small, medium, paper" in section(text, "Figure 5")
+    assert "python experiments/scaling.py --scale SCALE" in text
+
+
+def test_the_small_model_is_told_from_its_folder(results):
+    model = {"num_couplings": 20, "block_depth": 1, "emb_dim": 64, "scale_factor": 2.0}
+    row = {"bits_per_dim": 3.9, "bits_per_dim_se": 0.005, "logdet_nats": 0.5 * 20 * 1536 * math.log(2)}
+    done = {"config": {"model": model, "total_steps": 8000, "batch_size": 64}, "num_params": 123, "train_seconds": 60.0,
+            "threads": 1, "hardware": "CPU", "git_commit": "abcdef012", "rows": [
+                {**row, "step": step, "split": split, "bits_per_dim": 3.9 + (step == 4000)} for step in (4000, 8000)
+                for split in ("train", "test")]}
+    (results / "assets/jet_cifar10").mkdir(parents=True)
+    (results / "assets/jet_cifar10/done.json").write_text(json.dumps(done))
+    text = section(page(results), "The small trained model")
+    assert "| 4,000 | 4.9000 ± 0.0050 |" in text and "| 8,000 | 3.9000 ± 0.0050 |" in text and "at 50.0% of its cap" in text
+
+
+def test_redraw_draws_everything_twice_to_the_same_bytes_and_checks_it(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
+    (results / "scaling_smoke.csv").write_text("not drawn")
+    flags = ["--results-dir", str(results), "--out"]
+    redraw.main([*flags, str(tmp_path / "one")])
+    redraw.main([*flags, str(tmp_path / "two")])
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {f"{name}_small.{kind}" for name in ("figure2a", "figure2b", "figure3", "figure4") for kind in ("pdf", "png")} | {
+        f"{name}_small.{kind}" for name in ("table2a", "table2b", "table_figure4", "main_table") for kind in ("md", "tex")}
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    assert (results / "RESULTS.md").read_text() == results_page.page(results, style.ROOT / "assets")
+    redraw.main([*flags, str(tmp_path / "one"), "--check"])
+    (tmp_path / "one/figure3_small.png").write_bytes(b"other")
+    (results / "RESULTS.md").write_text("other")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        redraw.main([*flags, str(tmp_path / "one"), "--check"])
+    assert "figure3_small.png" in stop.value.code and "RESULTS.md" in stop.value.code and "figure4" not in stop.value.code
+
+
+def test_a_csv_of_no_experiment_is_refused(results, tmp_path):
+    (results / "other_small.csv").write_text("a\n1\n")
+    with pytest.raises(SystemExit, match="other_small.csv: is of none of"):
+        redraw.main(["--results-dir", str(results), "--out", str(tmp_path / "out")])
+
+
+def test_what_is_committed_is_what_the_csvs_give():
+    redraw.main(["--check"])
