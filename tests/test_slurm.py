@@ -243,8 +243,7 @@ def whole_sweep(folder):
 
 def chained(folder):
     submitted = tiny(folder, "--scale", "medium", *SUBMIT)
-    queue = slurm("squeue", "-h", "--format=%j %E")
-    return submitted, queue, tiny(folder, "--scale", "medium", "--wait", "--collect")
+    return submitted, tiny(folder, "--scale", "medium", "--wait", "--collect")
 
 
 def two_nodes(folder):
@@ -340,11 +339,11 @@ def test_a_sweep_on_slurm_gives_the_csv_of_a_local_one(happened, local):
 
 @pytest.mark.slurm
 def test_runs_that_begin_with_another_s_weights_wait_for_it(happened):
-    folder, (submitted, queue, collected) = happened(chained)
+    folder, (submitted, collected) = happened(chained)
     assert re.search(r"submitted 4 runs as job \d+, \d+, ", submitted) and "4 runs: 4 done" in collected
     first = json.loads((run_of(folder, "medium").folder / "job.json").read_text())["job"]
-    then = json.loads((run_of(folder, "medium", 1).folder / "job.json").read_text())["name"]
-    assert not (mine := re.findall(rf"^{then} (.*)", queue, re.M)) or f"afterany:{first}" in mine[0]
+    scripts = [path.read_text() for path in folder.glob("runs/*/slurm/*submission*.sh")]
+    assert sum(f"#SBATCH --dependency=afterany:{first}\n" in script for script in scripts) == 1 and len(scripts) == 2
     rows = pd.read_csv(folder / "results/tiny_experiment_medium.csv").set_index("heads")
     assert rows.loc["as-it-is", "bits_per_dim"].tolist() == rows.loc["1", "bits_per_dim"].tolist()
 
