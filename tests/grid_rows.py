@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import pandas as pd
 
+from data import SETS
 from experiments import sweep
 from paper_figures import style
 from paper_figures.results_csv import columns
@@ -29,10 +30,10 @@ def _grid_rows(experiment, scale, seeds):
                 "experiment": experiment, "scale": scale, "run_id": run.run_id, "seed": seed, "init": config.init or np.nan,
                 "channel_share": sweep.channel_share(model), "num_couplings": model.num_couplings, "block": model.block,
                 "block_depth": model.block_depth, "emb_dim": model.emb_dim, "step": config.total_steps,
-                "total_steps": config.total_steps, "bits_per_dim_se": 0.003 + 1e-4 * i,
+                "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
                 "logdet_cap_share": sweep.logdet_cap_share(model, 0.5 * model.logdet_cap_nats),
                 "num_params": sweep.num_parameters(model), "train_flops": sweep.train_flops(config), "train_seconds": 3.25 + i,
-                "hardware": "CPU", "dataset": config.data, "variant": f"v-{config.data}",
+                "hardware": "CPU", "dataset": config.data, "variant": SETS[config.data].variant,
                 "git_commit": "0123456789abcdef", "git_dirty": False}
             rows += [fixed | point.labels | {
                 "split": split, "bits_per_dim": 4 + 0.01 * i + 0.02 * seed + 0.005 * (split == "train"),

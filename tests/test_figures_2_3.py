@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from grid_rows import IMAGES, grid_rows
 
 from experiments import ablate_block_depth, compare_vit_cnn, scaling, sweep
 from paper_figures import figure2, figure3, style
@@ -15,30 +16,10 @@ FIGURES = {
     "figure2b": (ablate_block_depth, "ablate_block_depth", figure2.SWEPT_B, figure2.draw_b, "Figure 2b"),
     "figure3": (scaling, "scaling", figure3.SWEPT, figure3.draw, "Figure 3"),
 }
-IMAGES = {"test": 10_000, "train": 2_048}
 
 
 def fixture_rows(name, scale, seeds=(0,)):
-    """A copy of rows as the sweep would write them; no two bits/dim are equal."""
-    return made_rows(name, scale, seeds).copy()
-
-
-@functools.cache
-def made_rows(name, scale, seeds):
-    module, experiment, swept, *_ = FIGURES[name]
-    rows = []
-    for seed in seeds:
-        for i, point in enumerate(module.configs(scale)):
-            config, model = point.config, point.config.model
-            fixed = dict.fromkeys(columns(swept), 1) | {
-                "experiment": experiment, "scale": scale, "run_id": point.run(seed, style.ROOT).run_id, "seed": seed,
-                "num_couplings": model.num_couplings, "block": model.block, "block_depth": model.block_depth,
-                "emb_dim": model.emb_dim, "bits_per_dim_se": 0.003, "num_params": sweep.num_parameters(model),
-                "train_flops": sweep.train_flops(config), "dataset": config.data, "variant": f"v-{config.data}"}
-            rows += [fixed | point.labels | {
-                "split": split, "bits_per_dim": 4 + 0.01 * i + 0.02 * seed + 0.005 * (split == "train"),
-                "num_images": IMAGES[split], "fingerprint": f"{split} of {config.data}"} for split in ("train", "test")]
-    return pd.DataFrame(rows)[columns(swept)]
+    return grid_rows(FIGURES[name][1], scale, seeds)
 
 
 def draw(name, rows, tmp_path, *out):
@@ -205,7 +186,7 @@ def test_no_text_lies_on_another_or_is_cut(tmp_path, drawn, name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_whiskers_are_the_standard_error_of_one_seed_and_the_range_of_several(tmp_path, drawn, name):
-    draw(name, fixture_rows(name, "smoke"), tmp_path)
+    draw(name, fixture_rows(name, "smoke").assign(bits_per_dim_se=0.003), tmp_path)
     draw(name, fixture_rows(name, "smoke", seeds=(0, 1, 2)), tmp_path)
     for (figure, _), down, up, mean in zip(drawn, (0.003, 0.02), (0.003, 0.02), (0, 0.02)):
         markers, _, bars = kinds(figure.axes[0])
@@ -237,7 +218,7 @@ REFUSED = [
     (lambda r: pd.concat([r, r[:2].assign(run_id="another")]), "seed 0 is there twice .run another"),
     (lambda r: r.assign(extra=1), "unknown columns extra"),
     (lambda r: r.drop(columns="train_flops"), "missing columns train_flops"),
-    (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, v-"),
+    (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, "),
     (lambda r: r.assign(lr=[2, *r["lr"][1:]]), "mixes lr 2, 1"),
     (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "train rows are measured on different images"),
     *[(lambda r, name=name: r.assign(**{name: [np.nan, *r[name][1:]]}), f"has no number as {name}")

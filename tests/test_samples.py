@@ -4,15 +4,15 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from grid_rows import grid_rows
 
 from data import load_images
 from experiments import draw_samples, main_results, sweep
 from jet import Jet, JetConfig
 from paper_figures import figure5, style, tables
-from paper_figures.results_csv import ResultsError, columns
+from paper_figures.results_csv import ResultsError
 from run_folder import TrainingError
 from train import TrainConfig, train, weights_id
 
@@ -132,18 +132,14 @@ def test_a_sheet_has_each_image_at_its_place():
 @pytest.fixture
 def grid(tmp_path):
     """A CSV of small scale with a file of samples for each of its runs."""
-    rows = []
     (tmp_path / "samples").mkdir()
+    rows = grid_rows("draw_samples", "small")
     for point in draw_samples.configs("small"):
-        run, labels = point.run(0, style.ROOT), point.labels
-        for split in ("train", "test"):
-            rows.append(dict.fromkeys(columns(figure5.SWEPT), 1) | labels | {
-                "experiment": "draw_samples", "scale": "small", "run_id": run.run_id, "seed": 0, "split": split, "init": "",
-                "step": point.config.total_steps, "total_steps": point.config.total_steps, "variant": labels["dataset"]})
-        about = {"run_id": run.run_id, "dataset": labels["dataset"], "weights": "w", "seed": 0, "temperature": 1.0}
-        np.savez(figure5.samples_path(tmp_path, "small", labels.values()), about=json.dumps(about),
+        about = {"run_id": point.run(0, style.ROOT).run_id, "dataset": point.config.data, "weights": "w", "seed": 0,
+                 "temperature": 1.0}
+        np.savez(figure5.samples_path(tmp_path, "small", point.labels.values()), about=json.dumps(about),
                  samples=np.zeros((9, 32, 32, 3), np.uint8))
-    pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
+    rows.to_csv(tmp_path / "in.csv", index=False)
     return tmp_path
 
 
