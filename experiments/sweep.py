@@ -366,7 +366,7 @@ def make_parser(experiment, description):
     instead.add_argument("--cancel", action="store_true", help="cancel what is queued or running on Slurm")
     instead.add_argument("--collect", action="store_true",
                          help="merge finished runs and the CSVs of shards, and draw; after --wait, if both are given")
-    add_place_flags(parser.add_argument_group("how a run is run"), "1 at smoke scale, else 2")
+    add_place_flags(parser.add_argument_group("how a run is run"), "1 at smoke and small scale, else 2")
     cluster.add_cluster_flags(parser.add_argument_group("with --cluster slurm"))
     for name, default in (("runs", "runs"), ("results", "results"), ("figures", "paper_figures/out")):
         parser.add_argument(f"--{name}-dir", type=Path, default=ROOT / default, metavar="DIR",

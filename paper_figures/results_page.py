@@ -160,11 +160,11 @@ class Item:
 ITEMS = (
     Item("Figure 2a: ViT or CNN", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A,
          "At equal training compute ViT blocks clearly beat CNN blocks (ImageNet-1k 64 x 64).", vit_against_cnn,
-         "Long training: these runs see less than an epoch, in which convolutions profit from knowing what is near. The "
-         "paper's CNN block is not known either.", shown="figure2a"),
+         "Long training: these runs see less than half an epoch, in which convolutions may profit from knowing what is near. "
+         "The paper's CNN block is not known either.", shown="figure2a"),
     Item("Figure 2b: blocks in each network", "ablate_block_depth", figure2.SWEPT_B, figure2.GRID_B,
          "bits/dim improve with the depth of the ViT up to 5 (ImageNet-21k 32 x 32).", deeper_blocks,
-         "Steps enough for the deep networks to be trained: few steps favour shallow ones.", shown="figure2b"),
+         "More steps and several seeds: so few steps may favour shallow networks, and one learning rate served all depths.", shown="figure2b"),
     Item("Figure 3: scaling", "scaling", figure3.SWEPT, figure3.GRID,
          "On the smaller set (ImageNet-1k) large models overfit; on the larger one (ImageNet-21k) more compute keeps helping.",
          overfitting_and_scaling, "Many epochs of the smaller set. The training images are others than the test images: "
@@ -185,7 +185,7 @@ ITEMS = (
          "The paper's values and its masking: ours is our reading."),
     Item("Table 2b: ActNorm and invertible dense layers", "ablate_layers", tables.LAYERS_SWEPT, tables.LAYERS_GRID,
          "Neither is in the official model: they are not needed.", layers_that_are_left_off,
-         "Training to the end: both layers start from the data or from a rotation, and so help most in the first steps."))
+         "Training to the end: both layers start from the data or from a rotation, and so may help most in the first steps."))
 
 
 def item_section(item, results_dir):
