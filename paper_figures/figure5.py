@@ -1,7 +1,7 @@
 """Figure 5: samples from the uint8 grids in results/samples/, which experiments/draw_samples.py saves.
 
-    python paper_figures/figure5.py --scale small                          # the models of the main table
-    python paper_figures/figure5.py --samples results/samples/jet_cifar10.npz    # any other checkpoint
+    python paper_figures/figure5.py --scale small                 # samples of the models of the main table
+    python paper_figures/figure5.py --samples results/samples/jet_cifar10.npz    # all that is in one file
 """
 import argparse
 import json
@@ -57,7 +57,7 @@ def tile(images, columns=COLUMNS):
 
 
 def panels_of(about, content):
-    """[(title, sheet)] of one file: samples, their neighbours, paths."""
+    """[(caption, sheet)] of one file: samples and, where they are there, their neighbours and paths."""
     drawn = f"samples, not picked: temperature {about['temperature']:g}, seed {about['seed']}"
     panels = [(drawn, tile(content["samples"]))]
     if "neighbours" in content:
@@ -97,7 +97,7 @@ def show(files, title, name, out_dir):
 
 
 def draw(path, out_dir=style.OUT):
-    """Draw the models of a scale from its CSV and the samples beside it; returns the paths of the PDF and the PNG."""
+    """Draw samples of the models of a scale, from its CSV and the files beside it; returns the PDF's and PNG's paths."""
     rows = final_rows(path, "draw_samples", SWEPT, GRID, "Figure 5", tables.MAIN_VARYING)
     scale = rows["scale"].iloc[0]
     rows = rows[(rows["split"] == "test") & (rows["seed"] == 0)].set_index([*SWEPT], drop=False)
@@ -110,7 +110,8 @@ def draw(path, out_dir=style.OUT):
             raise ResultsError(f"{sample_file}: is of run {about['run_id']}, and {path} has {row['run_id']}: run "
                                f"experiments/draw_samples.py --scale {scale} again")
         title = style.DATASET_TITLES.get(row["dataset"], row["dataset"])
-        files.append((f"{point[0]}, {point[1]}: {title}, {row['bits_per_dim']:.2f} bits/dim (test)", about, content))
+        files.append((f"{point[0]}, {point[1]}: {title}, {row['bits_per_dim']:.2f} bits/dim (test)", about,
+                      {"samples": content["samples"]}))
     smoke = "\nsmoke run: it works, it is not evidence" if scale == "smoke" else ""
     return show(files, f"Figure 5, {scale} scale{smoke}", f"figure5_{scale}", out_dir)
 

@@ -31,7 +31,8 @@ SIZE_STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#E69F00", "marker
                {"color": "#009E73", "marker": "^"}, {"color": "#333333", "marker": "D"})
 MARKER_AREAS = {"o": math.pi / 4, "s": 1, "^": 0.5, "D": 1}  # of a marker, over the square of its size
 DATASET_TITLES = {"cifar10-subset": "CIFAR-10 subset", "cifar10": "CIFAR-10",
-                  "cifar10-subset-vehicles": "CIFAR-10 subset, vehicles",
+                  "cifar10-animals": "CIFAR-10 animals", "cifar10-vehicles": "CIFAR-10 vehicles",
+                  "cifar10-subset-animals": "CIFAR-10 subset, animals", "cifar10-subset-vehicles": "CIFAR-10 subset, vehicles",
                   "imagenet32-oord": "ImageNet-1k 32x32 (oord)", "imagenet64-oord": "ImageNet-1k 64x64 (oord)",
                   "imagenet21k-32-box": "ImageNet-21k 32x32 (box)", "imagenet21k-64-box": "ImageNet-21k 64x64 (box)"}
 
