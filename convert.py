@@ -121,7 +121,7 @@ def _build(path, source, overrides):
     missing = [name for name in source.missing if name not in overrides]
     if missing:
         raise CheckpointError(f"{path} does not tell {' and '.join(missing)}: give it, as in "
-                              f"load_jet(path, {missing[0]}=...)")
+                              f"load_jet(path, {missing[0]}=...) or --model.{missing[0]}")
     try:
         config = JetConfig(**{**source.assumed, **source.known, **overrides})
         told = JetConfig(**{**source.assumed, **overrides, **source.known})

@@ -178,23 +178,32 @@ def read_steps(pending, config):
     return steps
 
 
+def weights_config(path):
+    """The configuration, as plain values with its step, of the run whose weights a folder or file holds; {} if foreign."""
+    path = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+    content = {} if path.suffix == ".npz" else read_tensors(path)
+    if content.get("format") != CHECKPOINT_FORMAT:
+        return {}
+    try:
+        return TrainConfig.from_dict(content["config"]).to_dict() | {"step": int(content["step"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is damaged or of another version ({error})") from None
+
+
 def weights_id(path):
     """The name of the weights in a run folder or weight file, as TrainConfig.init holds it.
 
     The hash of the configuration that they were trained with (and the step, of a run that has not ended); of a
     foreign file its SHA-256. Raises CheckpointError.
     """
-    path = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
-    content = {} if path.suffix == ".npz" else read_tensors(path)
-    if content.get("format") != CHECKPOINT_FORMAT:
+    values = weights_config(path)
+    if not values:
         try:
-            return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+            return f"sha256-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-    try:
-        config, step = TrainConfig.from_dict(content["config"]), content["step"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration is damaged or of another version ({error})") from None
+    step = values.pop("step")
+    config = TrainConfig.from_dict(values)
     return config.hash + (f"-step{step}" if step < config.total_steps else "")
 
 
@@ -805,7 +814,9 @@ def config_from_flags(flags, data_root):
     height, width, channels = image_shape(top.get("data", TrainConfig.data), data_root)
     if isinstance(model.get("image_size"), list) and len(model["image_size"]) == 1:
         model["image_size"] = model["image_size"][0]
-    if flags.get("init_from"):
+    if flags.get("init_from") == "":
+        raise TrainingError("--init-from is empty: give a run folder or weight file, or leave it away")
+    if flags.get("init_from") is not None:
         model = vars(load_jet(flags["init_from"], **model).config)
         top["init"] = weights_id(flags["init_from"])
     model = {"image_size": (height, width), "channels": channels} | model

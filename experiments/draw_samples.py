@@ -20,13 +20,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from convert import load_jet
-from data import DataError, dequantize, load_images
+from data import SETS, DataError, dequantize, load_images
 from experiments import main_results, sweep
-from jet import quantize
-from paper_figures import figure5
+from jet import JetConfig, quantize
+from paper_figures import figure5, tables
 from paper_figures.results_csv import ResultsError
 from run_folder import TrainingError, write_atomically
-from train import ArgumentParser, git_commit, one_line_errors, pick_device, weights_id
+from train import (ArgumentParser, add_config_flags, git_commit, one_line_errors, pick_device, weights_config,
+                   weights_id)
 
 STEPS = 8  # images of a path through latent space, with both ends
 
@@ -78,25 +79,43 @@ def interpolate(jet, images, steps=STEPS):
     return quantize(jet.inverse(z)[0]).permute(0, 2, 3, 1).unflatten(0, (-1, steps)).cpu().numpy()
 
 
-def save_samples(path, weights, images, flags, about):
-    """Draw what the flags ask for from the weights of a run folder or file, and save it with what made it.
+def check_images(jet, images, flags):
+    """Raise DataError for images that the Jet does not take, or too few of them for the paths."""
+    for split, one in images.items():
+        height, width, channels = one.array.shape[1:]
+        if (channels, height, width) != jet.config.image_shape:
+            raise DataError(f"{one.name} has images of {height} x {width} x {channels}, and this Jet makes "
+                            f"{' x '.join(map(str, jet.config.image_shape))} (channels first): give other --data")
+    if images and 2 * flags.interpolate > len(images["test"].array):
+        raise DataError(f"--interpolate {flags.interpolate}: {images['test'].name} has {len(images['test'].array)} test images, "
+                        "and each path takes two")
+
+
+def save_samples(path, weights, jet, images, flags, about):
+    """Draw what the flags ask for from a Jet and save it with what made it, the weights' run folder or file among it.
 
     images: {split: ImageSet}, needed for neighbours and paths alone. Raises TrainingError where samples overflow.
     """
-    jet = load_jet(weights).to(pick_device(flags.device)).eval()
+    jet = jet.to(pick_device(flags.device)).eval()
+    check_images(jet, images, flags)
     try:
         content = {"samples": draw_samples(jet, flags.num, flags.sample_seed, flags.temperature)}
-        if flags.interpolate:
-            content["paths"] = interpolate(jet, images["test"].array[:2 * flags.interpolate])
     except ValueError as error:
         raise TrainingError(f"{weights}: {error}: try a lower --temperature") from None
     about = about | {"weights": weights_id(weights), "seed": flags.sample_seed, "temperature": flags.temperature}
+    if flags.interpolate:
+        try:
+            content["paths"] = interpolate(jet, images["test"].array[:2 * flags.interpolate])
+        except ValueError as error:
+            raise TrainingError(f"{weights}: {error}: no paths between these images") from None
+        about |= {"paths_of": images["test"].name}
     if flags.neighbours:
-        train, held_out = images["train"].array, images["test"].array[:flags.num]
-        index, distance = nearest(content["samples"], train, flags.device if flags.device != "auto" else "cpu")
-        content |= {"neighbours": np.array(train[index]), "distances": distance}
-        about |= {"neighbours_of": images["train"].name, "train_fingerprint": images["train"].fingerprint,
-                  "held_out_distance": float(np.median(nearest(held_out, train)[1]))}
+        train, test = images["train"], images["test"]
+        index, distance = nearest(content["samples"], train.array, flags.device if flags.device != "auto" else "cpu")
+        content |= {"neighbours": np.array(train.array[index]), "distances": distance}
+        about |= {"neighbours_of": train.name, "train_fingerprint": train.fingerprint}
+        if test.fingerprint != train.fingerprint:
+            about["held_out_distance"] = float(np.median(nearest(test.array[:flags.num], train.array)[1]))
     commit, tree = git_commit()
     about |= {"git_commit": commit, "git_dirty": tree == "dirty"}
     write_atomically(path, lambda file: np.savez_compressed(file, about=json.dumps(about), **content))
@@ -120,21 +139,22 @@ def check_sample_flags(flags):
     for name, lowest in (("num", 1), ("sample_seed", 0), ("interpolate", 0)):
         if getattr(flags, name) < lowest:
             raise TrainingError(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be {lowest} or more")
+    if flags.sample_seed >= 2 ** 63:
+        raise TrainingError(f"--sample-seed {flags.sample_seed}: must be below 2**63")
     if not 0 <= flags.temperature < float("inf"):
         raise TrainingError(f"--temperature {flags.temperature}: must be a finite number, 0 or more")
 
 
 def sample_runs(runs, flags):
     """Save the samples of each run of the grid."""
-    check_sample_flags(flags)
     folder = flags.results_dir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
         if run.config.seed == 0:  # one seed is shown
             images = {split: load_images(run.config.data, split, flags.data_root) for split in ("train", "test")}
             about = {"run_id": run.run_id, "dataset": run.config.data, "variant": images["train"].variant}
-            values = run.point.labels.values()
-            print(save_samples(figure5.samples_path(flags.results_dir, flags.scale, values), run.folder, images, flags, about))
+            path = figure5.samples_path(flags.results_dir, flags.scale, run.point.labels.values())
+            print(save_samples(path, run.folder, load_jet(run.folder), images, flags, about))
 
 
 def sample_checkpoint(arguments):
@@ -142,27 +162,28 @@ def sample_checkpoint(arguments):
     parser = ArgumentParser(prog="draw_samples.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or weight file")
     parser.add_argument("--name", help="of the files (default: the checkpoint's)")
-    parser.add_argument("--data", help="image set for neighbours and paths (default: the one it was trained on)")
+    parser.add_argument("--data", help="image set of neighbours and paths (default: what it was trained on)")
     parser.add_argument("--data-root", metavar="DIR", help="holds the image sets (default: $JET_DATA)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     for name, default in (("results", "results"), ("figures", "paper_figures/out")):
         parser.add_argument(f"--{name}-dir", type=Path, default=ROOT / default, metavar="DIR", help=f"default: {default}")
     add_sample_flags(parser)
+    add_config_flags(parser.add_argument_group("the model, as far as a file of another implementation does not tell it"),
+                     JetConfig, "model.")
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog, ResultsError):
         check_sample_flags(flags)
-        name, data = flags.name or flags.checkpoint.resolve().stem, flags.data
-        config = flags.checkpoint / "config.json"
-        if not data and config.exists():
-            data = json.loads(config.read_text())["data"]
+        name = flags.name or flags.checkpoint.resolve().stem
+        model = {field.removeprefix("model."): value for field, value in vars(flags).items() if field.startswith("model.")}
+        jet, trained_on = load_jet(flags.checkpoint, **model), weights_config(flags.checkpoint).get("data", "")
         images = {}
         if flags.neighbours or flags.interpolate:
-            if not data:
-                raise DataError(f"{flags.checkpoint} does not tell its images: give them by --data")
-            images = {split: load_images(data, split, flags.data_root) for split in ("train", "test")}
+            if not (flags.data or trained_on):
+                raise DataError(f"{flags.checkpoint} does not tell what it was trained on: give images by --data")
+            images = {split: load_images(flags.data or trained_on, split, flags.data_root) for split in ("train", "test")}
         (flags.results_dir / "samples").mkdir(parents=True, exist_ok=True)
-        about = {"run_id": name, "dataset": data or "", "variant": images["train"].variant if images else ""}
-        path = save_samples(flags.results_dir / f"samples/{name}.npz", flags.checkpoint, images, flags, about)
+        about = {"run_id": name, "dataset": trained_on, "variant": SETS[trained_on].variant if trained_on in SETS else ""}
+        path = save_samples(flags.results_dir / f"samples/{name}.npz", flags.checkpoint, jet, images, flags, about)
         for written in (path, *figure5.draw_file(path, flags.figures_dir)):
             print(written)
 
@@ -171,8 +192,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument.split("=")[0] == "--checkpoint" for argument in arguments):
         return sample_checkpoint(arguments)
-    sweep.main("draw_samples", __doc__, configs, figure5.SWEPT, figure5.draw, arguments, runs_of="main_results",
-               add_flags=add_sample_flags, finish=sample_runs)
+    sweep.main("draw_samples", __doc__, configs, figure5.SWEPT, figure5.draw, arguments, varying=tables.MAIN_VARYING,
+               runs_of="main_results", add_flags=add_sample_flags, check_flags=check_sample_flags, finish=sample_runs)
 
 
 if __name__ == "__main__":

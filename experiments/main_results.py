@@ -57,4 +57,4 @@ def configs(scale):
 
 
 if __name__ == "__main__":
-    sweep.main("main_results", __doc__, configs, tables.MAIN_SWEPT, tables.draw_main)
+    sweep.main("main_results", __doc__, configs, tables.MAIN_SWEPT, tables.draw_main, varying=tables.MAIN_VARYING)

@@ -317,7 +317,7 @@ def failures(runs, untold):
     return lines
 
 
-def collect(runs, experiment, scale, swept, csv, pieces=()):
+def collect(runs, experiment, scale, swept, csv, pieces=(), varying=()):
     """Write the CSV of the finished runs, and of rows measured elsewhere (shards); returns its rows."""
     rows = []
     for run in runs:
@@ -328,7 +328,7 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
     rows = pd.DataFrame(rows, columns=columns(swept))
     order = {run.run_id: position for position, run in enumerate(runs)}
     for piece in pieces:
-        extra = read_results(piece, experiment, swept)
+        extra = read_results(piece, experiment, swept, varying)
         if unknown := set(extra["run_id"]) - set(order):
             raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid: give --collect the same "
                                "--seeds as the shards, or move the file away")
@@ -337,7 +337,7 @@ def collect(runs, experiment, scale, swept, csv, pieces=()):
         return rows
     rows = rows.sort_values(KEY, key=lambda column: column.map(order) if column.name == "run_id" else column)
     with contextlib.suppress(ResultsError):
-        dropped = set(read_results(csv, experiment, swept)["run_id"]) - set(rows["run_id"])
+        dropped = set(read_results(csv, experiment, swept, varying)["run_id"]) - set(rows["run_id"])
         if dropped:
             print(f"{csv.name} had {len(dropped)} more runs (more --seeds?): they are not in it now, their run folders stay")
     remove_leftovers(csv.parent, csv.name, older_than_s=3600)
@@ -374,11 +374,13 @@ def make_parser(experiment, description):
     return parser
 
 
-def main(experiment, description, configs, swept, draw, arguments=None, runs_of=None, add_flags=None, finish=None):
+def main(experiment, description, configs, swept, draw, arguments=None, *, varying=(), runs_of=None, add_flags=None,
+         check_flags=lambda flags: None, finish=None):
     """The command line of an experiment: run the grid (or a shard), write its CSV, draw its figure.
 
-    runs_of: another experiment whose run folders are used. add_flags(parser): more flags. finish(runs, flags): what
-    is made of the runs, once all are done, before the figure.
+    varying: what may differ between runs besides the swept fields (results_csv.read_results). runs_of: another
+    experiment whose run folders are used. add_flags(parser): more flags, which check_flags(flags) refuses by
+    TrainingError. finish(runs, flags): what is made of the runs, once all are done, before the figure.
     """
     parser = make_parser(experiment, description)
     if add_flags:
@@ -401,6 +403,7 @@ def main(experiment, description, configs, swept, draw, arguments=None, runs_of=
             parser.error(f"{', '.join(given)}: only with --cluster slurm")
         if flags.cluster != "local" and flags.jobs > 1:
             parser.error(f"--jobs {flags.jobs}: only with --cluster local; on Slurm, --max-parallel limits runs at a time")
+        check_flags(flags)
         flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
         runs_dir = flags.runs_dir.absolute() / f"{runs_of or experiment}_{flags.scale}"
         grid = [point.run(seed, runs_dir) for seed in range(flags.seeds) for point in configs(flags.scale)]
@@ -442,7 +445,7 @@ def main(experiment, description, configs, swept, draw, arguments=None, runs_of=
               f"{sum(run.is_done for run in runs)} of them done")
         untold = {} if flags.collect else run_here(parser.prog, runs, flags)
         pieces = sorted(flags.results_dir.glob(f"{csv.stem}.shard-*.csv")) if flags.collect else ()
-        rows = collect(runs, experiment, flags.scale, swept, csv, pieces)
+        rows = collect(runs, experiment, flags.scale, swept, csv, pieces, varying)
         if not rows.empty:
             print_table(rows, swept)
         finished = set(rows["run_id"])
@@ -456,7 +459,7 @@ def main(experiment, description, configs, swept, draw, arguments=None, runs_of=
         if flags.cluster == "debug" and failed:
             return print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: the figure is drawn when all are")
         if not flags.shard:
-            if finish:
+            if finish and all(run.is_done for run in runs):
                 finish(runs, flags)
             for path in draw(csv, flags.figures_dir):
                 print(path)
@@ -516,16 +519,22 @@ def submit(experiment, runs, runs_dir, flags, settings):
 
         def awaited(run):
             return None if not run.after or run.after.is_done else run.after
-        left, jobs = todo, []
+        left, jobs, submitted = todo, [], 0
         while left:  # one job array; then one for those that begin with the weights of the same run
             after = next(awaited(run) for run in left if awaited(run) not in left)
             group = [run for run in left if awaited(run) == after]
             job = cluster.read_job(after) if after else None
+            if after and not (job and job["job"]):
+                print(f"{', '.join(run.label for run in group)}: not submitted, for {after.label}, whose weights they begin "
+                      "with, is being trained here: give the same command when it is done")
+                left = [run for run in left if run not in group]
+                continue
             jobs.append(cluster.submit(group, f"{experiment}_{flags.scale}", settings, place, runs_dir, flags.max_parallel,
                                        flags.allow_dirty, job and job["job"]))
             left = [run for run in left if run not in group]
-        print(f"submitted {len(todo)} runs as job {', '.join(jobs)}, at most "
-              f"{min(flags.max_parallel or len(todo), len(todo))} at a time" + (" each" if len(jobs) > 1 else ""))
+            submitted += len(group)
+        print(f"submitted {submitted} runs as job {', '.join(jobs)}, at most "
+              f"{min(flags.max_parallel or submitted, submitted)} at a time" + (" each" if len(jobs) > 1 else ""))
     same = f"python {sys.argv[0]}" + "".join(f" --{name} {value}" for name, value, default in (
         ("scale", flags.scale, "smoke"), ("seeds", flags.seeds, 1), ("shard", flags.shard, None),
         ("runs-dir", flags.runs_dir, ROOT / "runs")) if value != default)

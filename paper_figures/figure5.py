@@ -33,11 +33,18 @@ def read_samples(path):
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         about = json.loads(str(content.pop("about")))
-        samples = content["samples"]
-        if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[3] not in (1, 3) or not samples.size:
-            raise ValueError(f"samples are {samples.dtype} {samples.shape}")
-        if not {"run_id", "dataset", "weights", "seed", "temperature"} <= about.keys():
+        images = {"samples": 4} | {name: rank for name, rank in (("neighbours", 4), ("paths", 5)) if name in content}
+        for name, rank in images.items():
+            array = content[name]
+            if array.dtype != np.uint8 or array.ndim != rank or array.shape[-1] not in (1, 3) or not array.size:
+                raise ValueError(f"{name} are {array.dtype} {array.shape}")
+        texts = ("run_id", "dataset", "weights", *(("neighbours_of",) if "neighbours" in content else ()))
+        numbers = ("seed", "temperature", *(("held_out_distance",) if "held_out_distance" in about else ()))
+        if not (all(isinstance(about.get(name), str) for name in texts)
+                and all(isinstance(about.get(name), (int, float)) for name in numbers)):
             raise ValueError("it does not tell what made it")
+        if "neighbours" in content and not (content["distances"].ndim == 1 and np.isfinite(content["distances"]).all()):
+            raise ValueError("distances are no numbers")
     except FileNotFoundError:
         raise ResultsError(f"{path}: no such file: run experiments/draw_samples.py first") from None
     except Exception as error:  # np.load raises nearly everything on damaged files
@@ -56,13 +63,19 @@ def tile(images, columns=COLUMNS):
     return sheet
 
 
+def title_of(dataset):
+    return style.DATASET_TITLES.get(dataset, Path(dataset).name)
+
+
 def panels_of(about, content):
     """[(caption, sheet)] of one file: samples and, where they are there, their neighbours and paths."""
     drawn = f"samples, not picked: temperature {about['temperature']:g}, seed {about['seed']}"
     panels = [(drawn, tile(content["samples"]))]
     if "neighbours" in content:
-        near = (f"nearest training image of each: {np.median(content['distances']):.1f} grey levels (RMS, median) away; of "
-                f"test images: {about['held_out_distance']:.1f}")
+        near = (f"nearest of the training images of {title_of(about['neighbours_of'])} to each: "
+                f"{np.median(content['distances']):.1f} grey levels (RMS, median) away")
+        if "held_out_distance" in about:
+            near += f"; to test images: {about['held_out_distance']:.1f}"
         panels.append((near, tile(content["neighbours"])))
     if "paths" in content:
         paths = content["paths"]
@@ -106,11 +119,10 @@ def draw(path, out_dir=style.OUT):
         row = rows.loc[point]
         sample_file = samples_path(Path(path).parent, scale, point)
         about, content = read_samples(sample_file)
-        if about["run_id"] != row["run_id"]:
-            raise ResultsError(f"{sample_file}: is of run {about['run_id']}, and {path} has {row['run_id']}: run "
-                               f"experiments/draw_samples.py --scale {scale} again")
-        title = style.DATASET_TITLES.get(row["dataset"], row["dataset"])
-        files.append((f"{point[0]}, {point[1]}: {title}, {row['bits_per_dim']:.2f} bits/dim (test)", about,
+        if about["run_id"] != row["run_id"] or about["weights"] != row["run_id"].rpartition("_")[2]:
+            raise ResultsError(f"{sample_file}: is of run {about['run_id']}, weights {about['weights']}, and {path} has "
+                               f"{row['run_id']}: run experiments/draw_samples.py --scale {scale} again")
+        files.append((f"{point[0]}, {point[1]}: {title_of(row['dataset'])}, {row['bits_per_dim']:.2f} bits/dim (test)", about,
                       {"samples": content["samples"]}))
     smoke = "\nsmoke run: it works, it is not evidence" if scale == "smoke" else ""
     return show(files, f"Figure 5, {scale} scale{smoke}", f"figure5_{scale}", out_dir)
@@ -119,8 +131,9 @@ def draw(path, out_dir=style.OUT):
 def draw_file(path, out_dir=style.OUT):
     """Draw one file of samples; returns the paths of the PDF and the PNG."""
     about, content = read_samples(path)
-    data = style.DATASET_TITLES.get(about["dataset"], about["dataset"])
+    data = title_of(about["dataset"])
     title = f"Figure 5 for {about['run_id']}" + (f", trained on {data}" if data else "")
+    title = "\n".join(textwrap.wrap(title.replace("$", r"\$"), 60))
     return show([("", about, content)], title, f"samples_{Path(path).stem}", out_dir)
 
 

@@ -21,6 +21,8 @@ DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
 
 def redraw(results_dir, out_dir):
     """Draw everything but smoke runs; yields the paths. Raises ResultsError for a file that is of no experiment."""
+    if not results_dir.is_dir():
+        raise ResultsError(f"{results_dir}: no such folder")
     for csv in sorted(results_dir.glob("*.csv")):
         experiment, _, scale = csv.stem.rpartition("_")
         if csv.name == "reported.csv" or scale == "smoke" or ".shard-" in csv.name:
@@ -35,12 +37,13 @@ def redraw(results_dir, out_dir):
 
 
 def check(results_dir, out_dir):
-    """The committed files that are not what is drawn now."""
+    """The files that are not what is drawn now, are missing, or are drawn from nothing that is there."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = {path.name: path.read_bytes() for path in redraw(results_dir, Path(folder))}
     page = results_page.page(results_dir, style.ROOT / "assets").encode()
     wanted = {out_dir / name: content for name, content in drawn.items()} | {results_dir / "RESULTS.md": page}
-    return [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content]
+    stray = [path for path in sorted(out_dir.glob("*")) if path not in wanted and "_smoke" not in path.name]
+    return [path for path, content in wanted.items() if not path.exists() or path.read_bytes() != content] + stray
 
 
 def main(arguments=None):

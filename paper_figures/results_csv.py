@@ -2,8 +2,8 @@
 
 results/README.md says what each column means.
 """
-import contextlib
 import csv
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,13 @@ MEASURED = (
     "threads", "processes", "dataset", "variant", "fingerprint", "train_fingerprint", "git_commit", "git_dirty",
     "python_version", "torch_version", "numpy_version")
 KEY = ["run_id", "seed", "step", "split"]
-NUMBERS = ("seed", "channel_share", "step", "images_seen", "bits_per_dim", "bits_per_dim_se", "num_images", "total_steps",
-           "num_params", "train_flops")
+SCALES = ("smoke", "small", "medium", "paper")
+LIMITS = {  # numbers that every row has, with the least and the most that they can be
+    "seed": (0, 2 ** 63), "channel_share": (0, 1), "step": (0, 1e9), "images_seen": (0, 1e15), "bits_per_dim": (0, 1e3),
+    "bits_per_dim_se": (0, 1e3), "num_images": (1, 1e9), "total_steps": (0, 1e9), "num_params": (1, 1e13),
+    "train_flops": (0, 1e30)}
+MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
+TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant")  # never empty
 SAME = ("experiment", "scale", "num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
         "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows of a file, if not swept
 
@@ -36,8 +41,13 @@ def read_experiment(path, known):
     if len(known) == 1:
         return next(iter(known))
     found = ""
-    with contextlib.suppress(OSError, ValueError, StopIteration), open(path, newline="") as file:
-        found = next(csv.DictReader(file)).get("experiment")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            found = next(csv.DictReader(file)).get("experiment")
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: no such file") from None
+    except (OSError, ValueError, StopIteration, csv.Error):
+        pass
     if found not in known:
         raise ResultsError(f"{path}: is of {found or 'no experiment'}, not of {' or '.join(known)}")
     return found
@@ -52,7 +62,7 @@ def read_results(path, experiment, swept, varying=()):
     experiment, scale, image set or configuration, or measured on other images.
     """
     try:
-        rows = pd.read_csv(path, dtype=dict.fromkeys(("run_id", "split", "init", *swept), str), keep_default_na=False,
+        rows = pd.read_csv(path, dtype=dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str), keep_default_na=False,
                            na_values=[""])
     except FileNotFoundError:
         raise ResultsError(f"{path}: no such file: run experiments/{experiment}.py first") from None
@@ -65,14 +75,18 @@ def read_results(path, experiment, swept, varying=()):
             raise ResultsError(f"{path}: {problem} columns {', '.join(sorted(names))}")
     if rows.empty:
         raise ResultsError(f"{path}: has no rows")
-    for name in NUMBERS:
-        rows[name] = pd.to_numeric(rows[name], errors="coerce")
-        if len(bad := rows[~np.isfinite(rows[name])]):
-            raise ResultsError(f"{path}: run {bad.iloc[0]['run_id']} has no number as {name}")
-    for name, bad in (("num_params", rows["num_params"] <= 0), ("bits_per_dim_se", rows["bits_per_dim_se"] < 0),
-                      ("train_flops", (rows["train_flops"] <= 0) & (rows["total_steps"] > 0))):
-        if bad.any():
-            raise ResultsError(f"{path}: run {rows[bad].iloc[0]['run_id']} has {rows[bad].iloc[0][name]} as {name}")
+    for name in TEXTS:
+        if rows[name].isna().any():
+            raise ResultsError(f"{path}: line {rows.index[rows[name].isna()][0] + 2} has no {name}")
+    for name, (low, high) in {**LIMITS, **MAYBE}.items():
+        given, rows[name] = rows[name], pd.to_numeric(rows[name], errors="coerce")
+        wrong = ~rows[name].between(low, high) & ((name in LIMITS) | given.notna())
+        if wrong.any():
+            run_id, what = rows["run_id"][wrong].iloc[0], rows[name][wrong].iloc[0]
+            raise ResultsError(f"{path}: run {run_id} has no number as {name}" if np.isnan(what) or np.isinf(what) else
+                               f"{path}: run {run_id} has {what:g} as {name}: must be from {low:g} to {high:g}")
+    if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
+        raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
     if wrong := set(rows["split"]) - {"train", "test"}:
         raise ResultsError(f"{path}: split {sorted(map(str, wrong))[0]} is neither train nor test")
     if len(bad := rows[rows.duplicated(KEY)]):
@@ -80,6 +94,9 @@ def read_results(path, experiment, swept, varying=()):
     for name in ("experiment", "scale"):
         if rows[name].nunique() != 1:
             raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, rows[name].unique()))}")
+    named = Path(path).stem.rpartition("_")[2]
+    if named in SCALES and named != rows["scale"].iloc[0]:
+        raise ResultsError(f"{path}: is of {rows['scale'].iloc[0]} scale by its rows, and of {named} by its name")
     if rows["experiment"].iloc[0] != experiment:
         raise ResultsError(f"{path}: is of {rows['experiment'].iloc[0]}, not of {experiment}")
     for _, one_set in rows.groupby("dataset") if "dataset" in swept else [("", rows)]:

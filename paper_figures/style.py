@@ -13,11 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from paper_figures.results_csv import ResultsError, read_experiment
+from paper_figures.results_csv import SCALES, ResultsError, read_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "paper_figures/out"
-SCALES = ("smoke", "small", "medium", "paper")
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column paper
 # Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey.
 SPLIT_STYLES = {

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -247,6 +248,8 @@ def read_reported(path):
         raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
     if names != REPORTED_COLUMNS:
         raise ResultsError(f"{path}: has not the columns {', '.join(REPORTED_COLUMNS)}")
+    if not rows:
+        raise ResultsError(f"{path}: has no rows")
     seen = set()
     for i, row in enumerate(rows, 1):
         where = f"{path}: row {i} ({row['model']})"
@@ -255,8 +258,14 @@ def read_reported(path):
         for name, known in KNOWN.items():
             if row[name] not in known:
                 raise ResultsError(f"{where}: {name} {row[name] or 'empty'} is none of {', '.join(known)}")
-        if not is_number(row["bits_per_dim"]):
-            raise ResultsError(f"{where}: bits_per_dim {row['bits_per_dim'] or 'empty'} is no number")
+        if not re.fullmatch(r"\d+(\.\d+)?", row["bits_per_dim"]):
+            raise ResultsError(f"{where}: bits_per_dim {row['bits_per_dim'] or 'empty'} is no number like 3.72")
+        if row["year"] and not re.fullmatch(r"\d{4}", row["year"]):
+            raise ResultsError(f"{where}: year {row['year']} is no year")
+        if (row["dataset"] == "cifar10") != (row["variant"] == "cifar10"):
+            raise ResultsError(f"{where}: {row['dataset']} has no variant {row['variant']}")
+        if any("\n" in text or "\r" in text for text in row.values()) or row["model"].startswith(OURS):
+            raise ResultsError(f"{where}: a published row is one line, and its model is not ours")
         if empty := [name for name in ("model", "year", "source") if not row[name].strip()]:
             raise ResultsError(f"{where}: has no {empty[0]}")
         key = tuple(row[name] for name in ("model", "dataset", "variant", "bound"))
@@ -309,29 +318,51 @@ def our_lines(rows):
     return lines
 
 
-def shipped_lines():
-    """The same for the model that is part of this repository, if there is one. Raises ResultsError if it is damaged."""
-    path = SHIPPED / "done.json"
+def read_shipped(folder):
+    """(done.json of the model that is part of this repository, its log-det's cap, nan where it has none), or None.
+
+    Raises ResultsError if it is damaged.
+    """
+    path = Path(folder) / "done.json"
     if not path.exists():
-        return []
+        return None
     try:
         done = json.loads(path.read_text())
-        config, test = done["config"], [row for row in done["rows"] if row["split"] == "test"][-1]
-        model = config["model"]
-        cap = model["num_couplings"] * model["image_size"] ** 2 * model["channels"] / 2 * math.log(model["scale_factor"])
-        adds = model["actnorm"] or model["invertible_dense"]  # to the log-det
-        runs = pd.DataFrame([{**done, **test, "run_id": SHIPPED.name, "train_flops": math.nan,
-                              "logdet_cap_share": math.nan if adds else test["logdet_nats"] / cap}])
-        cells, note = summary(runs), f"{config['total_steps']:,} steps of {config['batch_size']}, seed {config['seed']}"
-        if not all(math.isfinite(test[name]) for name in ("bits_per_dim", "bits_per_dim_se")):
+        model, (last, test) = done["config"]["model"], done["rows"][-2:]
+        height, width = model["image_size"] if isinstance(model["image_size"], list) else [model["image_size"]] * 2
+        cap = model["num_couplings"] * height * width * model["channels"] / 2 * math.log(model["scale_factor"])
+        if not all(math.isfinite(row[name]) for row in done["rows"] for name in ("step", "bits_per_dim", "bits_per_dim_se",
+                                                                                 "logdet_nats")):
             raise ValueError("no finite bits/dim")
-        cells |= {"Training FLOPs": "not in done.json", "dequantization": "uniform",
-                  "Note": note if cells["Note"] == NOTHING else f"{cells['Note']}; {note}",
-                  "model": f"{OURS}Jet small, {model['num_couplings']} couplings x depth {model['block_depth']}, "
-                           f"width {model['emb_dim']} (assets/{SHIPPED.name})"}
-        return [((done["dataset"].removesuffix(f"-{done['variant']}"), done["variant"]), line_of(**cells))]
+        if (last["split"], test["split"]) != ("train", "test") or last["step"] != test["step"] or cap <= 0:
+            raise ValueError("its rows are not of training and test images")
+        for name, kind in {"num_params": int, "train_seconds": float, "threads": int, "hardware": str, "git_commit": str,
+                           "dataset": str, "variant": str, "num_images": int}.items():
+            if not isinstance(done[name], kind):
+                raise ValueError(f"{name} is {done[name]!r}")
+        for name in ("total_steps", "batch_size", "seed"):
+            int(done["config"][name])
+        int(model["block_depth"]), int(model["emb_dim"])
+        return done, math.nan if model["actnorm"] or model["invertible_dense"] else cap  # these add to the log-det
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise ResultsError(f"{path}: damaged ({type(error).__name__}: {' '.join(str(error).split())})") from None
+
+
+def shipped_lines():
+    """The same for the model that is part of this repository, if there is one. Raises ResultsError if it is damaged."""
+    if (shipped := read_shipped(SHIPPED)) is None:
+        return []
+    done, cap = shipped
+    config, test = done["config"], done["rows"][-1]
+    model = config["model"]
+    runs = pd.DataFrame([{**done, **test, "run_id": SHIPPED.name, "train_flops": math.nan,
+                          "logdet_cap_share": test["logdet_nats"] / cap}])
+    cells, note = summary(runs), f"{config['total_steps']:,} steps of {config['batch_size']}, seed {config['seed']}"
+    cells |= {"Training FLOPs": "not in done.json", "dequantization": "uniform",
+              "Note": note if cells["Note"] == NOTHING else f"{cells['Note']}; {note}",
+              "model": f"{OURS}Jet small, {model['num_couplings']} couplings x depth {model['block_depth']}, "
+                       f"width {model['emb_dim']} (assets/{SHIPPED.name})"}
+    return [((done["dataset"].removesuffix(f"-{done['variant']}"), done["variant"]), line_of(**cells))]
 
 
 def main_parts(ours, reported):

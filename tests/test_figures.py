@@ -103,6 +103,10 @@ def changed(change):
     (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, v"),
     (lambda r: r.assign(scale=["small", *r["scale"][1:]]), "mixes scale small, smoke"),
     (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "measured on different images"),
+    (lambda r: r.assign(bits_per_dim=-3.0), "has -3 as bits_per_dim: must be from 0 to 1000"),
+    (lambda r: r.assign(bits_per_dim_se=1e308), "as bits_per_dim_se: must be"), (lambda r: r.assign(num_images=0), "has 0 as num_images"),
+    (lambda r: r.assign(train_flops=0), "has 0 as train_flops"), (lambda r: r.assign(logdet_cap_share="much"), "has no number as logdet_cap_share"),
+    (lambda r: r.assign(dataset=""), "line 2 has no dataset"), (lambda r: r.assign(run_id=["", *r["run_id"][1:]]), "line 2 has no run_id"),
     (lambda r: r[:0], "has no rows")])
 def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(save, tmp_path, change, message):
     path = save(changed(change))
@@ -112,6 +116,26 @@ def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(save, tmp_path, cha
         main("--csv", str(path), "--out", str(tmp_path / "out"))
     assert str(stop.value.code).startswith("figure4.py: error: ") and "\n" not in stop.value.code
     assert not (tmp_path / "out").exists()
+
+
+def test_a_csv_named_after_another_scale_is_refused(tmp_path):
+    fixture_rows("smoke").to_csv(tmp_path / "ablate_coupling_small.csv", index=False)
+    with pytest.raises(ResultsError, match="is of smoke scale by its rows, and of small by its name"):
+        figure4.draw(tmp_path / "ablate_coupling_small.csv", tmp_path / "out")
+
+
+def test_a_figure_of_several_experiments_finds_out_which(tmp_path):
+    draws = {"one": lambda csv, out: [csv], "other": None}
+    for text, message in (("experiment\nthird\n", "is of third, not of one or other"), ("", "is of no experiment"),
+                          ("\ufeffexperiment\none\n", None)):
+        (tmp_path / "in.csv").write_text(text)
+        if message:
+            with pytest.raises(SystemExit, match=message):
+                style.main("f.py", "", draws, ["--csv", str(tmp_path / "in.csv")])
+        else:
+            style.main("f.py", "", draws, ["--csv", str(tmp_path / "in.csv")])
+    with pytest.raises(SystemExit, match="none.csv: no such file"):
+        style.main("f.py", "", draws, ["--csv", str(tmp_path / "none.csv")])
 
 
 def test_a_missing_csv_is_refused(tmp_path):

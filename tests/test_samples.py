@@ -1,6 +1,7 @@
 """Figure 5: samples of a seed, true neighbours, paths that end at real images; and what is refused."""
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from paper_figures.results_csv import ResultsError
 from run_folder import TrainingError
 from train import TrainConfig, train, weights_id
 
+GOLDEN = Path(__file__).parent / "golden"
 MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
 
 
@@ -95,10 +97,10 @@ def test_a_file_of_samples_tells_what_made_it(run, tmp_path):
     about, content = command(run, tmp_path, "--num", "10", "--neighbours", "--interpolate", "2", "--temperature", "0.8",
                              "--sample-seed", "3")
     assert (about["temperature"], about["seed"], about["weights"]) == (0.8, 3, weights_id(run))
-    assert about["variant"] == "unknown" and about["neighbours_of"] == about["dataset"]
+    assert about["neighbours_of"] == about["paths_of"] == about["dataset"]
     assert {name: value.shape for name, value in content.items()} == {
         "samples": (10, 8, 8, 3), "neighbours": (10, 8, 8, 3), "distances": (10,), "paths": (2, 8, 8, 8, 3)}
-    assert about["held_out_distance"] == 0  # these test images are the training images
+    assert "held_out_distance" not in about  # these test images are the training images
     first = (tmp_path / "samples/run.npz").read_bytes()
     command(run, tmp_path, "--num", "10", "--neighbours", "--interpolate", "2", "--temperature", "0.8", "--sample-seed", "3")
     assert (tmp_path / "samples/run.npz").read_bytes() == first
@@ -109,12 +111,28 @@ def test_a_file_of_samples_tells_what_made_it(run, tmp_path):
     (["--num", "0"], "--num 0: must be 1 or more"), (["--temperature", "-1"], "--temperature -1.0: must be"),
     (["--temperature", "nan"], "--temperature nan: must be"), (["--interpolate", "-2"], "--interpolate -2"),
     (["--temperature", "1e38"], "try a lower --temperature"), (["--data", "nowhere", "--neighbours"], "neither a known set"),
-    (["--checkpoint", "none.pt"], "none.pt: no such file"), (["--data", "cifar10-subset", "--interpolate"], "images of shape")])
+    (["--checkpoint", "none.pt"], "none.pt: no such file"), (["--data", "cifar10-subset", "--interpolate"], "cifar10-subset has images of 32 x 32 x 3, and this Jet"),
+    (["--interpolate", "30"], "has 40 test images"), (["--sample-seed", "9" * 20], "must be below 2**63"),
+    (["--checkpoint", str(GOLDEN / "jet_pytorch_port.pt")], "or --model.num_heads"),
+    (["--checkpoint", str(GOLDEN / "jet_channels_spatial.npz"), "--neighbours"], "does not tell what it was trained on")])
 def test_a_mistake_is_one_line(run, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         command(run, tmp_path, *flags)
     assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
     assert not list(tmp_path.glob("samples/*"))
+
+
+def test_what_a_model_was_trained_on_and_what_it_is_compared_with_are_told_apart(run, tmp_path):
+    np.save(tmp_path / "other.npy", load_images("cifar10-subset", "test").array[:20, ::4, ::4])
+    about, _ = command(run, tmp_path, "--num", "2", "--neighbours", "--data", str(tmp_path / "other.npy"))
+    assert about["dataset"].endswith("images.npy") and about["neighbours_of"].endswith("other.npy")
+
+
+def test_weights_of_other_implementations_are_drawn_from(tmp_path):
+    draw_samples.main(["--checkpoint", str(GOLDEN / "jet_pytorch_port.pt"), "--model.num_heads", "2", "--num", "2",
+                       "--results-dir", str(tmp_path), "--figures-dir", str(tmp_path)])
+    about, content = figure5.read_samples(tmp_path / "samples/jet_pytorch_port.npz")
+    assert about["dataset"] == "" and about["weights"].startswith("sha256-") and content["samples"].shape == (2, 16, 16, 3)
 
 
 # ---- the figure
@@ -135,8 +153,8 @@ def grid(tmp_path):
     (tmp_path / "samples").mkdir()
     rows = grid_rows("draw_samples", "small")
     for point in draw_samples.configs("small"):
-        about = {"run_id": point.run(0, style.ROOT).run_id, "dataset": point.config.data, "weights": "w", "seed": 0,
-                 "temperature": 1.0}
+        about = {"run_id": point.run(0, style.ROOT).run_id, "dataset": point.config.data, "seed": 0,
+                 "temperature": 1.0, "weights": point.run(0, style.ROOT).config.hash}
         np.savez(figure5.samples_path(tmp_path, "small", point.labels.values()), about=json.dumps(about),
                  samples=np.zeros((9, 32, 32, 3), np.uint8))
     rows.to_csv(tmp_path / "in.csv", index=False)
@@ -162,6 +180,12 @@ def test_the_figure_is_byte_stable(grid):
 @pytest.mark.parametrize("change, message", [
     (lambda path: path.unlink(), "no such file"), (lambda path: path.write_bytes(b"x"), "no file of samples"),
     (lambda path: np.savez(path, samples=np.zeros((1, 2, 2, 3))), "no file of samples"),
+    (lambda path: np.savez(path, about=json.dumps({"run_id": path.stem, "dataset": "", "weights": "", "seed": 0, "temperature": "1"}),
+                           samples=np.zeros((1, 2, 2, 3), np.uint8)), "does not tell what made it"),
+    (lambda path: np.savez(path, about="{}", neighbours=np.zeros((1, 2, 2, 3)), samples=np.zeros((1, 2, 2, 3), np.uint8)),
+     "neighbours are float64"),
+    (lambda path: np.savez(path, **dict(np.load(path)) | {"about": str(np.load(path)["about"]).replace('"weights": "', '"weights": "x')}),
+     "weights x"),
     (lambda path: np.savez(path, about="{}", samples=np.zeros((1, 2, 2, 3), np.uint8)), "does not tell what made it"),
     (lambda path: np.savez(path, about=json.dumps({"run_id": "other", "dataset": "", "weights": "", "seed": 0, "temperature": 1}),
                            samples=np.zeros((1, 2, 2, 3), np.uint8)), "is of run other")])
@@ -192,4 +216,4 @@ def test_an_overflow_is_told(jet, run, tmp_path, monkeypatch):
     flags = SimpleNamespace(num=1, sample_seed=0, temperature=1.0, interpolate=0, neighbours=False, device="cpu")
     monkeypatch.setattr(Jet, "sample", lambda *arguments: (_ for _ in ()).throw(ValueError("1 value is not finite")))
     with pytest.raises(TrainingError, match="1 value is not finite: try a lower --temperature"):
-        draw_samples.save_samples(tmp_path / "x.npz", run, {}, flags, {})
+        draw_samples.save_samples(tmp_path / "x.npz", run, jet, {}, flags, {})

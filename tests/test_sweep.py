@@ -25,10 +25,10 @@ import tiny_experiment
 TIMES = ["train_seconds"]
 
 
-def run(folder, *flags, configs=tiny_experiment.configs, draw=tiny_experiment.draw):
+def run(folder, *flags, configs=tiny_experiment.configs, draw=tiny_experiment.draw, **settings):
     sweep.main("tiny_experiment", "", configs, tiny_experiment.SWEPT, draw, [
         "--runs-dir", str(folder / "runs"), "--results-dir", str(folder / "results"),
-        "--figures-dir", str(folder / "figures"), *flags])
+        "--figures-dir", str(folder / "figures"), *flags], **settings)
 
 
 def csv(folder, name="tiny_experiment_smoke.csv"):
@@ -272,11 +272,35 @@ def test_what_begins_with_a_failed_run_fails_with_it_and_is_mended_by_the_same_c
     assert len(pd.read_csv(csv(tmp_path))) == 8
 
 
+def test_what_is_made_of_the_runs_is_made_when_all_are_done(tmp_path):
+    finished = []
+    settings = {"configs": chain, "varying": ("lr", "total_steps", "init"),
+                "finish": lambda runs, flags: finished.append(len(runs))}
+    run(tmp_path, "--shard", "2/2", **settings)
+    run(tmp_path, "--collect", **settings)
+    assert not finished
+    run(tmp_path, **settings)
+    run(tmp_path, "--collect", **settings)
+    assert finished == [4, 4]
+
+
+def test_flags_of_an_experiment_are_checked_before_anything_is_run(tmp_path):
+    def refuse(flags):
+        raise train_module.TrainingError(f"{flags.more}: no")
+    with pytest.raises(SystemExit, match="3: no"):
+        run(tmp_path, "--more", "3", add_flags=lambda parser: parser.add_argument("--more"), check_flags=refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_shard_has_whole_chains(tmp_path, capsys):
     for part, names in (("1/2", ["1", "then", "as-it-is"]), ("2/2", ["2"])):
         run(tmp_path, "--shard", part, configs=chain)
         piece = csv(tmp_path, f"tiny_experiment_smoke.shard-{part.replace('/', '-of-')}.csv")
         assert pd.read_csv(piece)["heads"].astype(str).unique().tolist() == names
+    with pytest.raises(SystemExit, match="mixes total_steps"):
+        run(tmp_path, "--collect", configs=chain)
+    run(tmp_path, "--collect", configs=chain, varying=("lr", "total_steps", "init"))
+    assert len(pd.read_csv(csv(tmp_path))) == 8
     with pytest.raises(SystemExit):
         run(tmp_path, "--shard", "3/3", configs=chain)
     assert "the grid has only 2 runs that begin with no other's weights" in capsys.readouterr().err

@@ -248,6 +248,9 @@ def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(tmp_path, experimen
     (reported(variant=""), "variant empty is none of"), (reported(bound="upper"), "bound upper is none of elbo"),
     (reported(dequantization="normal"), "dequantization normal is none of"),
     (reported(dataset="mnist"), "dataset mnist is none of"), (reported(bits_per_dim="nan"), "bits_per_dim nan is no number"),
+    (reported(bits_per_dim="-3.1"), "bits_per_dim -3.1 is no number"), (reported(bits_per_dim=" 3.1 "), "is no number like 3.72"),
+    (reported(year="soon"), "year soon is no year"), (reported(variant="oord"), "cifar10 has no variant oord"),
+    (reported(model="ours: Foo"), "its model is not ours"), (reported(note='"two\nlines"'), "a published row is one line"),
     (reported(bits_per_dim=""), "bits_per_dim empty is no number"), (reported(bits_per_dim="3,1"), "has not 9 fields"),
     (reported(source=" "), r"row 1 \(M\): has no source"), (reported(model=""), "has no model"),
     (reported() + reported(bits_per_dim="3.2").split("\n", 1)[1], r"row 2 \(M\): cifar10 cifar10 elbo is there twice"),
@@ -266,11 +269,12 @@ def shipped(**changes):
     """The done.json of a made-up model."""
     model = {"num_couplings": 20, "block_depth": 1, "emb_dim": 64, "image_size": 32, "channels": 3, "scale_factor": 2.0,
              "actnorm": False, "invertible_dense": False}
-    row = {"split": "test", "bits_per_dim": 3.98765, "bits_per_dim_se": 0.00612, "num_images": 10_000,
+    row = {"split": "test", "step": 20_000, "bits_per_dim": 3.98765, "bits_per_dim_se": 0.00612, "num_images": 10_000,
            "logdet_nats": 0.93 * 20 * 3072 / 2 * np.log(2)}
     return {"config": {"model": model, "total_steps": 20_000, "batch_size": 128, "seed": 3}, "num_params": 1_234_567,
             "rows": [row | {"split": "train", "bits_per_dim": 1.0}, row], "train_seconds": 3600.0, "dataset": "cifar10",
-            "variant": "cifar10", "git_commit": "fedcba987", "git_dirty": True} | changes
+            "variant": "cifar10", "git_commit": "fedcba987", "git_dirty": True, "hardware": "CPU", "threads": 1,
+            "num_images": 10_000} | changes
 
 
 def test_the_shipped_model_is_a_row_beside_the_published_numbers(write):
