@@ -38,7 +38,7 @@ def draw(path, out_dir=style.OUT):
     rows = load(path)
     scale, dataset = rows["scale"].iloc[0], rows["dataset"].iloc[0]
     num_seeds = rows["seed"].nunique()
-    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.85))
+    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 3.1))
     for split, look in style.SPLIT_STYLES.items():
         line = rows[rows["spatial_split"] == split].groupby("channel_share")["bits_per_dim"]
         line = line.agg(["mean", "min", "max"])
@@ -58,7 +58,8 @@ def draw(path, out_dir=style.OUT):
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
-    axes.legend(title=f"spatial split ({spread})", title_fontsize=6.5, ncols=2, handlelength=1.6)
+    figure.legend(*axes.get_legend_handles_labels(), title=f"spatial split ({spread})", title_fontsize=6.5, ncols=3,
+                  handlelength=1.6, loc="outside lower center")
     shared = rows[(rows["channel_share"] < 1) & rows.duplicated("run_id", keep=False)].groupby("coupling_ratio")
     same = [f"{ratio}: {' = '.join(splits.unique())}" for ratio, splits in shared["spatial_split"]]
     if same:

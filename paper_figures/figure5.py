@@ -72,10 +72,10 @@ def panels_of(about, content):
     drawn = f"samples, not picked: temperature {about['temperature']:g}, seed {about['seed']}"
     panels = [(drawn, tile(content["samples"]))]
     if "neighbours" in content:
-        near = (f"nearest of the training images of {title_of(about['neighbours_of'])} to each: "
-                f"{np.median(content['distances']):.1f} grey levels (RMS, median) away")
+        near = (f"the image of {title_of(about['neighbours_of'])} (train) nearest to each. Median RMS distance, in grey levels: "
+                f"of samples {np.median(content['distances']):.1f}")
         if "held_out_distance" in about:
-            near += f"; to test images: {about['held_out_distance']:.1f}"
+            near += f"; of test images: {about['held_out_distance']:.1f}"
         panels.append((near, tile(content["neighbours"])))
     if "paths" in content:
         paths = content["paths"]

@@ -63,7 +63,7 @@ def test_a_line_for_each_split_over_the_realised_shares(save, drawn, scale, rati
 def test_seeds_are_drawn_as_mean_and_band(save, drawn):
     figure4.draw(save(fixture_rows("small", seeds=(0, 1, 2))))
     axes = drawn[0][0].axes[0]
-    assert len(axes.collections) == 4 and "3 seeds" in axes.get_legend().get_title().get_text()
+    assert len(axes.collections) == 4 and "3 seeds" in drawn[0][0].legends[0].get_title().get_text()
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     line = axes.lines[0].get_ydata()
     assert np.isclose(band.max() - line.max(), 0.02) and np.isclose(line.min() - band.min(), 0.02)
