@@ -58,12 +58,11 @@ def draw(path, out_dir=style.OUT):
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
-    figure.legend(*axes.get_legend_handles_labels(), title=f"spatial split ({spread})", title_fontsize=6.5, ncols=3,
-                  handlelength=1.6, loc="outside lower center")
     shared = rows[(rows["channel_share"] < 1) & rows.duplicated("run_id", keep=False)].groupby("coupling_ratio")
     same = [f"{ratio}: {' = '.join(splits.unique())}" for ratio, splits in shared["spatial_split"]]
-    if same:
-        figure.supxlabel(f"{'; '.join(same)}: the same couplings, run once", fontsize=6)
+    note = f"\n{'; '.join(same)}: the same couplings, run once" if same else ""
+    figure.legend(*axes.get_legend_handles_labels(), title=f"spatial split ({spread}){note}", title_fontsize=6.5, ncols=3,
+                  handlelength=1.6, loc="outside lower center")
     if scale == "smoke":
         style.mark_smoke(axes)
     return style.save(figure, f"figure4_{scale}", out_dir)
