@@ -458,6 +458,6 @@ def test_dry_run_tells_cost_and_settings_and_submits_nothing(tmp_path, monkeypat
     assert "0.267 GPU-hours to go" in out  # 3 runs of 4,000 steps of 8 images
     settings = out.splitlines()[-1].split()
     assert settings[0] == "sbatch" and {
-        "--partition=big", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=2", "--time=60",
+        "--partition=big", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=1", "--time=60",
         "--signal=USR2@120", "--requeue", "--exclude=node7", "--array=0-2%2"} == set(settings[1:])
     assert list(tmp_path.iterdir()) == []
