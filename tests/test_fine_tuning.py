@@ -90,6 +90,16 @@ def test_four_steps_are_two_and_two_without_the_first_weights(first, folder, con
     assert torch.equal(one["couplings.0.order"], other["couplings.0.order"])  # not another seed's permutation
 
 
+def test_actnorm_keeps_the_given_weights(first, config, tmp_path):
+    model = dataclasses.replace(MODEL, actnorm=True)
+    before = dataclasses.replace(first, model=model)
+    train(before, tmp_path / "first", quiet=True)
+    train(dataclasses.replace(config, model=model, init=before.hash), tmp_path / "run", init_from=tmp_path / "first",
+          stop_after=1, quiet=True)  # the first step has a learning rate of 0
+    one, two = weights(tmp_path / "first"), weights(tmp_path / "run")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_no_steps_evaluate_the_given_weights(first, folder, config, tmp_path):
     config = dataclasses.replace(config, total_steps=0)
     done = train(config, tmp_path / "run", init_from=folder / "first", quiet=True)
