@@ -27,6 +27,7 @@ def main(jobs):
     images = np.load(config.data)[:13]
     bits = evaluate(load_jet(sys.argv[2]), images, draws=2, batch_size=4, per_image=True)["bits_per_dim_per_image"]
     (run_dir.parent / f"bits-rank-{distributed.rank()}.json").write_text(json.dumps(bits.tolist()))
+    distributed.leave()
 
 
 if __name__ == "__main__":
