@@ -342,7 +342,7 @@ def test_runs_that_begin_with_another_s_weights_wait_for_it(happened):
     folder, (submitted, collected) = happened(chained)
     assert re.search(r"submitted 4 runs as job \d+, \d+, ", submitted) and "4 runs: 4 done" in collected
     first = json.loads((run_of(folder, "medium").folder / "job.json").read_text())["job"]
-    scripts = [path.read_text() for path in folder.glob("runs/*/slurm/*submission*.sh")]
+    scripts = [path.read_text() for path in folder.glob("runs/*/slurm/[0-9]*_submission.sh")]
     assert sum(f"#SBATCH --dependency=afterany:{first}\n" in script for script in scripts) == 1 and len(scripts) == 2
     rows = pd.read_csv(folder / "results/tiny_experiment_medium.csv").set_index("heads")
     assert rows.loc["as-it-is", "bits_per_dim"].tolist() == rows.loc["1", "bits_per_dim"].tolist()
