@@ -179,13 +179,13 @@ def read_steps(pending, config):
 
 
 def weights_config(path):
-    """The configuration, as plain values with its step, of the run whose weights a folder or file holds; {} if foreign."""
+    """(TrainConfig, step) of the run whose weights a folder or file holds; (None, None) if it is foreign."""
     path = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
     content = {} if path.suffix == ".npz" else read_tensors(path)
     if content.get("format") != CHECKPOINT_FORMAT:
-        return {}
+        return None, None
     try:
-        return TrainConfig.from_dict(content["config"]).to_dict() | {"step": int(content["step"])}
+        return TrainConfig.from_dict(content["config"]), int(content["step"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its configuration is damaged or of another version ({error})") from None
 
@@ -196,15 +196,13 @@ def weights_id(path):
     The hash of the configuration that they were trained with (and the step, of a run that has not ended); of a
     foreign file its SHA-256. Raises CheckpointError.
     """
-    values = weights_config(path)
-    if not values:
-        try:
-            return f"sha256-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
-    step = values.pop("step")
-    config = TrainConfig.from_dict(values)
-    return config.hash + (f"-step{step}" if step < config.total_steps else "")
+    config, step = weights_config(path)
+    if config:
+        return config.hash + (f"-step{step}" if step < config.total_steps else "")
+    try:
+        return f"sha256-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

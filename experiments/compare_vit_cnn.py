@@ -13,23 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import sweep
-from jet import JetConfig
+from experiments import ablate_coupling, sweep
 from paper_figures import figure2
-from train import TrainConfig
 
-BASE = {
-    "smoke": TrainConfig(
-        data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
-        model=JetConfig(image_size=32, num_couplings=10, block_depth=1)),
-    "small": TrainConfig(
-        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
-        model=JetConfig(image_size=32, num_couplings=12, block_depth=1)),
-    "medium": TrainConfig(
-        data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
-        model=JetConfig(image_size=32, num_couplings=32, block_depth=1)),
-    "paper": TrainConfig(data="imagenet64-oord"),  # the official recipe
-}
+BASE = ablate_coupling.BASE  # all but the block and its width
 HEAD_DIM = {"smoke": 16, "small": 16, "medium": 64, "paper": 64}  # width of an attention head
 
 

@@ -81,7 +81,7 @@ def interpolate(jet, images, steps=STEPS):
 
 def check_images(jet, images, flags):
     """Raise DataError for images that the Jet does not take, or too few of them for the paths."""
-    for split, one in images.items():
+    for one in images.values():
         height, width, channels = one.array.shape[1:]
         if (channels, height, width) != jet.config.image_shape:
             raise DataError(f"{one.name} has images of {height} x {width} x {channels}, and this Jet makes "
@@ -175,7 +175,8 @@ def sample_checkpoint(arguments):
         check_sample_flags(flags)
         name = flags.name or flags.checkpoint.resolve().stem
         model = {field.removeprefix("model."): value for field, value in vars(flags).items() if field.startswith("model.")}
-        jet, trained_on = load_jet(flags.checkpoint, **model), weights_config(flags.checkpoint).get("data", "")
+        jet, (config, _) = load_jet(flags.checkpoint, **model), weights_config(flags.checkpoint)
+        trained_on = config.data if config else ""
         images = {}
         if flags.neighbours or flags.interpolate:
             if not (flags.data or trained_on):

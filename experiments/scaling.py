@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import sweep
+from experiments import compare_vit_cnn, sweep
 from jet import JetConfig
 from paper_figures import figure3
 from train import TrainConfig
@@ -26,7 +26,7 @@ BASE = {
     "medium": TrainConfig(batch_size=256, total_steps=800, lr=1e-3, precision="bfloat16", model=JetConfig(image_size=32)),
     "paper": TrainConfig(),
 }
-HEAD_DIM = {"smoke": 16, "small": 16, "medium": 64, "paper": 64}  # width of an attention head
+HEAD_DIM = compare_vit_cnn.HEAD_DIM
 
 
 def configs(scale):

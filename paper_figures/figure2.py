@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
-from paper_figures.results_csv import final_rows
+from paper_figures.results_csv import final_test_rows
 
 SWEPT_A, SWEPT_B = ("block", "emb_dim"), ("block_depth",)
 BLOCKS = ("vit", "cnn")
@@ -25,7 +25,7 @@ LARGEST = 110  # area of the marker of the most parameters, in points^2
 
 def draw_a(path, out_dir=style.OUT):
     """Draw Figure 2a, a line for each kind of block; returns the paths of the PDF and the PNG."""
-    rows = load(path, "compare_vit_cnn", SWEPT_A, GRID_A, "Figure 2a")
+    rows = final_test_rows(path, "compare_vit_cnn", SWEPT_A, GRID_A, "Figure 2a")
     figure, axes, area = new_figure(rows, "2a")
     for block, look in style.METHOD_STYLES.items():
         points = style.over_seeds(rows[rows["block"] == block], ["block", "emb_dim"])
@@ -45,7 +45,7 @@ def draw_a(path, out_dir=style.OUT):
 
 def draw_b(path, out_dir=style.OUT):
     """Draw Figure 2b, one line over the depths; returns the paths of the PDF and the PNG."""
-    rows = load(path, "ablate_block_depth", SWEPT_B, GRID_B, "Figure 2b")
+    rows = final_test_rows(path, "ablate_block_depth", SWEPT_B, GRID_B, "Figure 2b")
     figure, axes, area = new_figure(rows, "2b")
     points, look = style.over_seeds(rows, ["block_depth"]), style.METHOD_STYLES["vit"]
     depths = points["block_depth"].astype(int)
@@ -65,20 +65,13 @@ def draw_b(path, out_dir=style.OUT):
     return style.save(figure, f"figure2b_{rows['scale'].iloc[0]}", out_dir)
 
 
-def load(path, *what):
-    """Test rows of the last step of a complete CSV. Raises ResultsError."""
-    rows = final_rows(path, *what)
-    return rows[rows["split"] == "test"]
-
-
 def new_figure(rows, number):
     """What both have: bits/dim upwards, the title, the smoke mark. Returns figure, axes, area per parameter."""
     scale, dataset, area = rows["scale"].iloc[0], rows["dataset"].iloc[0], LARGEST / rows["num_params"].max()
     figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.85))
     axes.set_ylabel("bits/dim, test (lower is better)")
     axes.margins(y=0.14)
-    title = style.DATASET_TITLES.get(dataset, Path(dataset).name)
-    figure.suptitle(f"Figure {number}, {scale} scale\n{title}, {rows['num_images'].iloc[0]:,} test images\n"
+    figure.suptitle(f"Figure {number}, {scale} scale\n{style.dataset_title(dataset)}, {rows['num_images'].iloc[0]:,} test images\n"
                     f"{style.spread_note(rows)}", fontsize=7.5)
     if scale == "smoke":
         style.mark_smoke(axes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
-from paper_figures.results_csv import final_rows
+from paper_figures.results_csv import final_test_rows
 
 SWEPT = ("coupling_ratio", "spatial_split")
 # A complete figure has every ratio (channel : spatial) with every split, for each seed. A run may stand
@@ -29,8 +29,7 @@ GRID = {scale: [(ratio, split) for ratio in ratios(scale) for split in SPLITS] f
 
 def load(path):
     """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
-    rows = final_rows(path, "ablate_coupling", SWEPT, GRID, "Figure 4")
-    return rows[rows["split"] == "test"]
+    return final_test_rows(path, "ablate_coupling", SWEPT, GRID, "Figure 4")
 
 
 def draw(path, out_dir=style.OUT):
@@ -51,7 +50,7 @@ def draw(path, out_dir=style.OUT):
 
     axes.set_xlabel("share of channel couplings (realised)")
     axes.set_ylabel("bits/dim, test (lower is better)")
-    title = style.DATASET_TITLES.get(dataset, Path(dataset).name)
+    title = style.dataset_title(dataset)
     figure.suptitle(f"Figure 4, {scale} scale\n{title}, {rows['num_images'].iloc[0]:,} test images", fontsize=7.5)
     names = rows.groupby("channel_share")["coupling_ratio"].agg(lambda r: " = ".join(dict.fromkeys(r)))
     top = axes.secondary_xaxis("top")

@@ -3,7 +3,6 @@
     python paper_figures/figure5.py --scale small                 # samples of the models of the main table
     python paper_figures/figure5.py --samples results/samples/jet_cifar10.npz    # all that is in one file
 """
-import argparse
 import json
 import sys
 import textwrap
@@ -13,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style, tables
-from paper_figures.results_csv import ResultsError, final_rows
+from paper_figures.results_csv import ResultsError, final_test_rows
 
 SWEPT = tables.MAIN_SWEPT
 # The larger model of the main table, without what is not fine-tuned and, at paper scale, without CIFAR-10.
@@ -63,16 +62,12 @@ def tile(images, columns=COLUMNS):
     return sheet
 
 
-def title_of(dataset):
-    return style.DATASET_TITLES.get(dataset, Path(dataset).name)
-
-
 def panels_of(about, content):
     """[(caption, sheet)] of one file: samples and, where they are there, their neighbours and paths."""
     drawn = f"samples, not picked: temperature {about['temperature']:g}, seed {about['seed']}"
     panels = [(drawn, tile(content["samples"]))]
     if "neighbours" in content:
-        near = (f"the image of {title_of(about['neighbours_of'])} (train) nearest to each. Median RMS distance, in grey levels: "
+        near = (f"the image of {style.dataset_title(about['neighbours_of'])} (train) nearest to each. Median RMS distance, in grey levels: "
                 f"of samples {np.median(content['distances']):.1f}")
         if "held_out_distance" in about:
             near += f"; of test images: {about['held_out_distance']:.1f}"
@@ -111,9 +106,9 @@ def show(files, title, name, out_dir):
 
 def draw(path, out_dir=style.OUT):
     """Draw samples of the models of a scale, from its CSV and the files beside it; returns the PDF's and PNG's paths."""
-    rows = final_rows(path, "draw_samples", SWEPT, GRID, "Figure 5", tables.MAIN_VARYING)
+    rows = final_test_rows(path, "draw_samples", SWEPT, GRID, "Figure 5", tables.MAIN_VARYING)
     scale = rows["scale"].iloc[0]
-    rows = rows[(rows["split"] == "test") & (rows["seed"] == 0)].set_index([*SWEPT], drop=False)
+    rows = rows[rows["seed"] == 0].set_index([*SWEPT], drop=False)
     files = []
     for point in GRID[scale]:
         row = rows.loc[point]
@@ -122,7 +117,7 @@ def draw(path, out_dir=style.OUT):
         if about["run_id"] != row["run_id"] or about["weights"] != row["run_id"].rpartition("_")[2]:
             raise ResultsError(f"{sample_file}: is of run {about['run_id']}, weights {about['weights']}, and {path} has "
                                f"{row['run_id']}: run experiments/draw_samples.py --scale {scale} again")
-        files.append((f"{point[0]}, {point[1]}: {title_of(row['dataset'])}, {row['bits_per_dim']:.2f} bits/dim (test)", about,
+        files.append((f"{point[0]}, {point[1]}: {style.dataset_title(row['dataset'])}, {row['bits_per_dim']:.2f} bits/dim (test)", about,
                       {"samples": content["samples"]}))
     smoke = "\nsmoke run: it works, it is not evidence" if scale == "smoke" else ""
     return show(files, f"Figure 5, {scale} scale{smoke}", f"figure5_{scale}", out_dir)
@@ -131,7 +126,7 @@ def draw(path, out_dir=style.OUT):
 def draw_file(path, out_dir=style.OUT):
     """Draw one file of samples; returns the paths of the PDF and the PNG."""
     about, content = read_samples(path)
-    data = title_of(about["dataset"])
+    data = style.dataset_title(about["dataset"])
     title = f"Figure 5 for {about['run_id']}" + (f", trained on {data}" if data else "")
     title = "\n".join(textwrap.wrap(title.replace("$", r"\$"), 60))
     return show([("", about, content)], title, f"samples_{Path(path).stem}", out_dir)
@@ -141,7 +136,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.split("=")[0] == "--samples" for argument in arguments):
         return style.main(__file__, __doc__, {"draw_samples": draw}, arguments)
-    parser = argparse.ArgumentParser(prog="figure5.py", description=__doc__)
+    parser = style.make_parser(__file__, __doc__)
     parser.add_argument("--samples", type=Path, required=True, help="draw this file")
     parser.add_argument("--out", type=Path, default=style.OUT, metavar="DIR", help="default: paper_figures/out")
     flags = parser.parse_args(arguments)

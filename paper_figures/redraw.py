@@ -3,7 +3,6 @@
     python paper_figures/redraw.py
     python paper_figures/redraw.py --check      # writes nothing; fails where a committed file is not what would be drawn
 """
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -47,8 +46,7 @@ def check(results_dir, out_dir):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="redraw.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = style.make_parser(__file__, __doc__)
     parser.add_argument("--results-dir", type=Path, default=style.ROOT / "results", metavar="DIR", help="default: results")
     parser.add_argument("--out", type=Path, default=style.OUT, metavar="DIR", help="default: paper_figures/out")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a file differs or is missing")

@@ -23,8 +23,8 @@ LIMITS = {  # numbers that every row has, with the least and the most that they 
     "train_flops": (0, 1e30)}
 MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
 TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant")  # never empty
-SAME = ("experiment", "scale", "num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
-        "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows of a file, if not swept
+SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size", "total_steps", "lr", "precision",
+        "init", "dataset", "variant")  # in all rows of a file, if not swept
 
 
 class ResultsError(ValueError):
@@ -61,9 +61,9 @@ def read_results(path, experiment, swept, varying=()):
     repeated rows, numbers that are missing or not finite, and rows that do not belong in one series: of another
     experiment, scale, image set or configuration, or measured on other images.
     """
+    texts = dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str)
     try:
-        rows = pd.read_csv(path, dtype=dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str), keep_default_na=False,
-                           na_values=[""])
+        rows = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
     except FileNotFoundError:
         raise ResultsError(f"{path}: no such file: run experiments/{experiment}.py first") from None
     except (ValueError, OSError) as error:
@@ -141,3 +141,9 @@ def final_rows(path, experiment, swept, grid, what, varying=()):
             raise ResultsError(f"{path}: {len(missing)} runs of {what} are missing{rows_of}: {', '.join(missing)}: complete "
                                f"them by experiments/{experiment}.py --scale {scale}")
     return rows
+
+
+def final_test_rows(*arguments):
+    """The test rows of final_rows(*arguments)."""
+    rows = final_rows(*arguments)
+    return rows[rows["split"] == "test"]

@@ -4,7 +4,6 @@
 
 Every number on the page is computed here from a CSV or a file of samples; none is typed.
 """
-import argparse
 import dataclasses
 import math
 import sys
@@ -145,7 +144,7 @@ def pretraining(rows, seed_sd):
     for size, name in dict.fromkeys(zip(rows["size"], rows["dataset"])):
         for other, wanted in (("scratch", -1), ("not-fine-tuned", 0)):
             if {(size, "fine-tuned", name), (size, other, name)} <= set(scores.means.index):
-                found.append(scores.difference(f"{size} on {style.DATASET_TITLES.get(name, name)}: fine-tuned - {other}",
+                found.append(scores.difference(f"{size} on {style.dataset_title(name)}: fine-tuned - {other}",
                                                (size, "fine-tuned", name), (size, other, name), wanted))
     return found
 
@@ -197,13 +196,14 @@ ITEMS = (
          "Training to the end: both layers start well, and may help most in the first steps."))
 
 
-def item_section(item, results_dir):
+def item_section(item, results_dir, deviations):
+    """deviations: between seeds, by scale (seed_deviation)."""
     lines = [f"## {item.title}", "", f"**The paper:** {item.claim}", ""]
     found = [scale for scale in style.SCALES[1:] if (results_dir / f"{item.experiment}_{scale}.csv").exists()]
     for scale in found:
         path = results_dir / f"{item.experiment}_{scale}.csv"
         rows = final_rows(path, item.experiment, item.swept, item.grid, item.title.split(":")[0], item.varying)
-        lines += measured(item, rows, scale, seed_deviation(results_dir, scale))
+        lines += measured(item, rows, scale, deviations[scale])
     lines += [f"Not run: {', '.join(scale for scale in style.SCALES[1:] if scale not in found)}. The command is `python "
               f"experiments/{item.experiment}.py --scale SCALE --data-root DIR`.", "",
               f"**To tell more:** {item.to_tell}", ""]
@@ -215,7 +215,7 @@ def measured(item, rows, scale, seed_sd):
     test = rows[rows["split"] == "test"].drop_duplicates("run_id")
     seeds, sets = test["seed"].nunique(), []
     for name, mine in test.groupby("dataset", sort=False):
-        sets.append(f"{style.DATASET_TITLES.get(name, name)} ({mine['num_images'].iloc[0]:,} test images): "
+        sets.append(f"{style.dataset_title(name)} ({mine['num_images'].iloc[0]:,} test images): "
                     f"{mine['bits_per_dim'].min():.4f} to {mine['bits_per_dim'].max():.4f} bits/dim")
     commits = ", ".join(commit[:7] for commit in test["git_commit"].fillna("unknown").unique())
     lines = [f"**Ours, {scale} scale:** {len(test)} runs, {seeds} seed{'s' * (seeds > 1)}. {'; '.join(sets)}. "
@@ -239,7 +239,7 @@ def measured(item, rows, scale, seed_sd):
     if len(shares):
         top = shares.loc[shares["logdet_cap_share"].idxmax()]
         lines.append(f"The log-det of the nearest run to its cap ({top['run_id']}) is at {top['logdet_cap_share']:.1%} of it"
-                     + (": **it saturates, and its number says little.**" if top["logdet_cap_share"] >= 0.9 else "."))
+                     + (": **it saturates, and its number says little.**" if top["logdet_cap_share"] >= tables.SATURATED else "."))
     if len(shares) < len(test):
         lines.append("ActNorm and dense layers add to the log-det, so that runs with them have no such cap.")
     return lines + [""]
@@ -282,7 +282,7 @@ def page(results_dir, assets_dir):
         "number is not corrected for. All are evaluated with the same one draw of dequantization noise per image.", "",
         *model_section(assets_dir / "jet_cifar10")]
     for item in ITEMS:
-        lines += item_section(item, results_dir)
+        lines += item_section(item, results_dir, deviations)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -292,8 +292,7 @@ def write(results_dir=style.ROOT / "results", assets_dir=style.ROOT / "assets"):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="results_page.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = style.make_parser(__file__, __doc__)
     parser.add_argument("--results-dir", type=Path, default=style.ROOT / "results", metavar="DIR", help="default: results")
     flags = parser.parse_args(arguments)
     with style.one_line_errors(parser.prog, flags.results_dir):

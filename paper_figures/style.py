@@ -44,6 +44,11 @@ plt.rcParams.update({
 })
 
 
+def dataset_title(dataset):
+    """How a figure names an image set, by its name or path."""
+    return DATASET_TITLES.get(dataset, Path(dataset).name)
+
+
 def over_seeds(rows, by):
     """A row for each group, in order of compute: the mean bits/dim, and low and high as spread_note() says.
 
@@ -132,11 +137,17 @@ def write_files(contents, out_dir):
     return [out_dir / name for name in contents]
 
 
-def main(script, description, draws, arguments=None, flag="scale", choices=SCALES):
-    """The command line of a figure. draws: {experiment: draw(csv, out_dir)}, each from its CSV of the flag's choice."""
+def make_parser(script, description):
+    """argparse with errors of one line."""
     parser = argparse.ArgumentParser(prog=Path(script).name, description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (see --help)\n")
+    return parser
+
+
+def main(script, description, draws, arguments=None, flag="scale", choices=SCALES):
+    """The command line of a figure. draws: {experiment: draw(csv, out_dir)}, each from its CSV of the flag's choice."""
+    parser = make_parser(script, description)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(f"--{flag}", default=choices[0], choices=choices,
                        help=f"draw the CSV of this {flag} (default: {choices[0]})")

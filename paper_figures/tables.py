@@ -10,12 +10,11 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import figure4, style
-from paper_figures.results_csv import ResultsError, final_rows
+from paper_figures.results_csv import ResultsError, final_test_rows
 
 SPLITS_SWEPT = ("coupling_ratio", "split_mode")
 RATIOS, MODES = ("channel-only", "spatial-only", "4:1"), ("pairing", "masking")
@@ -117,17 +116,6 @@ def write(name, caption, parts, out_dir):
 
 # ---- what was measured
 
-def load(path, *arguments):
-    """The test rows of final_rows(), whose numbers that may be missing are numbers. Raises ResultsError."""
-    rows = final_rows(path, *arguments)
-    for name in ("logdet_cap_share", "train_seconds"):
-        numbers = pd.to_numeric(rows[name], errors="coerce")
-        if len(bad := rows[rows[name].notna() & ~np.isfinite(numbers)]):
-            raise ResultsError(f"{path}: run {bad.iloc[0]['run_id']} has no number as {name}")
-        rows = rows.assign(**{name: numbers})
-    return rows[rows["split"] == "test"]
-
-
 def summary(runs):
     """The cells of one grid point: its test rows, one for each seed."""
     n, caps, first = len(runs), runs["logdet_cap_share"], runs.iloc[0]
@@ -182,7 +170,7 @@ def draw_grid(path, out_dir, name, experiment, swept, grid, what, paper, names, 
 
     paper: what the paper compares. names: of swept values, where not as they are. corner: the first column's.
     """
-    rows = load(path, experiment, swept, grid, what.split(":")[0])
+    rows = final_test_rows(path, experiment, swept, grid, what.split(":")[0])
     first = rows.iloc[0]
     runs = by_run(rows, swept, grid[first["scale"]])
     cells, costs, shared = {}, [], []
@@ -202,7 +190,7 @@ def draw_grid(path, out_dir, name, experiment, swept, grid, what, paper, names, 
     down, across = (tuple(dict.fromkeys(values)) for values in zip(*grid[first["scale"]]))
     table = [(label(value), *(cells[value, column] for column in across), "not known") for value in down]
     note = f"†: one run for all, since their couplings are the same: {' / '.join(shared)}." if shared else ""
-    title = style.DATASET_TITLES.get(first["dataset"], first["dataset"])
+    title = style.dataset_title(first["dataset"])
     caption = (f"{what}, {first['scale']} scale. {title}, variant {first['variant']}, {first['num_images']:,} test images; "
                f"{setting(rows)} {paper}; {UNKNOWN}.")
     return write(f"{name}_{first['scale']}", caption, [
@@ -401,7 +389,7 @@ def compact(title, rows, note):
 
 def draw_main(path, out_dir=style.OUT):
     """The main table from a CSV; returns the paths of the Markdown and the LaTeX file."""
-    rows = load(path, "main_results", MAIN_SWEPT, MAIN_GRID, "the main table", MAIN_VARYING)
+    rows = final_test_rows(path, "main_results", MAIN_SWEPT, MAIN_GRID, "the main table", MAIN_VARYING)
     scale = rows["scale"].iloc[0]
     caption = (
         f"Main table, our runs of {scale} scale beside published numbers. A section is one image set, variant and kind of "

@@ -8,7 +8,7 @@ import pytest
 from grid_rows import grid_rows
 
 from paper_figures import figure2, figure4, redraw, results_page, style, tables
-from paper_figures.results_csv import ResultsError
+from paper_figures.results_csv import ResultsError, final_test_rows
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_vit_and_cnn_are_compared_at_equal_compute(results):
     def on_lines(rows):  # a CNN's bits/dim fall by 0.2 per factor of e in compute, a ViT's are 0.05 above that
         return rows.assign(bits_per_dim=8 - 0.2 * np.log(rows["train_flops"]) + 0.05 * (rows["block"] == "vit"))
     change(results, "compare_vit_cnn", on_lines)
-    rows = figure2.load(results / "compare_vit_cnn_small.csv", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A, "")
+    rows = final_test_rows(results / "compare_vit_cnn_small.csv", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A, "")
     found = results_page.vit_against_cnn(rows, 0.0)
     assert len(found) >= 2 and all(np.isclose(one.value, 0.05) and one.verdict == "disagrees" for one in found)
 
