@@ -7,6 +7,7 @@
 No file is trusted: nothing in it is run, and what it cannot tell is asked for, never guessed.
 """
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -102,6 +103,21 @@ def load_weights(path, jet, state):
     for name, buffer in jet.named_buffers():
         if name.endswith("order") and not torch.equal(buffer.sort().values.cpu(), torch.arange(len(buffer))):
             raise CheckpointError(f"{path}: {name} is not a permutation")
+
+
+def weights_checksum(module):
+    """Hex SHA-256 of the names, shapes and values of a module's weights and buffers, whatever their precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu().long()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(values.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def config_checksum(jet):
+    """Hex SHA-256 of a Jet's configuration."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(jet.config), sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(error):

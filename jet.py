@@ -310,6 +310,11 @@ class Coupling(nn.Module):
         # A half of the tokens becomes N tokens of D/2 values, like a half of the channels.
         return self.net.joint(x1.reshape(B, N, D // 2))
 
+    def affine(self, x):
+        """What x1 of the tokens x (B, N, D) does to x2: bias and scale in x2's shape, and log|det| (B,) in nats."""
+        kept, moved = self.order.chunk(2)
+        return self._affine(self._network(x, kept), x.index_select(self.axis, moved), moved)
+
     def _affine(self, net_out, x2, moved):
         """bias and scale for x2, in its shape and type, and log|det| (B,)."""
         bias, raw = net_out.chunk(2, dim=-1)
@@ -418,7 +423,7 @@ class Jet(nn.Module):
             nn.ModuleList(layer(config.token_dim) for _ in self.couplings if on)
             for on, layer in switches)
 
-    def _layers(self):
+    def layers(self):
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
         groups = [layers for layers in (self.actnorms, self.denses, self.couplings) if len(layers)]
         return [layer for step in zip(*groups) for layer in step]
@@ -428,29 +433,29 @@ class Jet(nn.Module):
 
         Raises ValueError for another shape or an integer type.
         """
-        tokens, logdet = self._patchify(x), x.new_zeros(len(x))
-        for layer in self._layers():
+        tokens, logdet = self.patchify(x), x.new_zeros(len(x))
+        for layer in self.layers():
             if self.checkpoint_activations and torch.is_grad_enabled():
                 tokens, layer_logdet = checkpoint(layer, tokens, use_reentrant=False,
                                                   preserve_rng_state=False)
             else:
                 tokens, layer_logdet = layer(tokens)
             logdet = logdet + layer_logdet
-        return self._unpatchify(tokens), logdet
+        return self.unpatchify(tokens), logdet
 
     def inverse(self, z):
         """z (B, C, H, W) float -> x of z's shape, logdet (B,) = log|det dx/dz|: minus forward's."""
-        tokens, logdet = self._patchify(z), z.new_zeros(len(z))
-        for layer in reversed(self._layers()):
+        tokens, logdet = self.patchify(z), z.new_zeros(len(z))
+        for layer in reversed(self.layers()):
             tokens, layer_logdet = layer.inverse(tokens)
             logdet = logdet + layer_logdet
-        return self._unpatchify(tokens), logdet
+        return self.unpatchify(tokens), logdet
 
     @torch.no_grad()
     def initialize(self, x):
         """Set every ActNorm from the images x (B, C, H, W), first layer first; else do nothing."""
-        tokens = self._patchify(x)
-        for layer in self._layers() if self.config.actnorm else ():
+        tokens = self.patchify(x)
+        for layer in self.layers() if self.config.actnorm else ():
             if isinstance(layer, ActNorm):
                 layer.initialize(tokens)
             tokens, _ = layer(tokens)
@@ -468,7 +473,7 @@ class Jet(nn.Module):
         x, _ = self.inverse(temperature * z.to(weight.device))
         return quantize(x).permute(0, 2, 3, 1).contiguous()
 
-    def _patchify(self, x):
+    def patchify(self, x):
         """(B, C, H, W) -> (B, N, D): tokens row by row, values by (row, column, channel)."""
         (C, H, W), p = self.config.image_shape, self.config.patch_size
         if x.shape[1:] != (C, H, W) or not x.is_floating_point():
@@ -477,7 +482,7 @@ class Jet(nn.Module):
         x = x.reshape(len(x), C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
         return x.reshape(len(x), self.config.num_tokens, self.config.token_dim)
 
-    def _unpatchify(self, tokens):
+    def unpatchify(self, tokens):
         """(B, N, D) -> (B, C, H, W)."""
         (C, H, W), p = self.config.image_shape, self.config.patch_size
         x = tokens.reshape(len(tokens), H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)

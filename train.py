@@ -804,14 +804,20 @@ def add_config_flags(parser, config_class, prefix=""):
                             help=help, **kind, **metavar)
 
 
+def model_flags(flags):
+    """The fields of JetConfig among parsed flags."""
+    model = {name.removeprefix("model."): value for name, value in flags.items() if name.startswith("model.")}
+    if len(size := model.get("image_size", ())) == 1:
+        model["image_size"] = size[0]
+    return model
+
+
 def config_from_flags(flags, data_root):
     """TrainConfig from parsed flags; where weights are given the model is theirs, and image size and channels are the
     set's unless they are given."""
     top = {name: value for name, value in flags.items() if name in TrainConfig.__dataclass_fields__}
-    model = {name.removeprefix("model."): value for name, value in flags.items() if name.startswith("model.")}
+    model = model_flags(flags)
     height, width, channels = image_shape(top.get("data", TrainConfig.data), data_root)
-    if isinstance(model.get("image_size"), list) and len(model["image_size"]) == 1:
-        model["image_size"] = model["image_size"][0]
     if flags.get("init_from") == "":
         raise TrainingError("--init-from is empty: give a run folder or weight file, or leave it away")
     if flags.get("init_from") is not None:

@@ -26,8 +26,8 @@ from jet import JetConfig, quantize
 from paper_figures import figure5, tables
 from paper_figures.results_csv import ResultsError
 from run_folder import TrainingError, write_atomically
-from train import (ArgumentParser, add_config_flags, git_commit, one_line_errors, pick_device, weights_config,
-                   weights_id)
+from train import (ArgumentParser, add_config_flags, git_commit, model_flags, one_line_errors, pick_device,
+                   weights_config, weights_id)
 
 STEPS = 8  # images of a path through latent space, with both ends
 
@@ -174,8 +174,7 @@ def sample_checkpoint(arguments):
     with one_line_errors(parser.prog, ResultsError):
         check_sample_flags(flags)
         name = flags.name or flags.checkpoint.resolve().stem
-        model = {field.removeprefix("model."): value for field, value in vars(flags).items() if field.startswith("model.")}
-        jet, (config, _) = load_jet(flags.checkpoint, **model), weights_config(flags.checkpoint)
+        jet, (config, _) = load_jet(flags.checkpoint, **model_flags(vars(flags))), weights_config(flags.checkpoint)
         trained_on = config.data if config else ""
         images = {}
         if flags.neighbours or flags.interpolate:

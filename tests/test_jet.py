@@ -98,10 +98,10 @@ def test_logdet_stays_below_its_cap_and_reaches_it():
 def test_each_coupling_comes_after_its_actnorm_and_its_dense_layer():
     jet = random_jet(MODEL, num_couplings=2, actnorm=True, invertible_dense=True)
     x = images(jet, 2)
-    tokens = jet._patchify(x)
+    tokens = jet.patchify(x)
     for layer in (jet.actnorms[0], jet.denses[0], jet.couplings[0], jet.actnorms[1], jet.denses[1], jet.couplings[1]):
         tokens = layer(tokens)[0]
-    assert torch.equal(jet(x)[0], jet._unpatchify(tokens))
+    assert torch.equal(jet(x)[0], jet.unpatchify(tokens))
 
 
 def test_spatial_splits_are_the_official_patterns():
@@ -152,7 +152,7 @@ def test_actnorm_starts_as_identity_and_initialize_normalizes():
     assert torch.equal(jet(x)[0], x)
     torch.nn.init.normal_(jet.couplings[0].net.final_proj.weight)  # what comes later sees other values
     jet.initialize(x)
-    tokens = jet._patchify(x)
+    tokens = jet.patchify(x)
     for actnorm, coupling in zip(jet.actnorms, jet.couplings):
         tokens = actnorm(tokens)[0]
         assert tokens.mean((0, 1)).abs().max() < 1e-9
