@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import distributed
 import kernels
-from convert import CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_jet, load_weights, read_tensors
+from convert import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_jet, load_weights, read_tensors,
+                     weights_checksum)
 from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
                   training_batch, training_batches)
 from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
@@ -455,7 +456,7 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
         test = state["rows"][-1]
         done = {"config": config.to_dict(), "rows": state["rows"],
                 **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
-                "num_params": sum(parameter.numel() for parameter in jet.parameters()),
+                "weights_sha256": weights_checksum(jet), "num_params": sum(parameter.numel() for parameter in jet.parameters()),
                 "train_seconds": state["seconds"], "first_step_seconds": first_step_seconds,
                 "micro_batch": state["micro_batch"], "checkpoint_activations": jet.checkpoint_activations,
                 "hosts": hosts, "peak_memory_gib": distributed.agree(peak_memory_gib(device))[0],
