@@ -471,7 +471,7 @@ def main(arguments=None):
     how.add_argument("--codelength", type=int, metavar="N", help="images that are really compressed (default: up to 512, by cost)")
     how.add_argument("--eval-seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
     how.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    how.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads (default: 2)")
+    how.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; more need idle cores (default: 1)")
     how.add_argument("--out", type=Path, default=ROOT / "results/audits", metavar="DIR", help="default: results/audits")
     how.add_argument("--check", type=Path, metavar="CERTIFICATE", help="verify a certificate: audit again, and say what changed")
     add_config_flags(parser.add_argument_group("the model, as far as a file of another implementation does not tell it"),

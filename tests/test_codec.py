@@ -1,0 +1,489 @@
+"""What a lossless codec must prove: every image comes back, at the price that the likelihood promised, or in one line why not."""
+import hashlib
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import codec
+from codec import CodecError, Coder, Prior, bound, decode, encode
+from data import load_images
+from jet import Coupling, Jet, JetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "assets" / "jet_cifar10"
+HEADER = len(codec.MAGIC) + 8
+
+
+def random_jet(seed=0, std=0.2, **changes):
+    """A tiny Jet whose every parameter is random."""
+    torch.manual_seed(seed)
+    jet = Jet(JetConfig(**{"image_size": 8, "num_couplings": 3, "block_depth": 1, "emb_dim": 8, "num_heads": 2, **changes})).double()
+    with torch.no_grad():
+        for parameter in jet.parameters():
+            parameter += std * torch.randn_like(parameter)
+    return jet
+
+
+def random_images(n, height=8, width=8, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def crops():
+    """Real images, (500, 8, 8, 3)."""
+    return load_images("cifar10-subset", "test").array[:500, 12:20, 12:20].copy()
+
+
+def comes_back(jet, images):
+    content, about = encode(jet, images)
+    assert np.array_equal(decode(jet, content), images)
+    return content, about
+
+
+# ---- the coder
+
+def full_coder(rng, lanes=8, words=3000):
+    """A coder with random words and random lanes of every size."""
+    coder = Coder(rng.integers(0, 2 ** 32, words, np.uint32))
+    coder.lanes = (2 ** rng.uniform(30, 62, lanes)).astype(np.int64)
+    return coder
+
+
+def random_operation(rng, coder, prior):
+    """(do, undo, fits): a random operation, its inverse and what do must return for the inverse to make sense."""
+    kind, count = rng.integers(4), int(rng.integers(1, 30))
+    if kind == 0:
+        bits = int(rng.integers(1, 31))
+        values = rng.integers(0, 2 ** bits, count)
+        return (lambda: coder.push_bits(values, bits)), (lambda _: np.array_equal(coder.pop_bits(count, bits), values))
+    if kind == 1:
+        bits = int(rng.integers(1, 31))
+        return (lambda: coder.pop_bits(count, bits)), (lambda popped: coder.push_bits(popped, bits) is None)
+    if kind == 2:
+        m = int(rng.integers(3, 9))
+        z = (rng.normal(size=count) * 10 ** rng.uniform(-2, 2.5) / codec.delta(m)).astype(np.int64)
+        return (lambda: prior.push(coder, z, m)), (lambda _: np.array_equal(prior.pop(coder, count, m), z))
+    x, shift = coder.lanes[:rng.integers(1, len(coder.lanes) + 1)], rng.integers(0, 31)
+    shift = np.maximum(rng.integers(0, 31, len(x)), 12) if shift else np.zeros(len(x), np.int64)
+    p = rng.integers(2 ** 12, 2 ** 13, len(x)) if shift.all() else rng.integers(1, 3, len(x))
+    values = rng.integers(-2 ** 40, 2 ** 40, len(x))
+    return (lambda: coder.rescale(x, values, p, shift)), (lambda z: np.array_equal(coder.unscale(x, z, p, shift), values))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_coder_does_is_undone_in_reverse(seed):
+    rng, prior = np.random.default_rng(seed), Prior()
+    coder, done = full_coder(rng), []
+    for _ in range(60):
+        do, undo = random_operation(rng, coder, prior)
+        before = coder.lanes.copy(), coder.words.copy()
+        done.append((undo, do(), before))
+        assert ((coder.lanes >= 2 ** 30) & (coder.lanes < 2 ** 62)).all()
+    for undo, returned, (lanes, words) in reversed(done):
+        assert undo(returned)
+        assert np.array_equal(coder.lanes, lanes) and np.array_equal(coder.words, words)
+
+
+def test_rescaling_multiplies_and_costs_the_logarithm():
+    rng = np.random.default_rng(0)
+    for p, shift in ((4096, 12), (8191, 12), (5000, 13), (7000, 30), (2, 0), (1, 0)):
+        coder = full_coder(rng, 1000)
+        values, before = rng.integers(-2 ** 40, 2 ** 40, 1000), coder.bits
+        z = coder.rescale(coder.lanes, values, np.full(1000, p), np.full(1000, shift))
+        exact = [int(value) * p / 2 ** shift for value in values]
+        assert (np.abs(z - exact) <= max(1, p / 2 ** shift)).all()
+        assert coder.bits - before == pytest.approx(1000 * (shift - math.log2(p)), abs=0.1)
+
+
+def test_pushed_bits_cost_their_number():
+    coder = full_coder(np.random.default_rng(0), 100)
+    before = coder.bits
+    coder.push_bits(np.random.default_rng(1).integers(0, 2 ** 13, 1000), 13)
+    assert coder.bits - before == pytest.approx(13000, abs=0.1)
+
+
+def test_lanes_are_taken_up_and_given_back():
+    coder = Coder(np.arange(50, dtype=np.uint32) * 77777777, num_lanes=4)
+    words, lanes = coder.words.copy(), coder.lanes.copy()
+    assert ((lanes >= 2 ** 32) & (lanes < 2 ** 33)).all()
+    coder.set_lanes(20)
+    assert len(coder.lanes) == 20 and coder.num_words == 30
+    coder.set_lanes(4)
+    assert np.array_equal(coder.lanes, lanes) and np.array_equal(coder.words, words)
+    coder.set_lanes(20)
+    coder.push_bits(np.arange(20), 30)
+    with pytest.raises(CodecError, match="do not fit these weights"):  # lanes that are in use
+        coder.set_lanes(4)
+
+
+def test_only_a_borrowing_coder_runs_dry():
+    with pytest.raises(CodecError, match="end too early"):
+        Coder(np.zeros(3, np.uint32), num_lanes=4)
+    coder = Coder(np.array([7, 8, 9], np.uint32), num_lanes=4, borrow=True)
+    coder.pop_bits(8, 30)
+    assert coder.borrowed > 1 and coder.low_water == 0
+
+
+# ---- the prior
+
+def test_prior_tables_are_whole_and_every_cell_can_be_coded():
+    prior = Prior()
+    assert len(prior.tables) > 300 and prior.firsts[0] == 0 and np.array_equal(prior.firsts[1:], prior.ends[:-1])
+    for table, first, end in zip(prior.tables, prior.firsts, prior.ends):
+        assert table[0] == 0 and table[-1] == 2 ** codec.PRIOR_BITS and (np.diff(table) > 0).all()
+        assert len(table) == end - first + 2  # a probability for every cell, and the escape
+    assert 63.9 < prior.ends[-1] * codec.CELL_WIDTH <= 64
+
+
+@pytest.mark.parametrize("noise_bits", [3, 8])
+def test_a_latent_costs_its_normal_density(noise_bits):
+    prior, rng, delta = Prior(), np.random.default_rng(0), codec.delta(noise_bits)
+
+    def surplus(z):
+        """Bits above the density's, of each of the latents z (int64)."""
+        bits = []
+        for value in z:
+            coder = full_coder(rng, 1)
+            coder.lanes[:] = 2 ** 61 + rng.integers(2 ** 60)  # a large state rounds the least
+            before = coder.bits
+            prior.push(coder, np.array([value]), noise_bits)
+            x = (value + 0.5) * delta
+            bits.append(coder.bits - before - (x * x / 2 / math.log(2) + math.log2(2 * math.pi) / 2 - math.log2(delta)))
+        return np.array(bits)
+
+    normal = surplus((rng.normal(size=2000) / delta).astype(np.int64))
+    assert abs(normal.mean()) < 3e-4 and np.abs(normal).max() < 2e-2
+    for deviations in (3.4, 3.5, 10, 40, 63):
+        far = surplus(np.array([-1, 1] * 100) * rng.integers((deviations - 0.1) / delta, (deviations + 0.1) / delta, 200))
+        assert abs(far.mean()) < 1e-2 and np.abs(far).max() < 0.01 + deviations * 2e-3  # it falls within a cell
+
+
+@pytest.mark.parametrize("noise_bits", [3, 8])
+def test_latents_beyond_the_tables_come_back_and_are_counted(noise_bits):
+    prior, step = Prior(), 1 / codec.delta(noise_bits)
+    last = int(prior.ends[-1]) << noise_bits - 2
+    z = np.array([0, -1, last - 1, -last, last, -last - 1, int(65 * step), -int(1e4 * step), 2 ** 46 - 1, -2 ** 46, 5])
+    coder = full_coder(np.random.default_rng(0), 3)
+    lanes, words = coder.lanes.copy(), coder.words.copy()
+    assert prior.push(coder, z, noise_bits) == 6
+    assert np.array_equal(prior.pop(coder, len(z), noise_bits), z)
+    assert np.array_equal(coder.lanes, lanes) and np.array_equal(coder.words, words)
+
+
+# ---- images
+
+@torch.no_grad()
+def stretch(jet):
+    """ActNorms and dense layers with factors far above 2, far below 1 and of both signs."""
+    for layer in (*jet.actnorms, *jet.denses):
+        values = layer.log_scale if layer in jet.actnorms else layer.log_diagonal
+        values += torch.linspace(-3, 2.5, len(values)).to(values)
+        if layer in jet.denses:
+            layer.sign[::3] *= -1
+    return jet
+
+
+@pytest.mark.parametrize("switches", [(), ("actnorm",), ("invertible_dense",), ("actnorm", "invertible_dense")], ids="+".join)
+@pytest.mark.parametrize("mode", ["pairing", "masking"])
+@pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")], ids="+".join)
+def test_images_come_back(crops, kinds, mode, switches):
+    for block, patch_size in (("vit", 2), ("cnn", 4)):
+        jet = random_jet(kinds=kinds, split_mode=mode, block=block, patch_size=patch_size, **dict.fromkeys(switches, True))
+        _, about = comes_back(stretch(jet), np.concatenate([crops[:7], random_images(2)]))
+        assert about["noise"].shape == (8, 8, 8, 3)
+
+
+@pytest.mark.parametrize("changes", [
+    {"image_size": (8, 4), "patch_size": 2}, {"image_size": (2, 6), "patch_size": 1, "channels": 2}, {"scale_factor": 4.0},
+    {"scale_factor": 0.3}, {"image_size": 4, "channels": 1, "patch_size": 2}, {"num_couplings": 6, "patch_size": 2}], ids=str)
+def test_other_shapes_and_scales_come_back(changes):
+    jet = random_jet(std=0.5, **changes)
+    channels, height, width = jet.config.image_shape
+    comes_back(jet, random_images(12, height, width, channels))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 70])
+def test_any_number_of_images_comes_back(crops, n):
+    content, about = comes_back(random_jet(), crops[:n])
+    assert about["file_bits"] == 8 * len(content) and about["noise"].shape == (n - 1, 8, 8, 3)
+    header, lanes, words = codec.read_file(content)
+    assert sum(header["batches"]) == n - 1 and all(1 <= size <= codec.BATCH for size in header["batches"])
+    assert about["file_bits"] == (HEADER + codec.DIGEST_BYTES) * 8 + about["header_bits"] + 64 * len(lanes) + 32 * len(words)
+
+
+def test_a_file_is_the_same_each_time_and_its_reading_changes_nothing(crops):
+    jet, images = random_jet().float(), crops[:20].copy()
+    weights = {name: tensor.clone() for name, tensor in jet.state_dict().items()}
+    content, _ = encode(jet, images)
+    assert encode(jet, images)[0] == content and np.array_equal(decode(jet, content), images)
+    assert np.array_equal(images, crops[:20])
+    assert all(torch.equal(tensor, jet.state_dict()[name]) and tensor.dtype == jet.state_dict()[name].dtype
+               for name, tensor in weights.items())
+
+
+def test_a_pause_for_another_layout_in_memory_changes_nothing(crops):
+    jet, images = random_jet(), np.asfortranarray(crops[:10])
+    assert encode(jet, images)[0] == encode(jet, crops[:10])[0]
+
+
+def test_extreme_images_come_back():
+    ramp = np.arange(64).reshape(8, 8, 1) * 4 + np.arange(3)
+    extremes = [np.zeros((8, 8, 3)), np.full((8, 8, 3), 255), ramp, ramp[::-1], (ramp % 8 > 3) * 255, random_images(1)[0]]
+    images = np.array([extremes[i % 6] for i in range(31)], np.uint8)
+    for seed, std in enumerate((0.1, 0.3, 0.6)):
+        comes_back(random_jet(seed, std, num_couplings=6), images)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_couplings": 6, "patch_size": 2}, {"split_mode": "masking", "scale_factor": 4.0},
+                                     {"actnorm": True}, {"invertible_dense": True}], ids=str)
+def test_the_net_code_length_is_the_bound(crops, changes):
+    jet = random_jet(**{**changes, "std": 0.1})
+    _, about = encode(jet, crops)
+    noise = about["noise"]
+    assert noise.dtype == np.float32 and noise.min() >= 0 and noise.max() < 1
+    assert abs(noise.mean() - 0.5) < 0.01 and abs(noise.std() - 12 ** -0.5) < 0.01  # uniform: nothing is lost
+    promised = bound(jet, crops[1:], noise).mean()
+    assert about["net_bits"] / crops[1:].size == pytest.approx(promised, abs=3e-3)
+    overhead = about["file_bits"] - about["net_bits"] - about["borrowed_bits"] - 8 * crops[0].size - about["header_bits"]
+    assert 0 < overhead < 64 * codec.LANES + 8 * (HEADER + codec.DIGEST_BYTES)  # the lanes' own bits, magic and digest
+
+
+# ---- what cannot be read
+
+@pytest.fixture(scope="module")
+def jet():
+    return random_jet()
+
+
+@pytest.fixture(scope="module")
+def content(jet, crops):
+    return encode(jet, crops[:6])[0]
+
+
+def refused(jet, content, message="."):
+    with pytest.raises(CodecError, match=message) as error:
+        decode(jet, content)
+    assert "\n" not in str(error.value)
+
+
+def signed(content):
+    """The file's bytes with a digest that fits them."""
+    content = content[:-codec.DIGEST_BYTES]
+    return content + hashlib.sha256(content).digest()
+
+
+def with_header(content, **changes):
+    """The file with another header, and with a digest that fits it."""
+    size, = struct.unpack("<I", content[HEADER - 4:HEADER])
+    header = json.loads(content[HEADER:HEADER + size])
+    header.update({name: change(header[name]) if callable(change) else change for name, change in changes.items()})
+    text = json.dumps({name: value for name, value in header.items() if value is not None}).encode()
+    return signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + content[HEADER + size:])
+
+
+def test_other_weights_are_refused(content):
+    refused(random_jet(seed=1), content, "another weights")
+    other = random_jet()
+    with torch.no_grad():
+        other.couplings[-1].net.final_proj.bias[0] += 1e-12
+    refused(other, content, "another weights")
+
+
+def test_another_config_is_refused(content):
+    for changes in ({"scale_factor": 2.5}, {"norm_eps": 1e-5}, {"gelu": "exact"}, {"image_size": (4, 16)}):
+        refused(random_jet(**changes), content, "another config")
+
+
+def test_other_weights_under_a_header_that_fits_are_noticed(content):
+    for seed in (1, 2, 3):
+        other = random_jet(seed=seed)
+        refused(other, with_header(content, **codec._checksums(other)))
+
+
+def test_truncated_files_are_refused(jet, content):
+    for length in (1, 7, 8, 11, 16, 40, 47, 48, 49, 100, len(content) // 2, len(content) - 33, len(content) - 1):
+        refused(jet, content[:length], "truncated|not a file")
+    for more in (b"\0", b"more"):
+        refused(jet, content + more, "altered")
+
+
+def test_a_single_flipped_byte_is_noticed(jet, content):
+    header_end = HEADER + struct.unpack("<I", content[HEADER - 4:HEADER])[0]
+    places = [*range(HEADER), *range(HEADER, header_end, 23), *np.linspace(header_end, len(content) - 33, 12).astype(int),
+              *range(len(content) - 32, len(content), 5)]
+    for place in places:
+        for flip in (1, 0x80):
+            altered = bytearray(content)
+            altered[place] ^= flip
+            refused(jet, bytes(altered), "not a file" if place < 8 else "format version" if place < 12 else "altered")
+
+
+def test_another_version_is_refused(jet, content):
+    refused(jet, signed(content[:8] + struct.pack("<I", 2) + content[12:]), "format version 2, and this codec reads version 1")
+    refused(jet, with_header(content, bits=[8, 12, 23]), r"parameters \[8, 12, 23\]")
+
+
+@pytest.mark.parametrize("changes", [
+    {"batches": [5]}, {"batches": [1, 1, 3]}, {"batches": [1, 1]}, {"batches": []}, {"batches": [1, 1, 1, 1, 1, 1]},
+    {"batches": [6, -1]}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": None}, {"batches": 5}, {"batches": "11111"},
+    {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2}, {"words": lambda n: n + 2}, {"words": 0},
+    {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None}, {"words": "7"},
+    {"shape": [6, 8, 8]}, {"shape": [7, 8, 8, 3]}, {"shape": [6, 8, 8, 1]}, {"shape": [6, 8, 8, 6]}, {"shape": [6, 4, 16, 3]},
+    {"shape": [6, 8, 8, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None}, {"shape": {"8": 8}},
+    {"shape": [10 ** 15, 8, 8, 3], "batches": [10 ** 15 - 1]},
+    {"borrowed": -1}, {"borrowed": 1}, {"borrowed": lambda n: n + 10 ** 9}, {"borrowed": 0.5}, {"borrowed": None},
+    {"pixels": "0" * 64}, {"pixels": 1}, {"weights": None}, {"config": "0" * 32}, {"bits": None},
+    {"ties": 3}, {"ties": [1]}, {"ties": [[4, 0, "bias", [[10 ** 9, 1]]]]}, {"ties": [[4, 0, "bias", [["a", "b"]]]]},
+    {"ties": [[4, 0, "bias", 7]]}, {"ties": [[4, 0, "scale", [[0, 10 ** 30]]]]}, {"ties": [[4, 0, "scale", [[0, 0]]]]},
+    {"ties": [[4, 0, "scale", [[0, 10 ** 15]]]]}, {"ties": [[[4], 0, "bias", []]]}], ids=str)
+def test_a_header_that_lies_is_noticed(jet, content, changes):
+    assert decode(jet, with_header(content)).shape == (6, 8, 8, 3)  # the same header passes
+    refused(jet, with_header(content, **changes))
+
+
+def test_a_body_that_lies_is_noticed(jet, content):
+    header, lanes, words = codec.read_file(content)
+    body = len(content) - 32 - 4 * len(words) - 8 * len(lanes)
+    for lane in (0, 1, -1, 2 ** 62, 2 ** 63 - 1, -2 ** 63, 2 ** 40):
+        refused(jet, signed(content[:body] + struct.pack("<q", lane) + content[body + 8:]))
+    for place in np.linspace(body, len(content) - 33, 30).astype(int):
+        refused(jet, signed(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]))
+
+
+def test_what_is_no_file_of_ours_is_refused(jet, content):
+    for other in (b"", b"\0", b"JET", b"JETCODEC", bytes(1000), b"\x89PNG" * 50, np.random.default_rng(0).bytes(500)):
+        refused(jet, other)
+    for text in (b"", b"{", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 10 ** 5, b"NaN"):
+        refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + bytes(32)))
+    refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", 2 ** 32 - 1) + content[HEADER:]), "not a file")
+
+
+# ---- what cannot be written
+
+@pytest.mark.parametrize("images", [
+    random_images(3, channels=1), random_images(3, height=4), random_images(3).transpose(0, 3, 1, 2), random_images(0),
+    random_images(3)[0], random_images(3)[None], random_images(3).astype(np.int64), random_images(3) / 255], ids=np.shape)
+def test_images_that_do_not_fit_are_refused(jet, images):
+    with pytest.raises(CodecError, match="this Jet takes uint8") as error:
+        encode(jet, images)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layer", ["couplings", "actnorms", "denses"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(crops, layer, value):
+    jet = random_jet(actnorm=True, invertible_dense=True)
+    with torch.no_grad():
+        next(getattr(jet, layer)[1].parameters())[0] = value
+    with pytest.raises(CodecError, match="not finite|overflows") as error:
+        encode(jet, crops[:5])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bias", [1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e16, 1e300])
+@pytest.mark.parametrize("raw", [-10, 0, 3])
+def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
+    jet = random_jet(num_couplings=2, scale_factor=4.0)
+    with torch.no_grad():
+        jet.couplings[0].net.final_proj.bias[:24] = bias
+        jet.couplings[0].net.final_proj.bias[24:] = raw
+    try:
+        content, _ = encode(jet, crops[:5])
+    except CodecError as error:
+        assert "overflows" in str(error) or "not finite" in str(error)
+    else:
+        assert np.array_equal(decode(jet, content), crops[:5])
+
+
+# ---- another machine
+
+@pytest.mark.parametrize("switches", [{}, {"actnorm": True}, {"split_mode": "masking"}], ids=str)
+def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(crops, monkeypatch, switches):
+    jet, images, affine = random_jet(**switches), crops[:40], Coupling.affine
+
+    def elsewhere(coupling, x):
+        bias, scale, logdet = affine(coupling, x)
+        error = 0.01 * (2 * torch.rand(2, *bias.shape, dtype=bias.dtype) - 1)  # of what is rounded
+        return bias + error[0] * codec.delta(codec.NOISE_BITS), scale * (1 + error[1] * 2.0 ** -13), logdet
+
+    fragile, _ = encode(jet, images)
+    monkeypatch.setattr(codec, "NEAR_TIE", 0.05)
+    content, about = encode(jet, images)
+    assert codec.read_file(content)[0]["ties"] and about["ties"] > 100
+    assert about["net_bits"] == encode(jet, images)[1]["net_bits"]
+    monkeypatch.setattr(Coupling, "affine", elsewhere)
+    monkeypatch.setattr(codec, "NEAR_TIE", 0)  # a reader has the file's word alone
+    assert np.array_equal(decode(jet, content), images)
+    refused(jet, fragile)
+
+
+def test_float64_leaves_few_roundings_open(jet, crops):
+    about = encode(jet, crops[:100])[1]
+    assert about["ties"] < 50 and about["header_bits"] < 8 * 2000
+
+
+# ---- the command line
+
+def stopped(capsys, *arguments):
+    """The one line that the program ends with."""
+    with pytest.raises(SystemExit) as stop:
+        codec.main([*map(str, arguments), "--threads", "1"])
+    code, shown = stop.value.code, capsys.readouterr().err
+    line = code if isinstance(code, str) else shown.strip()
+    assert code != 0 and line and "\n" not in line and "Traceback" not in shown
+    return line
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("codec") / "images.jet"
+    codec.main(f"encode --checkpoint {RUN} --num-images 3 --threads 1 --out {path}".split())
+    return path
+
+
+def test_a_fresh_process_with_other_threads_decodes(file, tmp_path):
+    done = subprocess.run([sys.executable, "codec.py", "decode", file, "--checkpoint", RUN / "checkpoint.pt", "--threads", "2",
+                           "--out", tmp_path / "images.npy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 images, pixels as encoded" in done.stdout
+    assert np.array_equal(np.load(tmp_path / "images.npy"), load_images("cifar10-subset", "test").array[:3])
+
+
+def test_mistakes_on_the_command_line_end_in_one_line(file, tmp_path, capsys):
+    out, other = tmp_path / "out.npy", tmp_path / "other.pt"
+    jet = random_jet()
+    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)}, "model": jet.state_dict()}, other)
+    short = shutil.copy(file, tmp_path / "short.jet")
+    Path(short).write_bytes(file.read_bytes()[:-9])
+    for message, *arguments in (
+            (f"{file}: written with another config", "decode", file, "--checkpoint", other, "--out", out),
+            ("No such file", "decode", tmp_path / "none.jet", "--checkpoint", RUN, "--out", out),
+            ("short.jet: truncated", "decode", short, "--checkpoint", RUN, "--out", out),
+            ("none.pt", "decode", file, "--checkpoint", tmp_path / "none.pt", "--out", out),
+            ("there is no folder", "decode", file, "--checkpoint", RUN, "--out", tmp_path / "none" / "out.npy"),
+            ("there is no folder", "encode", "--checkpoint", RUN, "--out", tmp_path / "none" / "out.jet"),
+            ("--num-images 0", "encode", "--checkpoint", RUN, "--num-images", 0, "--out", out),
+            ("--num-images 1000000", "encode", "--checkpoint", RUN, "--num-images", 10 ** 6, "--out", out),
+            ("this Jet takes uint8", "encode", "--checkpoint", other, "--num-images", 2, "--out", out),
+            ("nowhere", "encode", "--checkpoint", RUN, "--data", "nowhere", "--out", out),
+            ("image_size", "encode", "--checkpoint", RUN, "--image-size", 8, "--out", out)):
+        assert message in stopped(capsys, *arguments)
+        assert not out.exists()
+
+
+def test_an_npy_file_is_encoded_and_its_path_may_be_anything(file, tmp_path, capsys):
+    images = load_images("cifar10-subset", "test").array[:2]
+    np.save(tmp_path / "two.npy", images)
+    codec.main(f"encode --checkpoint {RUN} --data {tmp_path / 'two.npy'} --threads 1 --out {tmp_path / 'two.jet'}".split())
+    assert "bits/dim" in capsys.readouterr().out
+    codec.main(f"decode {tmp_path / 'two.jet'} --checkpoint {RUN} --threads 1 --out {tmp_path / 'back.npy'}".split())
+    assert np.array_equal(np.load(tmp_path / "back.npy"), images)
