@@ -319,8 +319,6 @@ class GridFlow:
         tokens = self.jet.patchify(torch.from_numpy(X).permute(0, 3, 1, 2).double()).long().numpy()
         for number, layer in enumerate(self.layers):
             tokens = self._layer(layer, tokens, coder, (batch, number), forward=True)
-            if np.abs(tokens).max() >= 2 ** 46:
-                raise CodecError(f"an image of batch {batch} overflows in layer {number}: this Jet cannot encode it")
         self.beyond += self.prior.push(coder, tokens.ravel(), m)
         return ((noise + 0.5) / 2 ** m).astype(np.float32)
 
@@ -358,6 +356,8 @@ class GridFlow:
         """(x + bias) * scale and back, in any shape; factors above 2 are taken in doublings."""
         if not (np.isfinite(bias).all() and (scale > 0).all() and np.isfinite(scale).all()):
             raise CodecError("this Jet's bias or scale is not finite, or a scale is 0: it cannot encode these images")
+        if forward:
+            self._check_size(where, np.abs(bias).max(initial=0) / delta(self.noise_bits), np.abs(X).max(initial=0), scale.max(initial=0))
         shape, X = X.shape, X.ravel()
         B = self._round(bias.ravel() / delta(self.noise_bits), (*where, "bias"))
         fraction, exponent = np.frexp(np.clip(scale.ravel(), 2.0 ** (SCALE_BITS - LOWEST), None))  # fraction in [1/2, 1)
@@ -377,11 +377,18 @@ class GridFlow:
             X = X - B
         return X.reshape(shape)
 
+    def _check_size(self, where, bias, X, scale):
+        """Raise CodecError where (X + bias) * scale, at 2^13 times its size, would not fit 63 bits."""
+        if not (bias + X) * max(1.0, scale) < 2.0 ** 48:
+            raise CodecError(f"an image of batch {where[0]} overflows in layer {where[1]}: this Jet cannot encode it")
+
     def _round(self, values, key):
         """Whole numbers nearest to the values; where that hangs on their last digits, the file's word counts."""
         whole = np.rint(values).astype(np.int64)
         if self.decoding:
             for index, value in self.ties.get(key, ()):
+                if not abs(value - values[index]) < 1:
+                    raise CodecError("its list of roundings does not fit these weights")
                 whole[index] = value
         else:
             near = np.flatnonzero(0.5 - np.abs(values - whole) < NEAR_TIE + 1e-12 * np.abs(values))
@@ -394,6 +401,8 @@ class GridFlow:
         factors = [factor.detach().cpu().numpy() for factor in layer._factors()]
         lower, upper = factors
         diagonal = upper.diagonal()
+        if not (np.isfinite(lower).all() and np.isfinite(upper).all() and diagonal.all()):
+            raise CodecError("this Jet's dense layer is not finite, or not invertible: it cannot encode these images")
         order = layer.order.cpu().numpy()
         dim = len(order)
         U, L = (np.rint(matrix * 2 ** 20).astype(np.int64) for matrix in (upper / diagonal[:, None], lower))
@@ -439,9 +448,10 @@ def encode(jet, images, progress=QUIET):
     images found too few), latents_beyond (the prior's tables, stored raw) and ties. progress: tqdm shows a bar.
     Raises CodecError where shape or type do not fit, or the Jet overflows on an image.
     """
-    height, width, channels = images.shape[1:]
-    if images.dtype != np.uint8 or not len(images) or (channels, height, width) != jet.config.image_shape:
-        raise CodecError(f"{images.dtype} images of shape {images.shape}: this Jet takes uint8 (N, {height}, {width}, {channels})")
+    channels, height, width = jet.config.image_shape
+    if images.dtype != np.uint8 or not len(images) or images.shape[1:] != (height, width, channels):
+        raise CodecError(f"{images.dtype} images of shape {images.shape}: this Jet takes uint8 (N, {height}, {width}, "
+                         f"{channels}), N >= 1")
     raw = images[0].tobytes()
     coder = Coder(np.frombuffer(raw + bytes(-len(raw) % 4), "<u4"), borrow=True)
     flow, before, noise, sizes, need = GridFlow(jet), 32 * coder.num_words, [], [], math.inf
@@ -492,12 +502,27 @@ def decode(jet, content, progress=QUIET):
         if header[name] != ours:
             raise CodecError(f"written with another {name} (checksum {header[name]}, this Jet's is {ours}): give the weights "
                              "that it was encoded with")
+    channels, height, width = jet.config.image_shape
+    if header["shape"][1:] != [height, width, channels]:
+        raise CodecError(f"of images of shape {header['shape'][1:]}: this Jet makes {[height, width, channels]}")
+    try:
+        images = _decode(jet, header, lanes, words, progress)
+    except (IndexError, OverflowError, ValueError) as error:  # what a header that was made up can lead to
+        if isinstance(error, CodecError):
+            raise
+        raise CodecError(f"the data are not what was encoded ({type(error).__name__}): encode it again") from None
+    if fingerprint(images) != header["pixels"]:
+        raise CodecError("the decoded pixels do not have the file's checksum: another machine's arithmetic, or a bug; nothing "
+                         "was written")
+    return images
+
+
+def _decode(jet, header, lanes, words, progress):
     num_images, *shape = header["shape"]
     sizes, coder = header["batches"], Coder(words)
     coder.lanes = lanes
     ties = {(batch, layer, name): values for batch, layer, name, values in header.get("ties", ())}
-    flow, images = GridFlow(jet, ties), np.empty(header["shape"], np.uint8)
-    end = num_images
+    flow, images, end = GridFlow(jet, ties), np.empty(header["shape"], np.uint8), num_images
     with progress(total=num_images) as bar:
         for batch in reversed(range(len(sizes))):
             images[end - sizes[batch]:end] = flow.decode(sizes[batch], coder, batch)
@@ -507,9 +532,6 @@ def decode(jet, content, progress=QUIET):
         bar.update(end)
     first = coder.words[header["borrowed"]:].astype("<u4").tobytes()[:math.prod(shape)]
     images[0] = np.frombuffer(first, np.uint8).reshape(shape)
-    if fingerprint(images) != header["pixels"]:
-        raise CodecError("the decoded pixels do not have the file's checksum: another machine's arithmetic, or a bug; nothing "
-                         "was written")
     return images
 
 
@@ -529,14 +551,19 @@ def read_file(content):
         header = json.loads(content[start:start + size])
         body = content[start + size:-DIGEST_BYTES]
         sizes, shape, num_words = header["batches"], header["shape"], header["words"]
-        whole = all(type(value) is int and value > 0 for value in (*sizes, *shape)) and len(shape) == 4
+        whole = (all(type(value) is int and value > 0 for value in (*sizes, *shape)) and len(shape) == 4
+                 and max(sizes, default=1) <= BATCH and type(header["borrowed"]) is int and type(header["bits"]) is list)
+        for batch, layer, name, values in header.get("ties", ()):
+            whole &= (all(type(value) is int for value in (batch, layer)) and type(name) is str
+                      and all(type(value) is int and abs(value) < 2 ** 53 for pair in values for value in pair)
+                      and all(len(pair) == 2 and pair[0] >= 0 for pair in values))
         lanes, words = body[:len(body) - 4 * num_words], body[len(body) - 4 * num_words:]
         lanes, words = np.frombuffer(lanes, "<i8").astype(np.int64), np.frombuffer(words, "<u4")
         if (not whole or sum(sizes) != shape[0] - 1 or len(lanes) != (_num_lanes(sizes) if sizes else 0)
                 or num_words < 0 or len(words) != num_words or header["borrowed"] < 0
                 or not all(type(header[name]) is str for name in ("config", "weights", "pixels"))):
             raise ValueError("its numbers do not fit each other")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CodecError(f"not a file that this codec wrote ({type(error).__name__}: {error})") from None
     if header["bits"] != PARAMETERS:
         raise CodecError(f"written with the parameters {header['bits']}, and this codec has {PARAMETERS}: use the code that "

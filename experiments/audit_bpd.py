@@ -382,7 +382,7 @@ def page(certificate, file):
                    f"{sum(one['result'] not in (PASS, FAIL) for one in certificate['checks'])} not applicable).", "",
               f"Weights `{weights['path']}`, SHA-256 `{weights['weights_sha256']}`. Images: variant {data['variant']}, fingerprint "
               f"`{data['fingerprint']}`. Noise seed {settings['eval_seed']}. Made {certificate['made']} at commit "
-              f"{(made['git_commit'] or 'unknown')[:10]}{' with changes' if made['git_dirty'] else ''} on {made['hardware']}, {settings['threads']} threads, "
+              f"{(made['git_commit'] or 'unknown')[:10]}{' with changes' if made['git_dirty'] else ''} on {made['hardware']}, {settings['threads']} thread{'s' * (settings['threads'] > 1)}, "
               f"Python {made['python']}, torch {made['torch']}, numpy {made['numpy']}, in {made['seconds']:.0f} s.",
               "", f"To verify: `python experiments/audit_bpd.py --check {file}` (in this folder's place). What each line means: "
               "[AUDIT.md](../AUDIT.md).", ""]
