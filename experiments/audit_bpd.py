@@ -444,7 +444,7 @@ def recheck(old, new):
                 changes.append(f"{where}: {one['value']:.8g} then, {now['value']:.8g} now")
         elif one["value"] != now["value"]:
             changes.append(f"{where}: {one['value']} then, {now['value']} now")
-    changes += [f"{section}: {name}: was not checked then" for section, name in ours]
+    changes += [f"{section}: {name}: was not checked then, and fails now" for (section, name), one in ours.items() if one["result"] == FAIL]
     then, now = (certificate["verdict"] and certificate["verdict"]["result"] for certificate in (old, new))
     return changes + ([f"verdict: {then} then, {now} now"] if then != now else [])
 
