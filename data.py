@@ -3,9 +3,11 @@
     images = load_images("cifar10-subset", "test")      # embedded in assets/: needs nothing
     images = load_images("cifar10", "train", root)      # root (or JET_DATA) holds the sets
     images = load_images("photos.npy", "test")          # any uint8 (N, H, W, C) array
+    images = load_images("sets/photos", "test")         # a folder that `python data.py prepare` has made
 
 A bits-per-dimension number means something only beside the set that it was measured on, so every set
 carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and counts.
+`python data.py list` tells which are here; prepare.py and sources.py make them from what is published.
 """
 import collections
 import contextlib
@@ -17,6 +19,7 @@ import json
 import math
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,7 +171,8 @@ def load_images(name_or_path, split, root=None):
         return _load_subset(split)
     if name in SETS:
         folder = _find_set(name, root)
-        return _load_cifar10(folder, split) if name == "cifar10" else _load_folder(folder, split, name)
+        binary = name == "cifar10" and not (folder / "manifest.json").exists()
+        return _load_cifar10(folder, split) if binary else _load_folder(folder, split, name)
     path = Path(name)
     if path.is_dir():
         return _load_folder(path, split)
@@ -182,16 +186,26 @@ def load_images(name_or_path, split, root=None):
 
 def _find_set(name, root):
     root = root or os.environ.get("JET_DATA")
-    inner = CIFAR10_FOLDER if name == "cifar10" else name
-    need = f"{name} ({SETS[name].source}) is needed as the folder {inner}"
-    if name != "cifar10":
-        need += " of train.npy, test.npy and manifest.json"
+    binary = (CIFAR10_FOLDER,) * (name == "cifar10")
+    need = f"{name} ({SETS[name].source}) is needed as the folder {name}{' or '.join(('', *binary))}"
+    make = f"`python data.py prepare {name} {'' if binary else '--source PATH '}--out {root or 'DIR'}/{name}` makes it"
     if not root:
-        raise DataError(f"{need}: give the folder that holds it by --data-root or JET_DATA")
-    for folder in (Path(root) / inner, Path(root)):
-        if folder.is_dir() and folder.name == inner:
-            return folder
-    raise DataError(f"{need} in {root}, and is not there: put it there or change --data-root or JET_DATA")
+        raise DataError(f"{need}: give the folder that holds it by --data-root or JET_DATA; {make}")
+    for inner in (name, *binary):
+        for folder in (Path(root) / inner, Path(root)):
+            if folder.name == inner and folder.is_dir():
+                return folder
+    if _named(Path(root)) == name:
+        return Path(root)
+    raise DataError(f"{need} in {root}, and is not there: {make}, or change --data-root or JET_DATA")
+
+
+def _named(folder):
+    """The name in the manifest of a prepared folder, or None."""
+    try:
+        return json.loads((folder / "manifest.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _load_subset(split):
@@ -234,6 +248,8 @@ def _load_cifar10(folder, split):
 def _load_part(images, part):
     """The images of CIFAR-10 or its subset that belong to some of the classes, in their order."""
     name = f"{images.name}-{part}"
+    if images.labels is None:
+        raise DataError(f"{name}: the {images.name} at hand has no labels: prepare it by `python data.py prepare`")
     kept = np.isin(images.labels, [CIFAR10_CLASSES.index(label) for label in CIFAR10_PARTS[part]])
     return ImageSet(array=images.array[kept], labels=images.labels[kept], name=name, variant=name, split=images.split,
                     known_fingerprint=FINGERPRINTS[name, images.split])
@@ -246,7 +262,9 @@ def _load_folder(folder, split, name=None):
         found = str(manifest["name"])
         variant, recorded = str(manifest["variant"]), manifest["fingerprints"][split]
     except FileNotFoundError:
-        raise DataError(f"{folder}: no manifest.json; a set is a folder with train.npy, test.npy and "
+        begun = (folder / "partial").is_dir()
+        raise DataError(f"{folder}: its preparation is not finished: give the same command again" if begun else
+                        f"{folder}: no manifest.json; a set is a folder with train.npy, test.npy and "
                         "manifest.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'manifest.json'} is no manifest with name, variant and fingerprints "
@@ -267,8 +285,22 @@ def _load_folder(folder, split, name=None):
         if array.shape[1:] != known.shape or known.counts[split] not in (None, len(array)):
             raise DataError(f"{folder / split}.npy has shape {array.shape}: {name} {split} is "
                             f"({known.counts[split]}, {', '.join(map(str, known.shape))})")
-    return ImageSet(array=array, labels=None, name=found, variant=variant, split=split,
-                    known_fingerprint=recorded)
+    labels = folder / f"{split}_labels.npy"
+    if labels.name not in manifest.get("checksums", {}):
+        labels = None
+    else:
+        labels = _load_labels(labels, len(array))
+    return ImageSet(array=array, labels=labels, name=found, variant=variant, split=split, known_fingerprint=recorded)
+
+
+def _load_labels(path, count):
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except Exception as error:  # np.load raises nearly everything on damaged files
+        raise DataError(f"{path}: not readable ({type(error).__name__}): prepare the set again") from None
+    if labels.dtype != np.int64 or labels.shape != (count,):
+        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare the set again")
+    return labels
 
 
 def _open_array(path):
@@ -354,7 +386,7 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None,
 
     def gather(step):
         indices = batch_indices(len(array), batch_size, seed, step)[part]
-        return pinned(indices if source == "device" else array[indices], device)
+        return pinned(indices if source == "device" else pick(array, indices), device)
 
     with contextlib.closing(prefetch(gather, steps, ahead=4 if source == "stream" else 0)) as batches:
         for step, batch in zip(steps, batches):
@@ -364,6 +396,16 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None,
             generator = torch.Generator(device).manual_seed(int(key[0]))
             noise = torch.rand(batch_size, *pixels.shape[1:], generator=generator, device=device)  # all, whatever the part
             yield dequantize(pixels, noise[part]).permute(0, 3, 1, 2)
+
+
+def pick(array, indices):
+    """array[indices] as a tensor (B, H, W, C), copied from memory or from a map by as many threads as torch has."""
+    if not (isinstance(array, np.ndarray) and array.flags.c_contiguous):
+        return torch.from_numpy(array[indices])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a map cannot be written to, and is not
+        whole = torch.from_numpy(np.asarray(array))
+    return whole.index_select(0, torch.from_numpy(indices))
 
 
 def prefetch(function, items, ahead):
@@ -386,7 +428,7 @@ def prefetch(function, items, ahead):
 
 def pinned(array, device):
     """The array as a CPU tensor; for a GPU in pinned memory, from where a copy need not wait."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.as_tensor(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -412,3 +454,8 @@ def evaluation_noise(indices, shape, seed, draw):
     return torch.from_numpy(np.stack([
         np.random.default_rng([seed, _EVALUATION, draw, int(index)]).random(shape, dtype=np.float32)
         for index in indices]))
+
+
+if __name__ == "__main__":  # python data.py prepare | verify | show | list
+    from prepare import main
+    main()
