@@ -271,7 +271,7 @@ def list_files(request, files, roots, work):
         for split, paths in roots.items():
             for path in paths:
                 for member in walk(path, work):
-                    yield split, member.name.rpartition("/")[2] if known else member.name, member
+                    yield split, member.name.rpartition("/")[2] if known else member.name, member, path
     files.list(_bar(members(), "list", unit=" files"))
     held_out = "" in roots and (known or not files.split_by_folder())
     if held_out:

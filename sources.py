@@ -53,8 +53,10 @@ def decode(content, size, resample=None, enlarge=False):
     """The image in the bytes of a file: ((size, size, 3) uint8, whether it was enlarged). Raises BadImage.
 
     Decoded at full size; the largest centred square is cut out (the odd pixel remains at the right or bottom) and
-    resized by Pillow's resample filter, or must be size x size where there is none. Grey levels, palettes and CMYK
-    become RGB as Pillow does it; orientation tags and colour profiles are not applied.
+    resized by Pillow's filter: first each row, then each column, each rounded to 8 bits (halves up), the filter
+    stretched over the area that a new pixel covers and cut off at the edges. Without a filter the image must be
+    size x size. Grey levels, palettes and CMYK become RGB as Pillow does it; orientation tags and colour profiles
+    are not applied.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -72,6 +74,8 @@ def decode(content, size, resample=None, enlarge=False):
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
+        if isinstance(error, Image.DecompressionBombError):
+            raise BadImage(f"declares too many pixels: more than {MAX_PIXELS:,} are refused") from None
         known = isinstance(error, Image.UnidentifiedImageError)
         reason = f"{' '.join(str(error).split())} ({type(error).__name__})"
         raise BadImage(f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file" if known else
@@ -206,14 +210,14 @@ def walk(path, work, name="", above=()):
     elif head.startswith(b"PK"):
         yield from walk_zip(whole, prefix)
     elif head.startswith(tuple(_UNPACKERS)):
-        yield from walk_tar(unpacked_tar(path, work), prefix)
+        yield from walk_tar(unpacked_tar(path, work), prefix, about=shown(path))
     else:
         yield whole
 
 
-def walk_tar(archive, prefix="", depth=0):
-    """Yield the members of a tar, and of the tars in it."""
-    shown_path = shown(archive.path) + (f" ({shown(archive.name)})" if depth else "")
+def walk_tar(archive, prefix="", depth=0, about=None):
+    """Yield the members of a tar, and of the tars in it. about: what to call it in messages."""
+    shown_path = about or shown(archive.path)
     with buffered(archive) as file:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")
@@ -233,7 +237,7 @@ def walk_tar(archive, prefix="", depth=0):
                 if name.endswith(".tar"):
                     if depth:
                         raise DataError(f"{shown_path}: holds tars in tars in a tar ({shown(name)}): one level is read")
-                    yield from walk_tar(inner._replace(name=name), f"{prefix}{name[:-4]}/", depth + 1)
+                    yield from walk_tar(inner, f"{prefix}{name[:-4]}/", depth + 1, f"{shown_path} ({shown(name)})")
                 else:
                     yield inner
             file.seek(tar.offset)
@@ -267,7 +271,8 @@ def walk_zip(archive, prefix="", limit=MAX_IMAGE_BYTES):
                                     "refused")
                 file.seek(info.header_offset)
                 header = file.read(30)
-                if header[:4] != b"PK\3\4":
+                local = file.read(int.from_bytes(header[26:28], "little"))
+                if header[:4] != b"PK\3\4" or local.decode("utf-8" if info.flag_bits & 0x800 else "cp437") != info.orig_filename:
                     raise DataError(f"{path}: damaged at {shown(name)}: fetch it again")
                 skipped = sum(struct.unpack("<HH", header[26:30]))
                 packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
@@ -358,19 +363,18 @@ class Files:
         self.path = path
         self.db = sqlite3.connect(path)
 
-    def list(self, members, total=None):
-        """Take the list down: rows of (split, name, Member). Raises DataError for a name that comes twice."""
+    def list(self, members):
+        """Take the list down: rows of (split, name, Member, source). Raises DataError for a name that comes twice."""
         self.db.executescript("DROP TABLE IF EXISTS files; CREATE TABLE files (split TEXT, name BLOB, path BLOB, "
                               "start INT, size INT, packed INT, crc INT, PRIMARY KEY (split, name)) WITHOUT ROWID")
         insert = "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)"
-        for split, name, member in members:
+        for split, name, member, source in members:
             try:
                 self.db.execute(insert, (split, name.encode(errors="surrogateescape"), os.fsencode(member.path), *member[2:]))
             except sqlite3.IntegrityError:
-                raise DataError(f"{shown(member.path)}: a second file of the name {shown(name)}: each must be there "
-                                "once") from None
+                raise DataError(f"{shown(source)}: a second file of the name {shown(name)}: each must be there once") from None
             except OverflowError:
-                raise DataError(f"{shown(member.path)}: {shown(name)} declares an absurd size") from None
+                raise DataError(f"{shown(source)}: {shown(name)} declares an absurd size") from None
         self.db.commit()
 
     def split_by_folder(self):
@@ -596,8 +600,11 @@ def _interpret(file, member):
             last = stack.pop()
             stack.append(named(f"{stack.pop()} {last}"))
         elif name == "REDUCE":
-            arguments = stack.pop()
-            stack.append(PickledArray(stack.pop().name, arguments))
+            arguments, function = stack.pop(), stack.pop().name
+            if function == "encode":  # how Python 3 writes bytes for Python 2
+                stack.append(arguments[0].encode("latin1"))
+            else:
+                stack.append(PickledArray(function, arguments))
         elif name == "BUILD":
             state = stack.pop()
             stack[-1].state = state
@@ -620,8 +627,6 @@ def pickled_array(value, work, member):
     kind = np.dtype(str(dtype.arguments[0]))
     if dtype.state is not None and dtype.state[1] in ("<", ">"):
         kind = kind.newbyteorder(dtype.state[1])
-    if isinstance(raw, PickledArray) and raw.name == "encode":  # bytes that Python 3 wrote for Python 2
-        raw = raw.arguments[0].encode("latin1")
     if isinstance(raw, (str, bytes)):  # a short array
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         target = work / f"unpacked-{hashlib.sha256(raw).hexdigest()[:24]}"
