@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import threading
@@ -49,6 +50,7 @@ ARCHIVES = {  # SHA-256 where known
 }
 HELD_OUT = {"imagenet21k": 1 / 256}  # the share of images that are the test split; others: --test-share
 PARTIAL, STATE, MANIFEST = "partial", "state.json", "manifest.json"
+NUMBERS = {"labels": "<i8", "checksums": "<u8"}  # files of one number an image
 SAVE_EVERY_S = 1
 HEADER_BYTES = 128
 BLOCK = 2048  # images hashed at a time
@@ -301,6 +303,9 @@ def _bar(iterable=None, desc=None, **settings):
     return Bar(iterable, desc, **{"unit": " images", **settings})
 
 
+_interrupted, _pooling = threading.Event(), threading.Event()  # Ctrl-C came; workers are at it
+
+
 class Bar(tqdm):
     """A progress bar on a terminal; elsewhere a line every 30 s."""
 
@@ -322,6 +327,8 @@ class Bar(tqdm):
             self.update(1)
 
     def update(self, n=1):
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
         if not self.tells:
             return super().update(n)
         self.done += n
@@ -333,7 +340,6 @@ class Bar(tqdm):
 
 def _start_worker(parent):
     """A worker ends when the process that started it has ended, however that was."""
-    import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
 
@@ -444,6 +450,7 @@ def _make(request, paths, work, workers, skip_corrupt, enlarge, tell):
     fork = "fork" if sys.platform == "linux" else "spawn"
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context(fork), _start_worker,
                                                 (os.getpid(),)) as pool:
+        _pooling.set()
         try:
             for split in SPLITS:
                 _make_split(request, source, split, counts[split], state, save, pool, workers, settings, skip_corrupt, work)
@@ -453,6 +460,9 @@ def _make(request, paths, work, workers, skip_corrupt, enlarge, tell):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            pool.shutdown()
+            _pooling.clear()
     _seal(request, state, roots, work, counts)
 
 
@@ -535,9 +545,9 @@ def _make_split(request, source, split, total, state, save, pool, workers, setti
 
 # ---- the end: checksums, manifest, into place
 
-def npy_header(shape):
-    """The first 128 bytes of a .npy file of uint8 of this shape, format version 1.0."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
+def npy_header(shape, kind="|u1"):
+    """The first 128 bytes of a .npy file of this shape, format version 1.0."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
     return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
 
 
@@ -597,9 +607,10 @@ def _seal(request, state, roots, work, counts):
         if not request.incomplete and FINGERPRINTS.get((request.name, split), prints[split]) != prints[split]:
             raise DataError(f"{request.name} {split}: the fingerprint is {prints[split][:12]}…, not the known one: the source "
                             "is altered")
-        for name, array in ((f"{split}_checksums.npy", rows), (f"{split}_labels.npy", labels)):
+        for kind, array in (("checksums", rows), ("labels", labels)):
             if array is not None:
-                write_atomically(work / name, lambda file: np.save(file, array))
+                name = f"{split}_{kind}.npy"
+                write_atomically(work / name, lambda file: file.write(npy_header(array.shape, NUMBERS[kind]) + array.tobytes()))
                 files[name] = sources.file_sha256(work / name)
     if prints["train"] == prints["test"]:
         raise DataError("train and test are the same images: give the folder that holds both splits")
@@ -687,18 +698,9 @@ def _verify_split(folder, split, manifest, shape, expected):
     """What is wrong with a split, in words."""
     problems, path = [], folder / f"{split}.npy"
     sealed = manifest.get("checksums", {})
-    names = {kind: f"{split}_{kind}.npy" for kind in ("labels", "checksums")}
-    arrays = {}
-    for kind, name in names.items():
-        if name in sealed:
-            try:
-                whole = sources.file_sha256(folder / name) == sealed[name]
-                arrays[kind] = np.load(folder / name, allow_pickle=False)
-            except Exception as error:  # numpy raises nearly everything on damaged files
-                whole = False
-                arrays[kind] = _salvaged(folder / name, shape[0], error, problems)
-            if not whole:
-                problems.append(f"{name} was altered")
+    names = {kind: f"{split}_{kind}.npy" for kind in NUMBERS}
+    arrays = {kind: _numbers(folder / name, kind, shape[0], sealed[name], problems) for kind, name in names.items()
+              if name in sealed}
     try:
         header = path.open("rb").read(HEADER_BYTES)
         size = path.stat().st_size
@@ -718,8 +720,8 @@ def _verify_split(folder, split, manifest, shape, expected):
         return problems + [f"{path.name} was altered"] * (found != expected)
     differ = np.flatnonzero(stored != rows)
     if len(differ):
-        what = ("the pixels" if found != expected else "the label" if "labels" in arrays and _was_altered(problems, names["labels"])
-                else "the checksum")
+        label = any(problem.startswith(names["labels"]) for problem in problems)
+        what = "the pixels" if found != expected else "the label" if label else "the checksum"
         problems.append(f"{split}: {what} of image {', '.join(map(str, differ[:5]))}{', …' * (len(differ) > 5)} "
                         f"({len(differ):,} in all) {'was' if len(differ) == 1 else 'were'} altered")
     elif found != expected:
@@ -727,15 +729,16 @@ def _verify_split(folder, split, manifest, shape, expected):
     return problems
 
 
-def _was_altered(problems, name):
-    return f"{name} was altered" in problems
-
-
-def _salvaged(path, count, error, problems):
-    """The numbers of a .npy file whose header is damaged."""
-    problems.append(f"{path.name}: its header was altered (before image 0)" if path.exists() else f"{path.name} is missing")
-    content = path.read_bytes()[HEADER_BYTES:] if path.exists() else b""
-    return np.frombuffer(content[:8 * count].ljust(8 * count, b"\0"), "<u8" if "checksums" in path.name else "<i8")
+def _numbers(path, kind, count, sha256, problems):
+    """The numbers of a file, as far as they are there; what is wrong with it is added to the problems."""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        size = HEADER_BYTES + 8 * count
+        problems.append(f"{path.name} " + (
+            "is missing" if not path.exists() else f"has {len(content):,} bytes, not {size:,}" if len(content) != size else
+            "was altered" if content[:HEADER_BYTES] == npy_header((count,), NUMBERS[kind]) else
+            "was altered: its header was altered (before image 0)"))
+    return np.frombuffer(content[HEADER_BYTES:].ljust(8 * count, b"\0"), NUMBERS[kind], count)
 
 
 def show(name_or_folder, path, columns=16, rows=4, root=None):
@@ -849,11 +852,20 @@ def main(arguments=None):
 
 @contextlib.contextmanager
 def _interruptible():
+    """Ctrl-C ends in one line; while workers are at it Bar.update raises it, or a lock of the pool would stay locked."""
+    def interrupt(*_):
+        _interrupted.set()
+        if not _pooling.is_set():
+            raise KeyboardInterrupt
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupted.clear()
 
 
 def _show_command(flags):
