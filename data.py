@@ -63,7 +63,7 @@ def _known_sets():
     sets = {
         "cifar10-subset": KnownSet("cifar10-subset", (32, 32, 3), {"train": 2048, "test": 512}, subset),
         "cifar10": KnownSet("cifar10", (32, 32, 3), {"train": 50_000, "test": 10_000},
-                            "cifar-10-binary.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, unpacked"),
+                            "cifar-10-binary.tar.gz of www.cs.toronto.edu/~kriz/cifar.html"),
     }
     for name, num_train, num_test in (("cifar10-animals", 30_000, 6_000), ("cifar10-vehicles", 20_000, 4_000),
                                       ("cifar10-subset-animals", 1_230, 306), ("cifar10-subset-vehicles", 818, 206)):
@@ -76,14 +76,16 @@ def _known_sets():
     for size in (32, 64):
         variants = {
             "imagenet{}-oord": (oord, f"train_{size}x{size}.tar and valid_{size}x{size}.tar "
-                                      "(van den Oord et al. 2016)"),
-            "imagenet{}-chrabaszcz": (full, f"Imagenet{size}_train and _val (Chrabaszcz et al. 2017)"),
-            "imagenet1k-{}-parquet": (full, f"Hugging Face parquet files of {size}-pixel images"),
+                                      f"(van den Oord et al. 2016{'; a torrent' if size == 64 else ''})"),
+            "imagenet{}-chrabaszcz": (full, f"Imagenet{size}_train*.zip and Imagenet{size}_val.zip, pickles or npz "
+                                            "(Chrabaszcz et al. 2017; image-net.org)"),
+            "imagenet1k-{}-parquet": (full, f"parquet files of {size}-pixel images (Hugging Face)"),
         }
         for method in ("box", "lanczos", "bicubic"):
-            variants[f"imagenet1k-{{}}-{method}"] = (full, f"the original ImageNet-1k, {method} filter")
+            variants[f"imagenet1k-{{}}-{method}"] = (full, "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar or folders "
+                                                           f"train and val (image-net.org), {method} filter")
             variants[f"imagenet21k-{{}}-{method}"] = (
-                split_by_us, f"the original ImageNet-21k (winter release), {method} filter")
+                split_by_us, f"class tars or folders of the winter release (image-net.org), {method} filter")
         for name, (counts, source) in variants.items():
             variant = name.split("-")[-1]
             sets[name.format(size)] = KnownSet(variant, (size, size, 3), counts, source)

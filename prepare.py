@@ -24,8 +24,8 @@ import platform
 import re
 import shutil
 import signal
+import sqlite3
 import sys
-import textwrap
 import threading
 import time
 import warnings
@@ -108,7 +108,7 @@ def make_request(name, size=None, resample=None, incomplete=False, test_share=No
 
 # ---- finding the source
 
-def open_source(request, paths, work, tell):
+def open_source(request, paths, work):
     """(Files, Batches or Parquet, the archives that it consists of) of what the user gave. Raises DataError."""
     for path in paths:
         if not path.exists():
@@ -281,7 +281,7 @@ def list_files(request, files, roots, work):
     return request.test_share if held_out else None
 
 
-def check_counts(request, counts, tell):
+def check_counts(request, counts):
     for split in SPLITS:
         if not counts[split]:
             raise DataError(f"{request.name}: there are no {split} images in the source")
@@ -412,6 +412,9 @@ def prepare(request, paths, out, workers, skip_corrupt=False, enlarge=False, tel
         if not (work / MANIFEST).exists():
             _make(request, paths, work, workers, skip_corrupt, enlarge, tell)
         return _publish(out, work)
+    except sqlite3.Error as error:
+        raise DataError(f"{work / 'files.sqlite'}: {error} (is the disk full?): the same command goes on when this is "
+                        "mended") from None
     finally:
         claim.release()
         if (out / MANIFEST).exists() or not any(work.glob("*.json")) and not any(work.glob("*.gz*")):
@@ -429,19 +432,21 @@ def _make(request, paths, work, workers, skip_corrupt, enlarge, tell):
 
     def save():
         write_atomically(work / STATE, json.dumps(state))
-    if not paths:
-        paths = [work / "cifar-10-binary.tar.gz"]
+    url = CIFAR10_URL if not paths else str(paths[0]) if _is_url(paths[0]) else None
+    if url:
+        paths = [work / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{shown(url.rpartition('/')[2])[:80]}.gz"]
         if not paths[0].exists():
-            sources.download(CIFAR10_URL, paths[0], ARCHIVES[paths[0].name], tell)
-    elif re.match("https?://", str(paths[0])):
-        url, paths = str(paths[0]), [work / "download.tar.gz"]
-        if not paths[0].exists():
-            sources.download(url, paths[0], tell=tell)
-    source, roots, archives = open_source(request, paths, work, tell)
+            sources.download(url, paths[0], ARCHIVES["cifar-10-binary.tar.gz"] if url == CIFAR10_URL else None, tell)
+    try:
+        source, roots, archives = open_source(request, paths, work)
+    except DataError:
+        if url:  # so that it is fetched again
+            paths[0].unlink(missing_ok=True)
+        raise
     if roots is not None and not state["listed"]:
         state["held_out_share"] = list_files(request, source, roots, work)
     counts = {split: source.count(split) for split in SPLITS}
-    check_counts(request, counts, tell)
+    check_counts(request, counts)
     if state["archives"] is None:
         state["archives"] = _checksums(request, archives)
         state["listed"] = True
@@ -483,8 +488,12 @@ def _read_state(work, wanted):
     return state
 
 
+def _is_url(path):
+    return re.match("https?://", str(path)) is not None
+
+
 def _stat(path):
-    if re.match("https?://", str(path)):
+    if _is_url(path):
         return str(path)
     try:
         status = path.stat()
@@ -779,7 +788,7 @@ def list_sets(root, tell=print):
     for name, known in SETS.items():
         counts = [f"{count:,}" if count else "13-14 M" if split == "train" else "1/256" for split, count in known.counts.items()]
         tell(f"{name:<28} {known.shape[0]:>6} {counts[0]:>10} {counts[1]:>7}  {_state(name, root)}")
-        tell(textwrap.fill(f"from {known.source}", 110, initial_indent=" " * 4, subsequent_indent=" " * 4))
+        tell(f"    from {known.source}")
     folders = sorted(Path(root).iterdir()) if root and Path(root).is_dir() else []
     for folder in folders:
         if (folder / MANIFEST).exists() and folder.name not in SETS:
@@ -787,6 +796,7 @@ def list_sets(root, tell=print):
                 manifest = read_manifest(folder)
                 tell(f"{manifest['name']:<28} {manifest['shape'][0]:>6} {manifest['counts']['train']:>10,} "
                      f"{manifest['counts']['test']:>7,}  {folder}: variant {manifest['variant']}")
+    tell("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing (cifar10 needs no --source).")
 
 
 def _state(name, root):
@@ -808,7 +818,7 @@ def _state(name, root):
         for folder in (Path(root) / CIFAR10_FOLDER, Path(root)):
             if (folder / "test_batch.bin").exists():
                 return f"here: {folder}"
-    return f"missing: python data.py prepare {name} {'' if name == 'cifar10' else '--source PATH '}--out DIR/{name}"
+    return "missing"
 
 
 # ---- the command line
@@ -886,7 +896,7 @@ def _prepare_command(flags):
     if not flags.source and request.name != "cifar10":
         raise DataError(f"{request.name}: give what you have of it by --source PATH"
                         + (f" ({SETS[request.name].source})" if request.name in SETS else ""))
-    paths = [source if re.match("https?://", source) else Path(source) for source in flags.source]
+    paths = [source if _is_url(source) else Path(source) for source in flags.source]
     if any(isinstance(path, str) for path in paths) and (request.name != "cifar10" or len(paths) > 1):
         raise DataError("--source: a URL is for cifar10, alone; fetch other sets first")
     begun = time.monotonic()

@@ -143,6 +143,37 @@ def test_npy_of_another_kind_is_refused(tmp_path, array):
     assert "\n" not in str(error.value)
 
 
+def test_pick_is_indexing_of_arrays_and_maps(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (50, 8, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "array.npy", array)
+    indices = np.random.default_rng(1).integers(0, 50, 70)
+    for images in (array, np.load(tmp_path / "array.npy", mmap_mode="r"), array[::2], array[:, ::-1]):
+        places = indices % len(images)
+        assert np.array_equal(data.pick(images, places).numpy(), images[places])
+
+
+def test_prepared_cifar10_is_found_by_its_name_with_its_parts(cifar, tmp_path, monkeypatch):
+    images = load_images("cifar10", "test", cifar)
+    folder = tmp_path / "sets" / "cifar10"
+    folder.mkdir(parents=True)
+    for split, array in (("test", images.array), ("train", 255 - images.array)):
+        np.save(folder / f"{split}.npy", array)
+        np.save(folder / f"{split}_labels.npy", images.labels)
+    manifest = {"name": "cifar10", "variant": "cifar10", "checksums": {"train_labels.npy": "", "test_labels.npy": ""},
+                "fingerprints": {split: fingerprint(np.load(folder / f"{split}.npy")) for split in data.SPLITS}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setitem(data.FINGERPRINTS, ("cifar10-vehicles", "test"), "f" * 64)
+    for root in (folder.parent, folder):
+        assert np.array_equal(load_images("cifar10", "test", root).labels, images.labels)
+        assert np.array_equal(load_images("cifar10-vehicles", "test", root).array, images.array[np.isin(images.labels, [0, 1, 8, 9])])
+    np.save(folder / "test_labels.npy", images.labels[1:])
+    with pytest.raises(DataError, match=r"must be int64 \(10000,\)"):
+        load_images("cifar10", "test", folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "checksums": {}}))
+    with pytest.raises(DataError, match="has no labels: prepare it"):
+        load_images("cifar10-vehicles", "test", folder)
+
+
 def test_unknown_names_and_splits_are_refused(tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"not an array")
     for name, split, message in (("cifar-10", "test", "'cifar-10': neither a known set"),

@@ -1,7 +1,7 @@
 """The C kernels say what PyTorch says, to float32 rounding, and step aside where they do not fit."""
-import re
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path

@@ -140,5 +140,5 @@ def test_list_knows_what_is_here(folder, tmp_path, capsys):
     lines = {line.split()[0]: line for line in told.splitlines()}
     assert set(data.SETS) <= set(lines)
     assert "embedded" in lines["cifar10-subset"] and "variant 32px" in lines["six"]
-    assert "missing: python data.py prepare imagenet64-oord --source PATH" in lines["imagenet64-oord"]
-    assert "1,281,149" in lines["imagenet64-oord"] and "missing" in lines["cifar10"]
+    assert "1,281,149" in lines["imagenet64-oord"] and "missing" in lines["imagenet64-oord"]
+    assert "missing" in lines["cifar10"] and "python data.py prepare NAME --source PATH" in told

@@ -128,11 +128,12 @@ def test_ctrl_c_ends_in_one_line(photos, tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_goes_on(photos, tmp_path):
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 22, 2 ** 22))
-    ended = subprocess.run(command(photos, tmp_path / "set"), capture_output=True, text=True, preexec_fn=limit)
-    assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and "File too large" in ended.stderr, ended.stderr
+    for size, reason in ((2 ** 13, "files.sqlite: "), (2 ** 22, "File too large")):
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        ended = subprocess.run(command(photos, tmp_path / "set"), capture_output=True, text=True, preexec_fn=limit)
+        assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and reason in ended.stderr, ended.stderr
     subprocess.run(command(photos, tmp_path / "set"), check=True, capture_output=True)
     subprocess.run(command(photos, tmp_path / "whole"), check=True, capture_output=True)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
