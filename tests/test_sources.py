@@ -484,12 +484,24 @@ def member(name, content=b"", **settings):
     return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
 
 
+def sparse_member(name, size):
+    """A member of a few bytes that says to be one of `size`, nearly all of it holes."""
+    header = bytearray(member(name, type=tarfile.GNUTYPE_SPARSE)[:512])
+    header[124:136] = b"%011o\0" % 512
+    header[386:410] = b"%011o\0%011o\0" % (0, 512)
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(512)
+
+
 GOOD = b"".join(member(name, content) for name, content in own_files().items())
 END = bytes(1024)
 HOSTILE_TARS = {
     "points outside": GOOD + member("train/../../evil.png", b"x") + END, "points outside: it": member("/evil.png", b"x") + GOOD + END,
     "holds a link": GOOD + member("train/l.png", type=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
     "holds a link, train/h.png": GOOD + member("train/h.png", type=tarfile.LNKTYPE, linkname="train/a/0.png") + END,
+    "holds a sparse file": GOOD + sparse_member("train/s.png", 2 ** 32) + END,
     "holds a device": GOOD + member("train/d.png", type=tarfile.CHRTYPE) + END,
     "holds a device, train/f.png": GOOD + member("train/f.png", type=tarfile.FIFOTYPE) + END,
     "declares 4,611,686,018,427,387,904 bytes": GOOD + member("train/s.png", size=2 ** 62) + END,
@@ -509,6 +521,42 @@ def test_hostile_tars_are_refused(reason, pack, tmp_path, capsys):
     code, told, error = run(capsys, "prepare", "photos", "--size", 32, "--source", path, "--out", tmp_path / "set")
     assert code == 1 and reason in error and error.count("\n") <= 1 and str(path) in error
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damage_that_decodes_is_found_by_checksums(tmp_path, capsys):
+    """Pixels that lie in a file as they are: only its checksum tells that one was altered."""
+    png = encoded(TRAIN[0], compress_level=0)
+    with pytest.raises(sources.BadImage, match="is damaged"):
+        sources.decode(altered(png, len(png) // 2), 32)
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in own_files():
+            archive.writestr(name.replace("png", "bmp"), encoded(TRAIN[0], "BMP"))
+    path.write_bytes(altered(path.read_bytes(), 1000))
+    code, _, error = run(capsys, "prepare", "photos", "--size", 32, "--source", path, "--out", tmp_path / "set")
+    assert code == 1 and "its checksum in the zip differs" in error
+
+
+def test_encrypted_zips_are_refused(tmp_path, capsys):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/a.png", encoded(TRAIN[0]))
+    content = path.read_bytes()
+    path.write_bytes(altered(content, content.rindex(b"PK\1\2") + 8))
+    code, _, error = run(capsys, "prepare", "photos", "--size", 32, "--source", path, "--out", tmp_path / "set")
+    assert code == 1 and "train/a.png is encrypted" in error
+
+
+@pytest.mark.parametrize("start", [0, 3, 512, 700, 701, 1099])
+def test_batches_go_on_from_any_image(start, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 256, (1100, 1 + 12), dtype=np.uint8)
+    rows.tofile(tmp_path / "rows")
+    batches = sources.Batches({"train": [sources.Batch(str(tmp_path / "rows"), 0, 700, 1, None),
+                                         sources.Batch(str(tmp_path / "rows"), 700 * 13, 400, 1, None)]}, 2)
+    done = [read(piece, 2, None, False) for read, piece in batches.pieces("train", start)]
+    wanted = rows[start:, 1:].reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1)
+    assert b"".join(pixels for pixels, *_ in done) == wanted.tobytes()
+    assert [label for _, labels, *_ in done for label in labels] == rows[start:, 0].tolist()
 
 
 def test_bombs_are_refused(tmp_path, capsys, monkeypatch):
