@@ -525,9 +525,13 @@ def test_hostile_tars_are_refused(reason, pack, tmp_path, capsys):
 
 def test_damage_that_decodes_is_found_by_checksums(tmp_path, capsys):
     """Pixels that lie in a file as they are: only its checksum tells that one was altered."""
-    png = encoded(TRAIN[0], compress_level=0)
-    with pytest.raises(sources.BadImage, match="is damaged"):
-        sources.decode(altered(png, len(png) // 2), 32)
+    png, refused = encoded(TRAIN[0]), 0
+    for place in range(len(png) - 200, len(png)):  # Pillow stops reading where the last row is full
+        try:
+            assert np.array_equal(sources.decode(altered(png, place), 32)[0], TRAIN[0]), place
+        except sources.BadImage:
+            refused += 1
+    assert refused > 150
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in own_files():
