@@ -15,6 +15,7 @@ models/proj/jet/jet.py), and tests/test_parity.py holds this file to its numbers
 Shapes: B batch, C x H x W image, N tokens on an (H/p, W/p) grid, D = C*p*p values per token
 (p is the patch size), E width of the network, K attention heads.
 """
+import contextlib
 import dataclasses
 import math
 
@@ -370,6 +371,12 @@ class ActNorm(nn.Module):
         return z * (-self.log_scale).exp() - self.bias, logdet
 
 
+def _no_autocast(device):
+    """Within, products are in the type of their factors; nothing to do on a device without autocast, like meta."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
 class InvertibleDense(nn.Module):
     """Glow's invertible 1x1 convolution on a token's values: z = W x, W = P L U, a rotation at first.
 
@@ -388,18 +395,19 @@ class InvertibleDense(nn.Module):
         self.upper = nn.Parameter(upper.triu(1))
 
     def _factors(self):
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower)).to(self.lower)
+        identity = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        lower = self.lower.tril(-1) + identity
         return lower, self.upper.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
 
     def forward(self, x):
         lower, upper = self._factors()
-        with torch.autocast(x.device.type, enabled=False):  # log-det must fit what is applied
+        with _no_autocast(x.device):  # log-det must fit what is applied
             z = (x @ (lower @ upper).T).index_select(2, self.order)
         return z, (x.shape[1] * self.log_diagonal.sum()).expand(len(x))
 
     def inverse(self, z):
         lower, upper = self._factors()
-        with torch.autocast(z.device.type, enabled=False):
+        with _no_autocast(z.device):
             x = z.index_copy(2, self.order, z).flatten(0, 1).T  # undo P; (D, B*N)
             x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, x, upper=True).T.reshape(z.shape)

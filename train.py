@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 import distributed
 import kernels
+from graphs import Graphed
 from convert import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, CheckpointError, load_jet, load_weights, read_tensors,
                      weights_checksum)
 from data import (DataError, dequantize, evaluation_noise, free_bytes, image_shape, load_images, pinned, prefetch,
                   training_batch, training_batches)
-from jet import Jet, JetConfig, bits_per_dim, check_settings, setting
+from jet import Jet, JetConfig, bits_per_dim, check_settings, forward_flops, setting
 from run_folder import (CONFIG_NAME, DONE_NAME, ERROR_NAME, PREVIOUS_NAME, BusyError, Claim, RunLog, TrainingError, one_line,
                         read_checkpoint, read_done, record_error, save_checkpoint, write_atomically)
 
@@ -42,6 +43,9 @@ ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
 COMMIT_FILE = ROOT / ".commit.json"  # in a copy of the code, which is no git checkout
 SWITCH = ("auto", "on", "off")
+DAY_S = 86_400
+SLOWEST_FLOPS = 5e9  # FLOP/s that every CPU has: a recipe that takes less than a day at this needs no estimate
+CPU_SHARE = 0.5  # of the matrix-product rate in training (results/throughput_cpu.csv: 46 and 62 %)
 TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test images to show overfitting
 
 
@@ -68,8 +72,9 @@ class TrainConfig:
     beta2: float = setting(0.95, "Adam's decay of the second moment")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
     clip_norm: float = setting(1.0, "gradients are clipped to this global norm")
-    precision: str = setting("float32", "float32; bfloat16: autocast of the couplings' networks in training, all else "
-                             "stays float32; float64: of everything (slow, for checks)",
+    precision: str = setting("float32", "bfloat16: the couplings' networks multiply in it in training, as in the official "
+                             "run (on TPUs), and all else stays float32: for GPUs; float32: faster on CPUs; "
+                             "float64: everything in it (slow, for checks)",
                              ("float32", "bfloat16", "float64"))
     seed: int = setting(0, "of weights, data order and training noise", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
@@ -116,14 +121,24 @@ def learning_rate(step, config):
     return config.lr * schedule(step, config.total_steps, config.warmup_fraction)
 
 
-def make_optimizer(parameters, config):
+def make_optimizer(parameters, config, graph=False):
     """Adam with decoupled weight decay on every parameter.
 
     The official decay is multiplied by the relative schedule but not by lr; torch's AdamW multiplies
-    by both, hence the division. Set lr to learning_rate(step, config) before each step.
+    by both, hence the division. training_step sets lr to learning_rate(step, config).
+    graph: for a CUDA graph, lr is a float32 tensor on the weights' device.
     """
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=(config.beta1, config.beta2),
-                             eps=config.adam_eps, weight_decay=config.weight_decay / config.lr, fused=True)
+    parameters = list(parameters)
+    lr = torch.tensor(config.lr, device=parameters[0].device) if graph else config.lr
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+                                  weight_decay=config.weight_decay / config.lr, fused=True, capturable=graph)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps run as they are, on purpose
+    return optimizer
+
+
+def networks_in(precision, device):
+    """Within, the couplings' networks multiply in bfloat16 if that is the precision; all else stays as it is."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 def add_gradients(model, x, config, micro_batch=None):
@@ -137,7 +152,7 @@ def add_gradients(model, x, config, micro_batch=None):
     for number, piece in enumerate(pieces, 1):
         # DistributedDataParallel takes the mean over processes, in backward of the last piece
         with model.no_sync() if processes > 1 and number < len(pieces) else contextlib.nullcontext():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with networks_in(config.precision, x.device):
                 share = bits_per_dim(*model(piece)).sum() / num_images
             (share * processes if processes > 1 else share).backward()
         loss += share.detach()
@@ -151,16 +166,45 @@ def training_step(model, optimizer, x, step, config, micro_batch=None):
     has one which is not finite, the optimizer updates nothing: weights and moments stay as they were.
     model, micro_batch: see add_gradients.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
+    set_learning_rate(optimizer, learning_rate(step, config))
     optimizer.zero_grad()
+    return update(model, optimizer, x, config, micro_batch)
+
+
+def set_learning_rate(optimizer, value):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it from there
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def update(model, optimizer, x, config, micro_batch=None):
+    """training_step at the optimizer's learning rate, from no gradients: all of it happens on x's device."""
     loss = add_gradients(model, x, config, micro_batch)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
     # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it stays so.
-    optimizer.found_inf = torch.maximum(failed, getattr(optimizer, "found_inf", failed))
+    if not hasattr(optimizer, "found_inf"):
+        optimizer.found_inf = failed
+    torch.maximum(failed, optimizer.found_inf, out=optimizer.found_inf)
     optimizer.step()
     return loss, grad_norm
+
+
+def make_step(model, optimizer, config, micro_batch=None, graph=False):
+    """step(x, number) -> (loss, gradient norm): training_step, or the same as one CUDA graph (graphs.py).
+
+    A graph needs make_optimizer(..., graph=True), one process, a GPU, and batches of one shape.
+    """
+    if not graph:
+        return lambda x, number: training_step(model, optimizer, x, number, config, micro_batch)
+    graphed = Graphed(lambda x: update(model, optimizer, x, config, micro_batch), optimizer.zero_grad)
+
+    def step(x, number):
+        set_learning_rate(optimizer, learning_rate(number, config))
+        return graphed(x)
+    return step
 
 
 def read_steps(pending, config):
@@ -251,7 +295,7 @@ def activation_bytes(jet, precision):
             return tensor.detach()
         x = weight.new_zeros(num_images, *jet.config.image_shape)
         with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-              torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")):
+              networks_in(precision, device)):
             graph = bits_per_dim(*two(x))  # holds the storages: no address is used twice
         return sum(storages.values())
     return (kept(2) - kept(1)) * len(jet.couplings) / 2
@@ -327,7 +371,7 @@ class Stopped(Exception):
 
 @_outside_errors()
 @_full_float32()
-def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, device="auto", threads=1, compile=False,
+def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, device="auto", threads=1, compile=False, graph=False,
           micro_batch=None, checkpoint_activations="auto", checkpoint_every_s=None, requests=None, wait_s=0,
           label="", quiet=False, echo=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
@@ -335,7 +379,7 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
     config: TrainConfig. run_dir: gets the files that run_folder.py lists; the last two checkpoints are kept.
     stop_after: stop with a checkpoint once this many steps are done in all. init_from: run folder or weight file
     that holds config.init's weights; needed to begin such a run, not to resume it. device (auto, cpu, cuda),
-    threads and kernels (of the CPU), compile, micro_batch (images in a process's memory at a time; None: the
+    threads and kernels (of the CPU), compile, graph (each step one CUDA graph), micro_batch (images in a process's memory at a time; None: the
     checkpoint's, else what fits) and the number of processes (distributed.py) decide rounding; all else that
     decides the result is in config. checkpoint_activations (auto, on, off) trades time for memory.
     checkpoint_every_s: None is a minute, or 20 times what the last one took, if that is more.
@@ -352,14 +396,14 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
     distributed.from_first(_refuse_other_config, run_dir, config)
     if (done := distributed.from_first(read_done, run_dir)) is not None:
         return done
-    device = pick_device(device)
+    device = pick_device(device, graph)
     check_place(threads, micro_batch, checkpoint_activations, checkpoint_every_s)
     if (processes := distributed.size()) > config.batch_size:
         raise TrainingError(f"{processes} processes for a batch of {config.batch_size} images: at most one for each")
     torch.set_num_threads(threads)
     images = {split: load_images(config.data, split, data_root) for split in ("train", "test")}
     jet = _first_jet(config, images["train"], init_from, run_dir).to(device, DTYPES[config.precision])
-    optimizer = make_optimizer(jet.parameters(), config)
+    optimizer = make_optimizer(jet.parameters(), config, graph)
     stop = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
 
     with (_claimed(run_dir, config, wait_s, echo) as (claim, log),
@@ -383,6 +427,8 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
                       f"{hardware(device)}, torch {torch.__version__}, {_cpu_kernels(device) or 'cuda'} kernels, "
                       f"commit {' '.join(git_commit())}")
             log.write(line)
+            for line in advice(config, device):
+                (log.write if quiet or label else log.tell)(line)
         if not first and config.model.actnorm and not config.init:
             x = training_batch(images["train"], config.batch_size, config.seed, 0, device)
             jet.initialize(x.to(DTYPES[config.precision]))
@@ -391,6 +437,7 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
         model = distributed.wrap(jet)
         distributed.copy_moments(optimizer)
         pieces = {"micro_batch": state["micro_batch"]} if state["micro_batch"] < config.batch_size / processes else {}
+        take_step = make_step(model, optimizer, config, graph=graph, **pieces)
 
         def save():
             claim.check()
@@ -413,7 +460,7 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
                     # DistributedDataParallel sorts gradients into other buckets after its first backward, and adds
                     # them up in another order: without one to throw away, a restart would not give the same bits.
                     add_gradients(model, x, config, **pieces)
-                pending.append((step, *training_step(model, optimizer, x, step, config, **pieces)))
+                pending.append((step, *take_step(x, step)))
                 bar.update()
                 taken, now = step + 1, time.monotonic()
                 every = max(60, 20 * save_seconds) if checkpoint_every_s is None else checkpoint_every_s
@@ -459,6 +506,7 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
                 "weights_sha256": weights_checksum(jet), "num_params": sum(parameter.numel() for parameter in jet.parameters()),
                 "train_seconds": state["seconds"], "first_step_seconds": first_step_seconds,
                 "micro_batch": state["micro_batch"], "checkpoint_activations": jet.checkpoint_activations,
+                "compile": compile, "graph": graph,
                 "hosts": hosts, "peak_memory_gib": distributed.agree(peak_memory_gib(device))[0],
                 **_provenance(images, device, threads)}
 
@@ -503,7 +551,7 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
         noise = evaluation_noise(range(start, start + len(pixels)), array.shape[1:], seed, draw)
         return pinned(pixels, device), pinned(noise.numpy(), device)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with networks_in(precision, device):
         if batch_size is None and device.type == "cpu":
             batch_size = 128
         elif batch_size is None:
@@ -517,8 +565,7 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
                 if number == len(ours):  # the other processes have one more
                     break
                 pixels, noise = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                z, logdet = jet(dequantize(pixels, noise.to(weight.dtype)).permute(0, 3, 1, 2))
-                results.append(torch.stack([bits_per_dim(z, logdet).double(), logdet.double()]))
+                results.append(measure(jet, pixels, noise.to(weight.dtype)))
                 if device.type == "cuda" and len(results) % 16 == 0:
                     torch.cuda.synchronize(device)  # bounds the pinned memory of batches that wait for their copy
     table = torch.zeros(2, draws, len(array), dtype=torch.float64)  # exact when added up: others hold zeros
@@ -534,6 +581,15 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
               "bits_per_dim_se": float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else math.nan,
               "num_images": len(bits), "logdet_nats": float(logdets.mean())}
     return {**result, "bits_per_dim_per_image": bits} if per_image else result
+
+
+def measure(jet, pixels, noise):
+    """Bits/dim and log-det (2, B), float64, of uint8 pixels with their noise in [0, 1), both (B, H, W, C).
+
+    All of it happens on their device.
+    """
+    z, logdet = jet(dequantize(pixels, noise).permute(0, 3, 1, 2))
+    return torch.stack([bits_per_dim(z, logdet).double(), logdet.double()])
 
 
 def _batch_that_fits(jet, shape, weight):
@@ -691,10 +747,11 @@ def check_place(threads, micro_batch, checkpoint_activations, checkpoint_every_s
         raise TrainingError(f"checkpoint_activations={checkpoint_activations!r}: must be auto, on or off")
 
 
-def pick_device(device):
+def pick_device(device, graph=False):
     """auto, cpu or cuda -> torch.device; cuda that is not there is an error. A CPU's kernels are built here.
 
-    Of several processes on a machine each takes a GPU of its own.
+    Of several processes on a machine each takes a GPU of its own. graph: whether steps are to be CUDA graphs, which
+    need a GPU and one process.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -702,6 +759,9 @@ def pick_device(device):
         raise TrainingError(f"device {device!r}: must be auto, cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         raise TrainingError(f"device {device!r}: torch {torch.__version__} sees no GPU here: use --device cpu, or a machine with one")
+    if graph and (device == "cpu" or distributed.size() > 1):
+        found = "the device is cpu" if device == "cpu" else f"{distributed.size()} processes are at this run"
+        raise TrainingError(f"graph: a CUDA graph needs a GPU and one process, and {found}: leave out --graph")
     try:
         if device == "cpu":
             kernels.name()
@@ -712,6 +772,36 @@ def pick_device(device):
         return torch.empty(0, device=device).device
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+def advice(config, device):
+    """Lines on what a user may not expect of this configuration on a CPU."""
+    if device.type != "cpu" or not config.total_steps:
+        return []
+    lines = []
+    if config.precision == "bfloat16":
+        lines.append("precision bfloat16 is slower than float32 on a CPU (--precision float32 is another run)")
+    flops = train_flops(config)
+    if flops > DAY_S * SLOWEST_FLOPS and (days := flops / (CPU_SHARE * matmul_rate()) / DAY_S) > 1:
+        size = f"{config.total_steps:,} steps of {config.batch_size:,} images, {flops:.2g} FLOPs"
+        lines.append(f"this recipe takes about {days:,.{0 if days >= 10 else 1}f} days on this CPU ({size}): fewer "
+                     "--total_steps or a smaller --model.num_couplings make it shorter, a GPU faster")
+    return lines
+
+
+def train_flops(config):
+    """Three times the forward pass, by definition (backward counts two), over all images seen."""
+    return 3 * forward_flops(config.model) * config.batch_size * config.total_steps
+
+
+def matmul_rate(size=1024):
+    """FLOP/s of this CPU in a float32 matrix product with torch's threads, measured in a fraction of a second."""
+    a, seconds = torch.randn(size, size), []
+    for _ in range(4):  # the first warms up
+        begun = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size ** 3 / min(seconds)
 
 
 def hardware(device):
@@ -835,6 +925,8 @@ def add_place_flags(parser, threads="1"):
     parser.add_argument("--threads", type=int, help="CPU threads of a run; equal bits need equal threads, and several "
                         f"threads need idle cores (default: {threads})")
     parser.add_argument("--compile", action="store_true", help="torch.compile the couplings (for GPUs)")
+    parser.add_argument("--graph", action="store_true", help="each training step as one CUDA graph: for small models, which "
+                        "are bound by launches")
     parser.add_argument("--micro-batch", type=int, metavar="N",
                         help="images in memory at a time; gradients add up over the batch (default: what fits)")
     parser.add_argument("--checkpoint-activations", choices=SWITCH, default="auto",
@@ -845,7 +937,7 @@ def add_place_flags(parser, threads="1"):
 
 def place_options(flags):
     """What add_place_flags parsed, as train's keyword arguments."""
-    names = ("data_root", "device", "threads", "compile", "micro_batch", "checkpoint_activations", "checkpoint_every_s")
+    names = ("data_root", "device", "threads", "compile", "graph", "micro_batch", "checkpoint_activations", "checkpoint_every_s")
     return {name: flags[name] for name in names if flags[name] is not None}
 
 

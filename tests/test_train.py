@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data as data_module
+import graphs
 import train as train_module
 from convert import CheckpointError, load_jet, read_tensors
 from data import dequantize, evaluation_noise, load_images, training_batch
@@ -680,3 +681,63 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
                                      tmp_path / str(couplings)], cwd=ROOT, capture_output=True, text=True).stdout)
                  for couplings in (4, 16))
     assert 10 * 2 ** 20 < few and many < 1.25 * few, (few, many)
+
+
+def test_a_recipe_of_more_than_a_day_says_so_before_its_first_step(tmp_path, config, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "matmul_rate", lambda: 1e8)
+    long = dataclasses.replace(config, total_steps=10 ** 9)
+    days = train_module.train_flops(long) / 5e7 / 86_400
+    with pytest.raises(SystemExit):  # before step 1 is what counts
+        monkeypatch.setattr(train_module, "training_step", lambda *arguments: sys.exit())
+        train(long, tmp_path / "long")
+    said = capsys.readouterr().err
+    assert f"about {days:,.0f} days on this CPU" in said and "1,000,000,000 steps of 16 images" in said
+    assert f"{train_module.train_flops(long):.2g} FLOPs" in said
+    assert train_module.advice(dataclasses.replace(config, total_steps=100), torch.device("cpu")) == []
+    assert train_module.advice(long, torch.device("cuda")) == []
+
+
+def test_bfloat16_on_a_cpu_says_in_one_line_that_float32_is_faster(config):
+    rounded = dataclasses.replace(config, precision="bfloat16")
+    line, = train_module.advice(rounded, torch.device("cpu"))
+    assert "slower than float32" in line and "\n" not in line
+    assert train_module.advice(config, torch.device("cpu")) == []
+
+
+def test_a_graph_needs_a_gpu(tmp_path, config):
+    with pytest.raises(TrainingError, match="needs a GPU and one process, and the device is cpu"):
+        train(config, tmp_path / "run", device="cpu", graph=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recorded_step_is_the_step(config, monkeypatch):
+    """What a CUDA graph replays, with a stand-in for it: the same function on the same tensors, in place."""
+    def record(function, x):
+        outputs = tuple(x.new_zeros(()) for _ in range(2))
+
+        def replay():
+            optimizer.zero_grad()
+            for output, value in zip(outputs, function(x)):
+                output.copy_(value)
+        return replay, outputs
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs.Graphed, "_run_aside", lambda self, x: self.function(x))
+    images = load_images(config.data, "train")
+    config, ends = dataclasses.replace(config, total_steps=12), {}
+    for graph in (False, True):
+        torch.manual_seed(0)
+        jet = Jet(config.model).double()  # else the noise of key biases, whose gradient is 0, is all that differs
+        optimizer = train_module.make_optimizer(jet.parameters(), config, graph)
+        step = train_module.make_step(jet, optimizer, config, graph=graph)
+        batches = [training_batch(images, config.batch_size, 0, number).double() for number in range(6)]
+        batches[5] = batches[5] * float("nan")  # nothing is updated from it on
+        results = [step(x, number) for number, x in enumerate(batches + batches[:1], 1)]
+        assert len({loss.data_ptr() for loss, _ in results}) == len(results)  # none is overwritten by the next
+        ends[graph] = results, [parameter.detach() for parameter in jet.parameters()]
+    for eager, recorded in zip(ends[False][0][:5], ends[True][0][:5]):
+        torch.testing.assert_close(recorded, eager, rtol=1e-6, atol=0)
+    assert not ends[True][0][5][0].isfinite()
+    for eager, recorded in zip(ends[False][1], ends[True][1]):
+        torch.testing.assert_close(recorded, eager, rtol=0, atol=1e-7)  # lr is float32
+    with pytest.raises(ValueError, match="of shape"):
+        step(batches[0][:3], 8)
