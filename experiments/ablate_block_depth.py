@@ -26,7 +26,7 @@ BASE = {
         data="cifar10", batch_size=32, total_steps=350, lr=3e-3,
         model=JetConfig(image_size=32, num_couplings=12, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(
-        data="cifar10", batch_size=256, total_steps=800, lr=1e-3, precision="bfloat16",
+        data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
         model=JetConfig(image_size=32, num_couplings=16, emb_dim=256, num_heads=4)),
     "paper": sweep.at_paper_scale(TrainConfig(data="imagenet21k-32-box")),
 }

@@ -29,7 +29,7 @@ BASE = {
     "medium": TrainConfig(
         data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
         model=JetConfig(image_size=32, num_couplings=32, block_depth=1, emb_dim=256, num_heads=4)),
-    "paper": TrainConfig(data="imagenet64-oord"),  # the official recipe
+    "paper": sweep.at_paper_scale(TrainConfig(data="imagenet64-oord")),  # the official recipe
 }
 KINDS = {"channel-only": ("channels",), "spatial-only": ("spatial",),
          **{f"{n}:1": ("channels",) * n + ("spatial",) for n in (8, 4, 2, 1)}}

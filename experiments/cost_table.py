@@ -1,6 +1,6 @@
 """What paper scale needs: memory, hours and gradient traffic, as Markdown for the README.
 
-    python experiments/cost_table.py      # a minute, no GPU
+    python experiments/cost_table.py      # half a minute, no GPU
 
 Rows of results/throughput_<device>.csv are marked measured. All else is computed, and each table names its assumptions.
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ CARDS = (24, 80, 141)  # GB, 1e9 bytes
 CONTEXT = 1e9  # bytes of a card that CUDA, its libraries and fragments take (assumed)
 MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9  # bytes/s of a GPU: HBM3, to its node, to other nodes (400 Gb/s)
 NODE, BUCKET = 8, 25 * 2 ** 20  # GPUs of a node; bytes of the last gradients, which nothing is left to hide behind
+PRECISIONS = ("float32", "bfloat16")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -33,23 +35,26 @@ def saved_bytes(config, precision, batch_size):
     """Bytes that a forward pass of a Jet keeps for backward, each storage once, without parameters and buffers.
 
     Those of PyTorch's own kernels: float32 is run in float64 and halved, since a CPU has kernels of its own for it.
+    Nothing is computed: the tensors have sizes and no values.
     """
-    model, storages = Jet(config), {}
     autocast = precision == "bfloat16"
-    model = model if autocast else model.double()
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    dtype, storages = torch.float32 if autocast else torch.float64, {}
+    with torch.device("meta"):
+        model = Jet(config).to(dtype)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage._cdata] = storage  # held, so that no address is used twice
         return tensor
-    x = torch.rand(batch_size, *config.image_shape, dtype=torch.float32 if autocast else torch.float64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast(
-            "cpu", torch.bfloat16, enabled=autocast):
-        kept = model(x)  # its graph keeps what was saved: no address is used twice
-    del kept
-    return sum(storages.values()) // (1 if autocast else 2)
+    with (FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+          torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)):
+        x = torch.empty(batch_size, *config.image_shape, dtype=dtype)
+        weights = {name: torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
+                   for name, value in (*model.named_parameters(), *model.named_buffers())}
+        torch.func.functional_call(model, weights, x)
+    for tensor in weights.values():
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values()) // (1 if autocast else 2)
 
 
 def coupling_bytes(config, precision):
@@ -133,7 +138,7 @@ def memory_table(measured):
              + " | training images/s |", "| --- | --- | --- | --- | " + "--- | " * len(CARDS) + "--- |"]
     for size, changes in SIZES.items():
         config = JetConfig(**changes)
-        for precision in PEAKS:
+        for precision in PRECISIONS:
             per_coupling, fixed = coupling_bytes(config, precision), fixed_bytes(config, precision)
             for checkpointing in (False, True):
                 per_image = image_bytes(config, precision, checkpointing, per_coupling)

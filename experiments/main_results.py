@@ -29,7 +29,7 @@ BASE = {
     "paper": TrainConfig(),
 }
 STEPS = {  # pretraining, the target set
-    "smoke": (160, 40), "small": (1000, 250), "medium": (2000, 500)}
+    "smoke": (160, 40), "small": (1000, 250), "medium": (2000, 1000)}
 PAPER_EPOCHS = {"imagenet21k": (50, None), "imagenet32": (200, 20), "imagenet64": (200, 20), "cifar10": (200, 100)}
 
 

@@ -23,7 +23,8 @@ from train import TrainConfig
 BASE = {
     "smoke": TrainConfig(batch_size=16, total_steps=80, lr=4e-3, model=JetConfig(image_size=32)),
     "small": TrainConfig(batch_size=32, total_steps=400, lr=3e-3, model=JetConfig(image_size=32)),
-    "medium": TrainConfig(batch_size=256, total_steps=800, lr=1e-3, precision="bfloat16", model=JetConfig(image_size=32)),
+    "medium": TrainConfig(batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
+                          model=JetConfig(image_size=32)),
     "paper": TrainConfig(),
 }
 HEAD_DIM = compare_vit_cnn.HEAD_DIM

@@ -2,6 +2,7 @@
 
 An experiment declares a pure function configs(scale) -> [Point]; main() does the rest, here or on a cluster.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,17 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import SETS, load_images
 from experiments import cluster, watch
-from jet import Jet, forward_flops
+from jet import Jet, JetConfig, forward_flops
 from paper_figures import style
 from paper_figures.results_csv import KEY, ResultsError, columns, read_results
 from run_folder import (DONE_NAME, ERROR_NAME, BusyError, is_running, locked, one_line, read_done, read_error, record_error,
                         remove_leftovers, write_atomically)
-from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, one_line_errors,
-                   pick_device, place_options, train)
+from train import (ArgumentParser, Requests, TrainConfig, TrainingError, add_place_flags, check_place, hardware,
+                   one_line_errors, pick_device, place_options, train)
 
 THREADS = {"smoke": 1, "small": 1, "medium": 2, "paper": 2}  # small models gain little from two, and threads that
 # wait for a core which another process has cost more than a factor of ten; --jobs uses all cores
-GPU_PEAKS = {"float32": 67e12, "bfloat16": 989e12}  # FLOP/s of an H100 SXM, dense, by its data sheet
+# FLOP/s of an H100 SXM, dense, by its data sheet; the precisions that a grid can be trained in
+GPU_PEAKS = {"float32": 67e12, "bfloat16": 989e12, "float64": 67e12}
 GPU_SHARE = 0.4  # of that peak (assumed): the goal
 
 
@@ -44,10 +47,15 @@ class Point:
     config: TrainConfig
     after: "Point | None" = None
 
-    def run(self, seed, runs_dir):
-        """The run of a seed; one that begins with another's weights takes those of the same seed."""
-        after = self.after and self.after.run(seed, runs_dir)
-        config = dataclasses.replace(self.config, seed=seed, **({"init": after.config.hash} if after else {}))
+    def run(self, seed, runs_dir, precision=None):
+        """The run of a seed; one that begins with another's weights takes those of the same seed.
+
+        precision: of both; None is the configuration's own.
+        """
+        after = self.after and self.after.run(seed, runs_dir, precision)
+        config = dataclasses.replace(
+            self.config, seed=seed, precision=precision or self.config.precision,
+            **({"init": after.config.hash} if after else {}))
         return Run(point=self, config=config, runs_dir=runs_dir, after=after)
 
 
@@ -151,11 +159,16 @@ def steps(name, epochs, batch_size=TrainConfig.batch_size):
 
 
 def at_paper_scale(config, epochs=None):
-    """The configuration for its image set as in the paper: 256 tokens, 200 epochs, of ImageNet-21k 50."""
+    """The configuration for its image set as in the paper: 256 tokens, 200 epochs, of ImageNet-21k 50.
+
+    The networks are in bfloat16: the official run multiplies in it, a TPU's default precision, with
+    parameters, affine map and log-det in float32.
+    """
     size = SETS[config.data].shape[0]
     epochs = epochs or (50 if config.data.startswith("imagenet21k") else 200)
-    return dataclasses.replace(config, total_steps=steps(config.data, epochs, config.batch_size),
-                               model=dataclasses.replace(config.model, image_size=size, patch_size=size // 16))
+    model = dataclasses.replace(config.model, image_size=size, patch_size=size // 16)
+    return dataclasses.replace(config, model=model, precision="bfloat16",
+                               total_steps=steps(config.data, epochs, config.batch_size))
 
 
 def gpu_hours(flops, precision):
@@ -168,8 +181,56 @@ def number(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def print_plan(runs, images_per_s, processes, gpus):
-    """Runs, sizes and cost. images_per_s: of one process, or None: measured on the runs that are done."""
+def flops_per_s(result):
+    """Training FLOP/s of each process of a finished run. result: what done.json holds."""
+    flops = train_flops(TrainConfig.from_dict(result["config"]))
+    return flops / result["train_seconds"] / (result.get("processes") or 1)
+
+
+def measured_rate(config, done):
+    """The training FLOP/s that a process of a run (on GPUs: a GPU) may expect; None where nothing tells.
+
+    Those of the finished run whose FLOPs per image are nearest, by ratio; of several such runs, their
+    median. done: what done.json holds of runs on one kind of hardware; where some of them are in the
+    config's precision, only those count.
+    """
+    done = [result for result in done if result["config"]["total_steps"]]  # else it was only evaluated
+    done = [result for result in done if result["config"]["precision"] == config.precision] or done
+    if not done:
+        return None
+    wanted = forward_flops(config.model)
+    far = [abs(math.log(forward_flops(JetConfig(**result["config"]["model"])) / wanted))
+           for result in done]
+    return statistics.median(flops_per_s(result) for result, distance in zip(done, far)
+                             if distance == min(far))
+
+
+def trained(runs):
+    """What done.json holds of those of the runs that were trained to their end."""
+    results = []
+    for run in runs:
+        with contextlib.suppress(TrainingError):  # damaged: its status tells
+            results.append(read_done(run.folder))
+    return [result for result in results if result and result["config"]["total_steps"]]
+
+
+def on_one_hardware(done, device):
+    """Those of the finished runs that count, and their kind of hardware, (device type, name).
+
+    It is the device's where there are any, else the one with most of them.
+    """
+    kinds = collections.Counter((result["device"], result["hardware"]) for result in done)
+    here = device.type, hardware(device)
+    kind = here if here in kinds else max(kinds, key=kinds.get)
+    return [result for result in done if (result["device"], result["hardware"]) == kind], kind
+
+
+def print_plan(runs, done, device, images_per_s, processes):
+    """Runs, sizes and cost.
+
+    done: what done.json holds of finished runs, which tell the hours, rather of those on the device's
+    kind of hardware. images_per_s: of one GPU, instead of them.
+    """
     found = watch.statuses(runs)
     flops = [train_flops(run.config) for run in runs]
     same_images = len({(run.config.data, run.config.total_steps, run.config.batch_size) for run in runs}) == 1
@@ -190,21 +251,32 @@ def print_plan(runs, images_per_s, processes, gpus):
     other = "" if precision == "bfloat16" else f"; {number(gpu_hours(sum(flops), 'bfloat16'))} in bfloat16"
     print(f"{number(gpu_hours(sum(flops), precision))} GPU-hours in all: computed, not measured, for an H100 at "
           f"{GPU_SHARE:.0%} (assumed) of its peak in {precision}{other}")
-    done = [read_done(run.folder) for run, status in zip(runs, found) if status.state == "done" and run.config.total_steps]
-    speed, source = images_per_s, "given"
-    if not speed and done:
-        speed = pd.Series([result["config"]["total_steps"] * result["config"]["batch_size"]
-                           / max(result["train_seconds"], 1e-9) / (result.get("processes") or 1) for result in done]).median()
-        source = f"measured in {len(done)} runs that are done, on {done[0]['hardware']}"
-        gpus = done[0]["device"] == "cuda"
-    if speed:
-        left = sum((run.config.total_steps - status.step) * run.config.batch_size for run, status in zip(runs, found))
-        unit, one = ("GPU-hours", "GPU") if gpus or images_per_s else ("CPU-process-hours", "process")
-        hours = left / speed / 3600
-        print(f"{hours:,.{1 if hours >= 10 else 3}f} {unit} to go, of training, at {speed:,.0f} images/s a {one} ({source})"
-              + (f"; {processes} processes to a run" if processes > 1 else ""))
+    left = [(run.config, (run.config.total_steps - status.step) * run.config.batch_size)
+            for run, status in zip(runs, found)]
+    print(hours_to_go(left, done, device, images_per_s)
+          + (f"; {processes} processes to a run" if processes > 1 else ""))
+
+
+def hours_to_go(left, done, device, images_per_s):
+    """The line that tells the hours of training of [(config, images that it has yet to see)]."""
+    if images_per_s:
+        seconds, unit = sum(images for _, images in left) / images_per_s, "GPU-hours"
+        source = f"at {images_per_s:,.0f} images/s a GPU (given)"
+    elif done:
+        mine, (kind, name) = on_one_hardware(done, device)
+        seconds = sum(3 * forward_flops(config.model) * images / measured_rate(config, mine)
+                      for config, images in left if images)
+        rates = [flops_per_s(result) for result in mine]
+        unit, one = ("GPU-hours", "GPU") if kind == "cuda" else ("CPU-process-hours", "process")
+        others = len(done) - len(mine)
+        source = (f"each run as fast as the one nearest in FLOPs an image (measured in {len(mine)} runs "
+                  f"that are done, on {name}: {min(rates):.3g} to {max(rates):.3g} FLOP/s a {one}"
+                  + (f"; {others} on other hardware do not count)" if others else ")"))
     else:
-        print("measured hours: not known before a run is done here; --images-per-s N tells them from the speed of one GPU")
+        return ("measured hours: not known before a run is done here; --images-per-s N tells them from "
+                "the speed of one GPU")
+    hours = seconds / 3600
+    return f"{hours:,.{1 if hours >= 10 else 3}f} {unit} to go, of training, {source}"
 
 
 def print_table(rows, swept):
@@ -346,11 +418,26 @@ def collect(runs, experiment, scale, swept, csv, pieces=(), varying=()):
     return rows
 
 
+def refuse_other_precision(runs, folder, name):
+    """Raise ResultsError where a CSV of this name, or a shard's, would lose runs of another precision."""
+    mine = runs[0].config.precision
+    for path in sorted(folder.glob(f"{name}.*csv")):
+        found = set()
+        with contextlib.suppress(OSError, ValueError):  # no CSV of ours: it is told where it is read
+            rows = pd.read_csv(path, usecols=["precision"], dtype=str)
+            found = set(rows["precision"].dropna()) - {mine}
+        if found:
+            raise ResultsError(f"{path}: holds runs in {' and '.join(sorted(found))}, and these are in {mine}: "
+                               "give another --results-dir and --figures-dir, or the --precision of that file")
+
+
 def make_parser(experiment, description):
     """The command line of an experiment."""
     parser = ArgumentParser(prog=f"{experiment}.py", description=description)
     parser.add_argument("--scale", choices=style.SCALES, default="smoke", help="default: smoke")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--precision", choices=GPU_PEAKS, help="train all runs in it "
+                        "(default: the grid's own, bfloat16 at medium and paper scale, else float32)")
     parser.add_argument("--shard", metavar="I/N", help="run the I-th of N parts of the grid, into a CSV of its own")
     parser.add_argument("--cluster", choices=("local", "slurm", "debug"), default="local",
                         help="where runs are run: here, as jobs of a Slurm cluster, or only the first that is not done, "
@@ -358,7 +445,7 @@ def make_parser(experiment, description):
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time with --cluster local, each in a "
                         "process of its own (default: 1)")
     instead = parser.add_argument_group("instead of running anything; any of them from any shell, with the same "
-                                        "--scale, --seeds and --runs-dir")
+                                        "--scale, --seeds, --precision and --runs-dir")
     instead.add_argument("--dry-run", action="store_true", help="list runs, parameters, cost, state and Slurm's settings")
     instead.add_argument("--images-per-s", type=float, metavar="X", help="speed of one GPU, for the hours of --dry-run")
     instead.add_argument("--status", action="store_true", help="what has become of each run")
@@ -406,7 +493,8 @@ def main(experiment, description, configs, swept, draw, arguments=None, *, varyi
         check_flags(flags)
         flags.threads = THREADS[flags.scale] if flags.threads is None else flags.threads
         runs_dir = flags.runs_dir.absolute() / f"{runs_of or experiment}_{flags.scale}"
-        grid = [point.run(seed, runs_dir) for seed in range(flags.seeds) for point in configs(flags.scale)]
+        grid = [point.run(seed, runs_dir, flags.precision)
+                for seed in range(flags.seeds) for point in configs(flags.scale)]
         runs, csv = grid, flags.results_dir / f"{experiment}_{flags.scale}.csv"
         try:
             if flags.shard:
@@ -421,10 +509,14 @@ def main(experiment, description, configs, swept, draw, arguments=None, *, varyi
         except ValueError as error:
             parser.error(str(error))
         if flags.dry_run:
-            print_plan(runs, flags.images_per_s, settings["nodes"] * settings["ntasks_per_node"], flags.gpus_per_node)
+            cuda = flags.device != "cpu" and torch.cuda.is_available()
+            print_plan(runs, trained(grid), torch.device("cuda" if cuda else "cpu"),
+                       flags.images_per_s, settings["nodes"] * settings["ntasks_per_node"])
             if flags.cluster == "slurm":
                 cluster.print_settings(settings, len(runs), flags.max_parallel)
             return
+        if flags.collect or not watching:
+            refuse_other_precision(grid, flags.results_dir, f"{experiment}_{flags.scale}")
         if flags.cancel:
             number = cluster.cancel(runs)
             print(f"{number} jobs cancelled: the command that submitted them goes on from the last checkpoints" if number
@@ -536,6 +628,9 @@ def submit(experiment, runs, runs_dir, flags, settings):
         print(f"submitted {submitted} runs as job {', '.join(jobs)}, at most "
               f"{min(flags.max_parallel or submitted, submitted)} at a time" + (" each" if len(jobs) > 1 else ""))
     same = f"python {sys.argv[0]}" + "".join(f" --{name} {value}" for name, value, default in (
-        ("scale", flags.scale, "smoke"), ("seeds", flags.seeds, 1), ("shard", flags.shard, None),
-        ("runs-dir", flags.runs_dir, ROOT / "runs")) if value != default)
+        ("scale", flags.scale, "smoke"), ("seeds", flags.seeds, 1),
+        ("precision", flags.precision, None),
+        ("shard", flags.shard, None), ("runs-dir", flags.runs_dir, ROOT / "runs"),
+        ("results-dir", flags.results_dir, ROOT / "results"),
+        ("figures-dir", flags.figures_dir, ROOT / "paper_figures/out")) if value != default)
     print(f"from any shell: {same} --status (or --wait, --collect, --cancel)")

@@ -73,7 +73,7 @@ def test_mix_takes_one_of_each_family_first_when_there_are_few():
 
 def test_paper_scale_is_the_official_model_and_recipe():
     point, = [p for p in ablate_coupling.configs("paper") if p.labels == {"coupling_ratio": "4:1", "spatial_split": "mix"}]
-    assert point.config == train_module.TrainConfig()
+    assert point.config == train_module.TrainConfig(precision="bfloat16")
     assert sweep.num_parameters(point.config.model) == 207_177_216
     assert abs(sweep.train_flops(point.config) / 9e19 - 1) < 0.1
     large = dataclasses.replace(point.config.model, num_couplings=64, block_depth=5)
@@ -161,10 +161,10 @@ def test_shards_split_the_grid_and_collect_merges_their_csvs(finished, tmp_path,
 
 
 def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys):
-    def fails_for_2_heads(model, optimizer, x, step, config, original=train_module.training_step):
+    def fails_for_2_heads(model, optimizer, x, step, config, *more, original=train_module.training_step):
         if config.model.num_heads == 2 and step == 3:
             raise train_module.NonFiniteError("not finite at step 3")
-        return original(model, optimizer, x, step, config)
+        return original(model, optimizer, x, step, config, *more)
     monkeypatch.setattr(train_module, "training_step", fails_for_2_heads)
     with pytest.raises(SystemExit, match="1 of 3 runs failed: heads=2 seed 0: not finite at step 3"):
         run(tmp_path)
@@ -346,6 +346,102 @@ def test_hours_come_from_a_given_speed_or_from_finished_runs(finished, tmp_path,
                        "--signal=USR2@120 --requeue --exclude=node7 --array=0-2%2")
     run(finished, "--seeds", "3", "--dry-run")
     assert re.search(r"[0-9.]+ CPU-process-hours to go, .* \(measured in 6 runs that are done", capsys.readouterr().out)
+
+
+def config_of(couplings, precision="float32", total_steps=10):
+    """A tiny TrainConfig; couplings decide the FLOPs of an image."""
+    return train_module.TrainConfig(
+        data="cifar10-subset", batch_size=8, total_steps=total_steps, precision=precision,
+        model=JetConfig(image_size=32, num_couplings=couplings, block_depth=1, emb_dim=16, num_heads=2))
+
+
+def done_json(config, seconds, **changes):
+    """What done.json holds, as far as a speed is told from it."""
+    return {"config": config.to_dict(), "train_seconds": seconds, "processes": 1, "device": "cpu",
+            "hardware": "A", "rows": []} | changes
+
+
+def test_a_run_is_expected_to_be_as_fast_as_the_finished_one_of_the_nearest_size():
+    small, large = config_of(1), config_of(64)  # a run of the large one takes 16 times as long
+    done = [done_json(small, 1.0), done_json(small, 1.0), done_json(large, 16.0)]
+    slow, fast = sweep.train_flops(small), sweep.train_flops(large) / 16
+    assert fast == pytest.approx(4 * slow)
+    for couplings, rate in ((1, slow), (2, slow), (7, slow), (9, fast), (64, fast), (200, fast)):  # 8 is midway
+        assert sweep.measured_rate(config_of(couplings), done) == pytest.approx(rate)
+    assert sweep.measured_rate(small, [*done, done_json(small, 4.0)]) == pytest.approx(slow)  # their median
+    assert sweep.measured_rate(large, [done_json(large, 16.0, processes=4)]) == pytest.approx(fast / 4)
+
+
+def test_the_speed_of_another_precision_counts_only_where_there_is_no_other():
+    done = [done_json(config_of(8), 1.0), done_json(config_of(1, "bfloat16"), 1.0)]
+    rate_of_8, rate_of_1 = (sweep.train_flops(config_of(couplings)) for couplings in (8, 1))
+    assert sweep.measured_rate(config_of(8, "bfloat16"), done) == pytest.approx(rate_of_1)
+    assert sweep.measured_rate(config_of(8), done) == pytest.approx(rate_of_8)
+    assert sweep.measured_rate(config_of(8), done[1:]) == pytest.approx(rate_of_1)
+    evaluated = done_json(config_of(8, total_steps=0), 1e-3)
+    assert sweep.measured_rate(config_of(8), [evaluated, *done]) == pytest.approx(rate_of_8)
+    assert sweep.measured_rate(config_of(8), [evaluated]) is sweep.measured_rate(config_of(8), []) is None
+
+
+def test_hours_to_go_are_those_of_each_size_on_one_kind_of_hardware(monkeypatch):
+    monkeypatch.setattr(sweep, "hardware", lambda device: "A")
+    here, small, large = sweep.torch.device("cpu"), config_of(1), config_of(64)
+    done = [done_json(small, 3600.0), done_json(large, 16 * 3600.0),
+            *[done_json(small, 1.0, device="cuda", hardware="B")] * 3]
+    left = [(small, 80), (large, 80), (large, 40)]  # an hour, 16 and 8 hours
+    line = sweep.hours_to_go(left, done, here, None)
+    assert line.startswith("25.0 CPU-process-hours to go, of training, ")
+    assert "measured in 2 runs that are done, on A:" in line and "3 on other hardware do not count" in line
+    monkeypatch.setattr(sweep, "hardware", lambda device: "C")  # nothing was measured here: the kind with most
+    line = sweep.hours_to_go([(small, 80 * 36000)], done, here, None)
+    assert line.startswith("10.0 GPU-hours to go, of training, ")
+    assert "measured in 3 runs that are done, on B:" in line
+    line = sweep.hours_to_go([(small, 36000)], done, here, 2)
+    assert line.startswith("5.000 GPU-hours to go, of training, at 2 images/s a GPU (given)")
+
+
+# ---- another precision
+
+def test_all_runs_of_a_grid_are_trained_in_the_precision_asked_for(tmp_path, capsys):
+    settings = {"configs": chain, "varying": ("lr", "total_steps", "init")}
+    run(tmp_path, "--precision", "bfloat16", **settings)
+    rows = pd.read_csv(csv(tmp_path))
+    first = chain("smoke")[0].run(0, tmp_path, "bfloat16")
+    assert set(rows["precision"]) == {"bfloat16"} and rows["run_id"].nunique() == 4
+    assert set(rows["init"].dropna()) == {first.config.hash}
+    assert not set(rows["run_id"]) & {point.run(0, tmp_path).run_id for point in chain("smoke")}
+    before = csv(tmp_path).read_bytes()
+    csv(tmp_path).unlink()
+    run(tmp_path, "--precision", "bfloat16", "--collect", **settings)
+    assert csv(tmp_path).read_bytes() == before
+    for flag, told in (("--status", "4 runs: {}"), ("--dry-run", "4 runs ({})")):
+        for precision, state in (("bfloat16", "4 done"), ("float32", "4 new")):
+            capsys.readouterr()
+            run(tmp_path, flag, "--precision", precision, **settings)
+            assert told.format(state) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny_experiment_smoke.csv", "tiny_experiment_smoke.shard-1-of-2.csv"])
+@pytest.mark.parametrize("flags", [(), ("--collect",), ("--shard", "2/2"), ("--wait", "--collect")])
+def test_a_csv_never_loses_the_runs_of_another_precision(finished, tmp_path, name, flags):
+    path, before = csv(tmp_path, name), csv(finished).read_bytes()
+    path.parent.mkdir()
+    path.write_bytes(before)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--precision", "bfloat16", *flags)
+    assert stop.value.code == (
+        f"tiny_experiment.py: error: {path}: holds runs in float32, and these are in bfloat16: give another "
+        "--results-dir and --figures-dir, or the --precision of that file")
+    assert path.read_bytes() == before and not (tmp_path / "runs").exists()
+
+
+def test_the_hint_for_other_shells_repeats_what_names_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "check_slurm", lambda: None)
+    monkeypatch.setattr(cluster, "submit", lambda *arguments: "7")
+    run(tmp_path, "--cluster", "slurm", "--precision", "bfloat16")
+    hint = capsys.readouterr().out.splitlines()[-1]
+    assert hint.startswith("from any shell: ") and f" --precision bfloat16 --runs-dir {tmp_path / 'runs'} " in hint
+    assert f" --results-dir {tmp_path / 'results'} " in hint
 
 
 def test_dry_run_tells_the_state(finished, tmp_path, capsys):
