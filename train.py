@@ -254,14 +254,16 @@ def weights_id(path):
 def _full_float32():
     """float32 means float32 on GPUs, too: TF32, PyTorch's default for convolutions, changes numbers."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    saved = [backend.allow_tf32 for backend in backends]
+    saved, deterministic = [backend.allow_tf32 for backend in backends], torch.backends.cudnn.deterministic
     try:
         for backend in backends:
             backend.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True  # convolutions whose gradients have the same bits every time
         yield
     finally:
         for backend, allow in zip(backends, saved):
             backend.allow_tf32 = allow
+        torch.backends.cudnn.deterministic = deterministic
 
 
 @contextlib.contextmanager
@@ -269,10 +271,12 @@ def _outside_errors():
     """A GPU that is full, or a process that is gone, ends a run in one line."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"out of memory ({str(error).splitlines()[0]}): try --checkpoint-activations on, or a "
-                            "--micro-batch below the one in log.txt") from None
     except RuntimeError as error:
+        # OutOfMemoryError, and what the driver, cuBLAS or a graph's recording make of it
+        full = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA.*out of memory|ALLOC_FAILED", str(error))
+        if full and not isinstance(error, TrainingError):
+            raise TrainingError(f"out of memory ({str(error).splitlines()[0]}): try --checkpoint-activations on, or a "
+                                "--micro-batch below the one in log.txt; runs at a time share a GPU's memory") from None
         if distributed.size() > 1 and re.search("by peer|NCCL|Timed out|connect", str(error), re.I):
             raise TrainingError(f"process {distributed.rank()} lost the others ({str(error).splitlines()[0]}): the same "
                                 "command goes on from the last checkpoint") from None
@@ -494,7 +498,8 @@ def train(config, run_dir, stop_after=None, *, init_from=None, data_root=None, d
                 if stop_now:
                     break
                 if evaluate_now:
-                    state["rows"] += _evaluate_splits(jet, images, taken, requests)
+                    with torch.compiler.set_stance("force_eager"):  # else a graph for each of its batch sizes
+                        state["rows"] += _evaluate_splits(jet, images, taken, requests)
         if not state["rows"] or state["rows"][-1]["step"] < config.total_steps:
             if log:
                 log.write(f"stopped at step {state['step']}")

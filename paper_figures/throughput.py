@@ -16,18 +16,21 @@ from paper_figures.results_csv import ResultsError
 
 NUMBERS = ("batch_size", "threads", "steps", "images_per_s", "step_seconds", "step_seconds_q25", "step_seconds_q75",
            "flops_per_s", "matmul_peak_flops_per_s", "peak_share", "first_step_seconds", "num_params")
-MAYBE = ("free_running_images_per_s", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib", "device_memory_gib")
-KEY = ["size", "what", "implementation", "against", "precision", "compile", "checkpoint_activations", "device",
-       "hardware"]
+MAYBE = ("free_running_images_per_s", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib", "device_memory_gib",
+         "startup_seconds")
+KEY = ["size", "what", "implementation", "against", "precision", "compile", "graph", "checkpoint_activations",
+       "device", "hardware"]
 COLUMNS = ("experiment", "size", "what", "implementation", "against", "precision", "batch_size", "threads", "steps",
            "images_per_s", "step_seconds", "step_seconds_q25", "step_seconds_q75", "free_running_images_per_s",
            "flops_per_s", "matmul_peak_flops_per_s", "peak_share", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib",
-           "device_memory_gib", "first_step_seconds", "num_params", "compile", "checkpoint_activations", "kernels",
-           "images", "device", "hardware", "git_commit", "git_dirty", "python_version", "torch_version")
+           "device_memory_gib", "first_step_seconds", "startup_seconds", "num_params", "compile", "graph",
+           "checkpoint_activations", "kernels", "images", "device", "hardware", "git_commit", "git_dirty", "python_version", "torch_version")
 WHATS = {"train": {"color": "#0072B2"}, "likelihood": {"color": "#E69F00", "hatch": "////"},
          "sampling": {"color": "#009E73", "hatch": "...."}}
 PORT = "jet-pytorch"
-VARIANT = ["precision", "compile", "checkpoint_activations", "hardware"]  # a group's label names those that vary
+EAGER = "eager"  # what our own modes are compared with
+SWITCHES = {"compile": "compiled", "graph": "CUDA graph", "checkpoint_activations": "checkpointing"}
+VARIANT = ["precision", *SWITCHES, "hardware"]  # a group's label names those that vary
 
 
 def read(path):
@@ -50,14 +53,18 @@ def read(path):
         raise ResultsError(f"{path}: {name[twice].iloc[0]} is there twice")
     if (wrong := ~rows["what"].isin(WHATS)).any():
         raise ResultsError(f"{path}: {name[wrong].iloc[0]}: is none of {', '.join(WHATS)}")
-    compared = (rows["implementation"] == "ours") & (rows["against"] != "")
+    of_modes = rows["against"] == EAGER
+    eager = (rows["compile"] != "True") & (rows["graph"] != "True")
+    compared = (rows["implementation"] == "ours") & (rows["against"] != "") & ~(of_modes & eager)
     for column in (*NUMBERS, *MAYBE):
         rows[column] = pd.to_numeric(rows[column], errors="coerce")
         needed = compared if column.startswith("ratio") else column in NUMBERS
         if (bad := needed & ~np.isfinite(rows[column])).any():
             raise ResultsError(f"{path}: {name[bad].iloc[0]} has no number as {column}")
     pair = [column for column in KEY if column != "implementation"]
-    alone = (rows["against"] != "") & ~rows.duplicated(pair, keep=False)
+    alone = (rows["against"] != "") & ~of_modes & ~rows.duplicated(pair, keep=False)
+    modes = [column for column in KEY if column not in ("compile", "graph")]
+    alone |= of_modes & ~eager.groupby([rows[column] for column in modes]).transform("any")
     if alone.any():
         raise ResultsError(f"{path}: {name[alone].iloc[0]} lacks the other half of its comparison: measure it again")
     return rows
@@ -68,7 +75,8 @@ def draw(path, out_dir=style.OUT):
     rows = read(path)
     style.plt.rcParams["hatch.linewidth"] = 0.4
     rows = rows.assign(group=rows["size"] + rows[VARIANT].apply(
-        lambda row: "".join(f"\n{_label(name, row[name])}" for name in VARIANT if rows[name].nunique() > 1), axis=1))
+        lambda row: "".join(f"\n{text}" for name in VARIANT
+                            if rows[name].nunique() > 1 and (text := _label(name, row[name]))), axis=1))
     against_port = rows["against"].str.startswith(PORT)
     # One bar each: the comparison with the port where there is one, else the rows measured alone, else any.
     ours = rows[rows["implementation"] == "ours"].assign(order=2 - (rows["against"] == "") - 2 * against_port)
@@ -125,8 +133,8 @@ def _bars(axes, groups, rows, column, low, high, text, numbers=None):
 
 def _label(name, value):
     """How a setting is written in the figure; "" for a switch that is off."""
-    if name in ("compile", "checkpoint_activations"):
-        return {"compile": "compiled", "checkpoint_activations": "checkpointing"}[name] if value == "True" else ""
+    if name in SWITCHES:
+        return SWITCHES[name] if value == "True" else ""
     return value
 
 

@@ -1,5 +1,6 @@
 """Measuring speed: rows and their arithmetic, the comparison, the trace, the bars, and the tables of computed costs."""
 import importlib.metadata
+import json
 import shutil
 import sys
 import types
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import cost_table, throughput
+from experiments import cost_table, throughput, throughput_cases, throughput_checks
 from jet import Jet, JetConfig, forward_flops
 from paper_figures import style
 from paper_figures import throughput as figure
@@ -91,7 +92,7 @@ def test_a_rerun_replaces_its_rows_and_keeps_the_others(run):
 
 def test_ratios_are_of_images_per_second_round_by_round():
     numbers = {"ours": {"seconds": np.array([1.0, 2.0, 4.0])}, "before": {"seconds": np.array([2.0, 2.0, 6.0])}}
-    config = throughput.size_config("S", 64, types.SimpleNamespace(precision="float32"))
+    config = throughput.size_config("S", 64, "float32")
     ours, before = throughput.make_rows("S", "train", config, numbers, 1e12, {}, "abc")
     assert (ours["ratio_q25"], ours["ratio"], ours["ratio_q75"]) == (1.25, 1.5, 1.75)  # of 2, 1, 1.5
     assert ours["images_per_s"] == 32 and ours["against"] == before["against"] == "abc" and "ratio" not in before
@@ -140,8 +141,8 @@ def test_another_checkout_is_measured_beside_us(run, tmp_path, monkeypatch):
         file.write("\nSTEPS = 0\n_step = training_step\n\n\ndef training_step(*arguments):\n"
                    "    global STEPS\n    STEPS += 1\n    return _step(*arguments)\n")
     modules, made = dict(sys.modules), []
-    real = throughput.other_checkout
-    monkeypatch.setattr(throughput, "other_checkout", lambda folder: made.append(real(folder)) or made[0])
+    real = throughput_cases.other_checkout
+    monkeypatch.setattr(throughput_cases, "other_checkout", lambda folder: made.append(real(folder)) or made[0])
     rows = run("--what", "train", "--against", str(before))
     assert list(rows["implementation"]) == ["ours", "before"] and set(rows["against"]) == {"before"}
     theirs, = made
@@ -165,11 +166,21 @@ def test_a_batch_that_does_not_fit_is_halved():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batch_size
     flags = types.SimpleNamespace(device=torch.device("cuda"), batch_size=None)
-    assert throughput.with_batch(work, "32x2", flags) == 256 and tried == [1024, 512, 256]
+    assert throughput.with_batch(work, "32x2", "sampling", flags) == 256 and tried == [1024, 512, 256]
     with pytest.raises(throughput.TrainingError, match="1024 images do not fit"):
-        throughput.with_batch(work, "32x2", types.SimpleNamespace(device=torch.device("cuda"), batch_size=1024))
+        throughput.with_batch(work, "32x2", "train", types.SimpleNamespace(device=torch.device("cuda"), batch_size=1024))
     flags.device = torch.device("cpu")
-    assert throughput.with_batch(lambda n: n, "32x2", flags) == 4
+    assert throughput.with_batch(lambda n: n, "32x2", "train", flags) == 4
+
+
+def test_the_search_for_a_batch_begins_near_what_fits(monkeypatch):
+    monkeypatch.setattr(throughput, "free_bytes", lambda device: 100e6)
+    monkeypatch.setattr(throughput.train, "activation_bytes", lambda jet, precision: 2e6)  # of two couplings
+    flags = types.SimpleNamespace(device=torch.device("cpu"), checkpoint_activations=False, precision="bfloat16", compile=False)
+    monkeypatch.setitem(throughput.SIZES, "32x2", TINY | {"num_couplings": 4})
+    assert throughput.hopeful_batch("32x2", flags) == 32  # 25 fit by this
+    flags.compile = True
+    assert throughput.hopeful_batch("32x2", flags) == 64
 
 
 def test_dry_run_measures_nothing(run, capsys):
@@ -195,7 +206,81 @@ def test_precision_is_checked_on_a_jet_that_is_not_the_identity(run, capsys):
     assert 0 < abs(mean) < largest < 0.1
 
 
+def test_the_busy_time_is_the_union_of_intervals():
+    share = throughput_checks.busy_share
+    assert share([(0, 1e5), (2e5, 3e5)], 1) == pytest.approx(0.2)
+    assert share([(2e5, 3e5), (0, 1e5), (5e4, 1e5), (0, 6e4), (2.5e5, 4e5)], 1) == pytest.approx(0.3)
+    assert share([], 1) == 0
+
+
+def test_gpu_costs_leave_out_annotations(capsys):
+    def event(name, begin, end, device, note=False):
+        return types.SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, device), is_user_annotation=note,
+                                     time_range=types.SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin))
+    events = [event("gemm", 0, 4e5, "CUDA"), event("Memcpy HtoD", 6e5, 7e5, "CUDA"), event("aten::mm", 0, 9e5, "CPU"),
+              event("Optimizer.step", 0, 1e6, "CUDA", note=True), event("aten::item", 0, 1, "CPU")]
+    assert throughput_checks.print_gpu_costs(events, 1.0, 2) == pytest.approx(0.5)
+    out = capsys.readouterr().out
+    assert "aten::item 1," in out and "50.000 ms a step" in out and "busy for 50.0% of 0.5000 s" in out
+
+
+def test_what_has_no_row_is_noted_as_json(run, tmp_path, capsys):
+    numbers = tmp_path / "numbers.jsonl"
+    run("--evaluate", "5", "--numbers", str(numbers))
+    assert "S: bits/dim of 5 random images in" in capsys.readouterr().out
+    run("--check-precision", "7", "--numbers", str(numbers))
+    run("--profile", "--numbers", str(numbers))
+    evaluated, rounded, traced = map(json.loads, numbers.read_text().splitlines())
+    assert (evaluated["what"], evaluated["num_images"]) == ("evaluate", 5) and evaluated["seconds"] > 0
+    assert (rounded["what"], rounded["num_images"]) == ("check-precision", 7)
+    assert 0 < abs(rounded["mean_difference"]) <= rounded["largest_difference"]
+    assert traced["what"] == "profile" and (traced["work"], traced["steps"], traced["mode"]) == ("train", 2, "eager")
+
+
+def test_modes_are_measured_beside_eager(run, monkeypatch, tmp_path, capsys):
+    # As if compiling and recording were there: what is tested is who is compared with whom.
+    monkeypatch.setattr(throughput.train, "pick_device", lambda device, graph=False: torch.device("cpu"))
+    monkeypatch.setattr(throughput.train, "compile_couplings", lambda model: None)
+    monkeypatch.setattr(throughput_cases, "_graphed", lambda model, config: throughput_cases._eager(
+        throughput_cases.OURS, model, config))
+    run("--what", "train")
+    rows = run("--modes", "eager", "graph", "both", "--what", "train")
+    assert list(zip(rows["against"], rows["compile"], rows["graph"])) == [
+        ("", "False", "False"), ("eager", "False", "False"), ("eager", "False", "True"), ("eager", "True", "True")]
+    assert set(rows["implementation"]) == {"ours"} and list(rows["ratio"] == "") == [True, True, False, False]
+    assert all(rows["startup_seconds"].astype(float) >= rows["first_step_seconds"].astype(float))
+    assert "both" in capsys.readouterr().out
+    assert len(run("--graph")) == 5
+    figure.read(tmp_path / "results/throughput_cpu.csv")
+
+
+def test_a_graph_gets_the_optimizer_and_the_step_made_for_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(throughput.train, "make_optimizer", lambda parameters, config, graph=False: made.append(graph))
+    monkeypatch.setattr(throughput.train, "make_step", lambda model, optimizer, config, micro_batch=None, graph=False:
+                        made.append(graph) or (lambda x, number: made.append((number, x.requires_grad))))
+    monkeypatch.setattr(throughput.train, "compile_couplings", lambda model: made.append("compiled"))
+    monkeypatch.setitem(throughput.SIZES, "S", TINY)
+    flags = types.SimpleNamespace(device=torch.device("cpu"), checkpoint_activations=False)
+    config = throughput.size_config("S", 2, "float32")
+    for mode, grad in (("graph", False), ("both", True)):
+        made.clear()
+        step = throughput.our_step(throughput.OURS, "S", config, "train", lambda: torch.zeros(1), flags, mode)
+        step(), step()
+        assert made == ["compiled"] * grad + [True, True, (1, grad), (2, grad)]
+
+
+def test_a_graph_needs_a_gpu(run):
+    for flags in (["--graph"], ["--modes", "eager", "both"]):
+        with pytest.raises(SystemExit, match="graph: a CUDA graph needs a GPU"):
+            run(*flags)
+
+
 @pytest.mark.parametrize("flags, message", [
+    (["--modes", "graph"], "must have eager"), (["--modes", "eager", "fast"], "invalid choice: 'fast'"),
+    (["--modes", "eager", "--compile"], "without --compile, --graph and --against"),
+    (["--modes", "eager", "--profile"], "not with --profile"), (["--evaluate", "0"], "--evaluate 0: must be 1 or more"),
+    (["--check-precision", "0"], "--check-precision 0: must be 1"),
     (["--sizes", "L"], "invalid choice: 'L'"), (["--steps", "0"], "--steps 0: must be 1 or more"),
     (["--threads", "0"], "--threads 0: must be"), (["--batch-size", "-1"], "--batch-size -1: must be"),
     (["--checkpoint", "x"], "only for --check-precision"), (["--device", "tpu"], "must be auto, cpu or cuda"),
@@ -229,7 +314,7 @@ def fixture_rows(sizes=("S", "M"), against="jet-pytorch 0.0.2"):
                 "experiment": "throughput", "size": size, "what": what, "implementation": "ours", "against": against,
                 "precision": "float32", "images_per_s": speed, "step_seconds": 1 / speed, "peak_share": 0.45,
                 "step_seconds_q25": 0.9 / speed, "step_seconds_q75": 1.1 / speed, "compile": False,
-                "checkpoint_activations": False, "device": "cpu", "hardware": "A CPU"}
+                "checkpoint_activations": False, "graph": False, "device": "cpu", "hardware": "A CPU"}
             rows.append(row | ({"ratio": 1.3, "ratio_q25": 1.25, "ratio_q75": 1.4} if against else {}))
             if against:
                 rows.append(row | {"implementation": "jet-pytorch", "peak_share": 0.45 / 1.3})
@@ -264,6 +349,20 @@ def test_bars_without_a_comparison_are_one_panel(tmp_path, drawn):
     axes, = drawn[0][0].axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [
         "S\nfloat32", "M\nfloat32", "S\nbfloat16", "M\nbfloat16"]
+
+
+def test_bars_of_modes_have_labels_of_their_own(tmp_path, drawn):
+    rows = fixture_rows(("S",), against="eager")
+    rows = rows[(rows["implementation"] == "ours") & (rows["what"] == "train")]
+    both = pd.concat([rows.assign(ratio="", ratio_q25="", ratio_q75=""), rows.assign(graph=True)])
+    figure.draw(_csv(both, "in.csv", tmp_path))
+    assert [tick.get_text() for tick in drawn[0][0].axes[0].get_xticklabels()] == ["S", "S\nCUDA graph"]
+
+
+def test_modes_without_eager_are_refused(tmp_path):
+    rows = fixture_rows(("S",), against="eager")
+    with pytest.raises(ResultsError, match="S train ours lacks the other half"):
+        figure.read(_csv(rows[rows["implementation"] == "ours"].assign(graph=True), "in.csv", tmp_path))
 
 
 def test_the_command_line_draws_the_same_bytes(tmp_path, capsys):

@@ -1,0 +1,176 @@
+"""The stages tests and speed of .ci/gpu."""
+import collections
+import csv
+import gzip
+import importlib.util
+import json
+import shutil
+
+from gpu_stage import MAX_BYTES, ROOT
+
+
+class Recorder:
+    """A pytest plugin that writes a line of JSON when a test begins, and one when it has ended."""
+
+    def __init__(self, path):
+        self.path, self.outcome, self.seconds, self.why = path, "passed", 0.0, ""
+
+    def _write(self, test, outcome):
+        with open(self.path, "a") as file:
+            seconds = round(self.seconds, 3)
+            row = {"test": test, "outcome": outcome, "seconds": seconds, "why": self.why}
+            file.write(json.dumps(row) + "\n")
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.outcome, self.seconds, self.why = "passed", 0.0, ""
+        self._write(nodeid, "not finished")
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds += report.duration
+        if report.outcome != "passed" and self.outcome == "passed":
+            why = report.longrepr[2] if report.skipped else getattr(
+                getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext)
+            self.outcome = report.outcome
+            self.why = " ".join(why.split()).removeprefix("Skipped: ")[:300]
+        if report.when == "teardown":
+            self._write(report.nodeid, self.outcome)
+
+
+def run_pytest(record, basetemp):
+    import pytest
+    arguments = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-m", "gpu", "-rs",
+                 "-p", "no:cacheprovider", "--basetemp", basetemp, str(ROOT / "tests/test_gpu.py")]
+    return int(pytest.main(arguments, plugins=[Recorder(record)]))
+
+
+def read_records(path):
+    """A row for each test, of what was told of it last."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({row["test"]: row for row in map(json.loads, lines)}.values())
+
+
+def run_tests(stage, flags):
+    """The stage tests; returns the body of its table."""
+    record = stage.work / "tests.jsonl"
+    places = str(record), str(stage.work / "pytest")
+    ended = stage.part("tests", 5, "gpu_checks", "run_pytest", *places)
+    rows = read_records(record)
+    counts = {name: sum(row["outcome"] == name for row in rows)
+              for name in ("passed", "failed", "skipped", "not finished")}
+    if not (ended and counts["passed"]) and not stage.failed:
+        stage.failed.append("tests: not all of them ran" if rows else "tests: none ran")
+    stage.more["tests"] = counts
+    with open(stage.out / "tests_results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ("test", "outcome", "seconds", "why"), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return tests_table(rows, counts)
+
+
+def tests_table(rows, counts):
+    """Counts, what has failed, why some were skipped, and the slowest."""
+    def name(row):
+        return row["test"].partition("::")[2]
+    bad = [f"{row['outcome']}: {name(row)}: {row['why']}" for row in rows
+           if row["outcome"] in ("failed", "not finished")]
+    skipped = collections.Counter(row["why"] for row in rows if row["outcome"] == "skipped")
+    slow = sorted(rows, key=lambda row: -row["seconds"])[:5]
+    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()), *bad,
+            *(f"{count} skipped: {why}" for why, count in skipped.items()),
+            *(f"{row['seconds']:6.1f} s {name(row)}" for row in slow)]
+
+
+# ---- speed
+
+def speed_parts(device, port):
+    """[(name, least seconds, flags of throughput.py, others if those fail)], in order of worth."""
+    if device == "cpu":
+        tiny = ["--sizes", "S", "--batch-size", "4", "--steps", "2", "--threads", "1"]
+        return [("training", 1, [*tiny, "--what", "train"], None),
+                ("modes", 1, [*tiny, "--what", "train", "--modes", "eager"], None),
+                ("rounding", 1, [*tiny, "--check-precision", "8"], None),
+                ("evaluation", 1, [*tiny, "--evaluate", "8"], None),
+                ("trace", 1, [*tiny, "--profile"], None),
+                ("likelihood and sampling", 1, [*tiny, "--what", "likelihood", "sampling"], None)]
+    large = ["--sizes", "32x2", "--precision", "bfloat16"]
+    small = ["--sizes", "S", "M", "medium", "--steps", "20"]
+    modes = ["--modes", "eager", "compile", "graph", "both"]
+    train = [*large, "--what", "train"]
+    first = ([*train, "--against", "jet-pytorch"], train) if port else (train, None)
+    return [("32x2 training", 15, *first),
+            ("S, M, medium: graph", 15, [*small, "--modes", "eager", "graph"], None),
+            ("32x2 rounding", 10, [*large, "--check-precision"], None),
+            ("32x2 evaluation of 49,999 images", 20, [*large, "--evaluate", "49999"], None),
+            ("32x2 trace", 15, [*train, "--profile", "--steps", "3"], None),
+            ("S, M, medium: compile", 40, [*small, *modes], None),
+            ("32x2 likelihood, sampling", 20, [*large, "--what", "likelihood", "sampling"], None),
+            ("32x2 modes", 60, [*train, "--batch-size", "32", *modes], None)]
+
+
+def run_speed(stage, flags):
+    """The stage speed; returns the body of its table."""
+    numbers = stage.work / "numbers.jsonl"
+    program = "experiments.throughput", "main"
+    places = ["--device", stage.device, "--no-figure", "--numbers", str(numbers)]
+    places += [f"--{name}-dir={stage.work / name}" for name in ("runs", "results", "figures")]
+    port = importlib.util.find_spec("jet_pytorch") is not None
+    for name, least_s, flags, others in speed_parts(stage.device, port):
+        ended = stage.part(name, least_s, *program, [*flags, *places])
+        if not ended and others and name in stage.failed:
+            stage.part(f"{name}, alone", least_s, *program, [*others, *places])
+    for path in stage.work.glob("results/throughput_*.csv"):
+        shutil.copyfile(path, stage.out / f"speed_{path.name}")
+    for path in stage.work.glob("runs/throughput_profile/*.json.gz"):
+        shrink_trace(path)
+        shutil.copyfile(path, stage.out / f"speed_trace_{path.name}")
+    lines = numbers.read_text().splitlines() if numbers.exists() else []
+    stage.more["numbers"] = [json.loads(line) for line in lines]
+    stage.more["jet_pytorch"] = port
+    if not any(part["state"] == "ok" for part in stage.parts) and not stage.failed:
+        stage.failed.append("speed: nothing was measured")
+    alone = [] if port or stage.rehearsal else ["jet-pytorch is not installed: 32x2 is alone"]
+    return [*alone, *speed_rows(stage.out), *map(number_line, stage.more["numbers"])]
+
+
+def speed_rows(out):
+    import pandas as pd
+
+    from experiments.throughput import MODES
+    lines = []
+    for path in sorted(out.glob("speed_throughput_*.csv")):
+        modes = {tuple(map(str, switches)): name for name, switches in MODES.items()}
+        lines.append(f"{'size':6} {'what':10} {'of':12}{'mode':8}{'batch':>5}{'images/s':>10}"
+                     f"{'of peak':>8}{'ratio':>7}{'start s':>8}")
+        for row in pd.read_csv(path, dtype={"compile": str, "graph": str}).itertuples():
+            mode = modes[row.compile, row.graph] if row.implementation == "ours" else ""
+            ratio = "" if pd.isna(row.ratio) else f"{row.ratio:.2f}"
+            lines.append(f"{row.size:6} {row.what:10} {row.implementation:12}{mode:8}"
+                         f"{row.batch_size:5}{row.images_per_s:10,.1f}{row.peak_share:8.1%}"
+                         f"{ratio:>7}{row.startup_seconds:8.1f}")
+    return lines
+
+
+def number_line(numbers):
+    """What throughput.py tells beside its CSV, in a line."""
+    if numbers["what"] == "evaluate":
+        return (f"{numbers['size']}: bits/dim of {numbers['num_images']:,} images in "
+                f"{numbers['seconds']:.1f} s")
+    if numbers["what"] == "check-precision":
+        return (f"bfloat16 against float32: {numbers['mean_difference']:+.6f} bits/dim in the mean "
+                f"of {numbers['num_images']:,} images")
+    busy = f", the GPU busy {numbers['busy_share']:.1%} of it" if "busy_share" in numbers else ""
+    return (f"{numbers['size']} {numbers['work']}, traced: {numbers['step_seconds']:.4f} s a step"
+            f"{busy}")
+
+
+def shrink_trace(path):
+    """Where a trace is too large, keep what happens on the GPU, and who started it."""
+    if path.stat().st_size <= MAX_BYTES:
+        return
+    with gzip.open(path, "rt") as file:
+        trace = json.load(file)
+    kept = {"kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime", "cuda_driver"}
+    trace["traceEvents"] = [event for event in trace["traceEvents"]
+                            if event.get("ph") == "M" or event.get("cat") in kept]
+    with gzip.open(path, "wt") as file:
+        json.dump(trace, file)

@@ -1,0 +1,384 @@
+"""The stage medium of .ci/gpu: runs of seed 0 of the grids of medium scale, as many as end in time.
+
+A run whose id stands in a committed CSV of that scale, or in a shard of one, is not run again. What
+has finished goes into <experiment>_medium.shard-<digest of the run ids>.csv, which --collect merges
+once it lies in results/.
+"""
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib
+import math
+import multiprocessing.connection
+import os
+import tarfile
+import time
+
+from gpu_stage import MAX_BYTES, ROOT, end_process
+
+ORDER = ("compare_vit_cnn", "ablate_block_depth", "ablate_coupling", "ablate_layers",
+         "ablate_splits", "main_results", "scaling")
+PLAIN_CSVS = 4  # beside done.json, log.txt and the packed run folders; the packed file has all
+MAX_JOBS = 4  # on a GPU, until it is measured how many feed one
+GIB_A_RUN, CORES_A_RUN = 12, 2
+ASSUMED_SHARE = 0.05  # of an H100's peak, by all runs together, before a run has finished here
+ASSUMED_CPU = 1e8  # FLOP/s of a rehearsal
+START_S = 20  # imports, images, the first step
+MARGIN = 1.2  # on predicted times
+PACKED = ("config.json", "done.json", "metrics.csv", "log.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run that has finished here: its done.json, and its seconds in all."""
+    run: object
+    done: dict
+    seconds: float
+
+    @property
+    def extra_s(self):
+        """What it took beside training."""
+        return max(0.0, self.seconds - self.done["train_seconds"])
+
+
+# ---- what there is to run
+
+def check(flags):
+    """Raise, in one line, for what no run could begin with."""
+    from data import load_images
+    for name in flags.experiments:
+        finished_elsewhere(name, ROOT / "results")
+    if flags.device != "cpu":
+        load_images("cifar10", "train", flags.data_root)
+
+
+def item_of(experiment):
+    """What the results page knows of an experiment: its swept fields among other things."""
+    from paper_figures import results_page
+    return next(item for item in results_page.ITEMS if item.experiment == experiment)
+
+
+def finished_elsewhere(experiment, results_dir):
+    """The run ids in the CSV of an experiment at medium scale and in its shards."""
+    from paper_figures.results_csv import read_results
+    item = item_of(experiment)
+    found = set()
+    for path in sorted(results_dir.glob(f"{experiment}_medium*.csv")):
+        found |= set(read_results(path, experiment, item.swept, item.varying)["run_id"])
+    return found
+
+
+def make_runs(experiment, runs_dir, tiny):
+    """The runs of seed 0 of a grid."""
+    points = importlib.import_module(f"experiments.{experiment}").configs("medium")
+    if tiny:
+        points = shrink(points)
+    return [point.run(0, runs_dir / f"{experiment}_medium") for point in points]
+
+
+def shrink(points):
+    """The same grid, of models and steps that a CPU trains in a moment, on the embedded images."""
+    small = {}
+    for point in points:
+        config, model = point.config, point.config.model
+        model = dataclasses.replace(model, patch_size=8, num_couplings=min(2, model.num_couplings),
+                                    block_depth=1, emb_dim=16, num_heads=2)
+        config = dataclasses.replace(
+            config, model=model, data="cifar10-subset-vehicles", batch_size=4, precision="float32",
+            total_steps=min(2, config.total_steps))
+        after = point.after and small[id(point.after)]
+        small[id(point)] = dataclasses.replace(point, config=config, after=after)
+    return list(small.values())
+
+
+def is_orphan(run, skipped):
+    """Whether a run begins with weights that were trained elsewhere, and are not here."""
+    return run.after is not None and (run.after.run_id in skipped or is_orphan(run.after, skipped))
+
+
+# ---- which run to begin
+
+def evaluation_flops(config):
+    from data import SETS
+    from jet import forward_flops
+    from train import TRAIN_ROW_IMAGES
+    test = SETS[config.data].counts["test"]
+    return forward_flops(config.model) * (test + min(TRAIN_ROW_IMAGES, test))
+
+
+def predict(run, finished, jobs, device):
+    """Seconds that a run takes, by those that have finished here, with as many at a time.
+
+    Before there is one: with a cautious share of the peak, which all runs share. With a margin.
+    """
+    from experiments import sweep
+    rate = (sweep.measured_rate(run.config, [one.done for one in finished])
+            or assumed_rate(run.config.precision, jobs, device))
+    training = sweep.train_flops(run.config) / rate
+    flops = evaluation_flops(run.config)
+    if not finished:
+        return MARGIN * (training + flops / assumed_rate("float32", jobs, device) + START_S)
+
+    def ratio(one):
+        return flops / evaluation_flops(one.run.config)
+    nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
+    return MARGIN * (training + nearest.extra_s * max(1, ratio(nearest)))
+
+
+def assumed_rate(precision, jobs, device):
+    """FLOP/s of one of so many runs at a time, before any has finished."""
+    from experiments import sweep
+    if device == "cpu":
+        return ASSUMED_CPU
+    return ASSUMED_SHARE * sweep.GPU_PEAKS[precision] / jobs
+
+
+def choose(todo, done_ids, left_s, seconds_of):
+    """The first run that can begin now and end in time, or None. seconds_of(run): the prediction.
+
+    A run that others begin with counts as long as all of them: they could not follow later.
+    """
+    from experiments.sweep import first_of
+    for run in todo:
+        if run.after and run.after.run_id not in done_ids:
+            continue
+        chain = [run] if run.after else [run, *(other for other in todo if other is not run
+                                                and first_of(other).run_id == run.run_id)]
+        if sum(map(seconds_of, chain)) <= left_s:
+            return run
+    return None
+
+
+def default_jobs(device, free_gib, cores):
+    if device == "cpu":
+        return max(1, min(2, cores))
+    return max(1, min(MAX_JOBS, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
+
+
+# ---- running
+
+class Worker:
+    """A process that stays alive and takes one run after another."""
+
+    def __init__(self, stage, place):
+        self.connection, theirs = stage.context.Pipe()
+        self.process = stage.start("gpu_medium", "work", theirs, os.getpid(), place)
+        theirs.close()
+        self.run, self.ready = None, False
+
+    def begin(self, run):
+        self.run, self.begun, self.ready = run, time.monotonic(), False
+        self.connection.send(run)
+
+    def answer(self):
+        """None while it works, else "" or why the run has failed."""
+        with contextlib.suppress(EOFError, OSError):
+            return self.connection.recv() if self.connection.poll() else None
+        self.process.join(5)
+        return "its process has ended"
+
+
+def work(connection, parent, place):
+    """What a worker does: train each run that comes, and answer why it failed, or "".
+
+    The first answer says that it is ready.
+    """
+    import torch
+
+    from run_folder import one_line
+    from train import train
+    torch.zeros(1, device=place["device"])
+    connection.send("")
+    while os.getppid() == parent:
+        if not connection.poll(1):
+            continue
+        run = connection.recv()
+        try:
+            train(run.config, run.folder, init_from=run.init_from, quiet=True, **place)
+            why = ""
+        except Exception as error:
+            why = one_line(error)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        connection.send(why)
+
+
+def run_grid(stage, todo, jobs, place):
+    """Run what ends in time; returns ([Finished], the runs that never began)."""
+    todo, finished = list(todo), []
+    workers = [Worker(stage, place) for _ in range(min(jobs, len(todo)))]
+    predicted = {}  # by what had finished
+
+    def seconds_of(run):
+        key = run.run_id, len(finished)
+        if key not in predicted:
+            predicted[key] = predict(run, finished, jobs, stage.device)
+        return predicted[key]
+    while stage.left_s:
+        for worker in list(workers):
+            if not worker.ready and (why := worker.answer()) is not None:
+                take_in(stage, worker, why, finished)
+                drop_weights(finished, [*todo, *(other.run for other in workers if other.run)])
+                if not worker.process.is_alive():
+                    workers.remove(worker)
+            if worker.ready:
+                run = choose(todo, {one.run.run_id for one in finished}, stage.left_s, seconds_of)
+                if run:
+                    todo.remove(run)
+                    worker.begin(run)
+        if all(worker.ready for worker in workers):
+            break
+        multiprocessing.connection.wait([one.connection for one in workers if not one.ready], 0.5)
+    for worker in workers:
+        end_process(worker.process)
+        if worker.run:
+            stop(stage, worker.run)
+    return finished, todo
+
+
+def take_in(stage, worker, why, finished):
+    """A worker has answered."""
+    from run_folder import read_done
+    worker.ready = worker.process.is_alive()
+    if not worker.run:
+        if why:
+            stage.failed.append(f"a worker: {why}")
+        return
+    run, seconds = worker.run, time.monotonic() - worker.begun
+    worker.run = None
+    done = None if why else read_done(run.folder)
+    label = f"{run.folder.parent.name}: {run.label}"
+    if done:
+        finished.append(Finished(run=run, done=done, seconds=seconds))
+        stage.say(f"{label}: {done['bits_per_dim']:.4f} bits/dim, {done['train_seconds']:.1f} s of "
+                  f"training, {seconds:.1f} in all")
+    else:
+        stage.failed.append(f"{label}: {why}")
+        stage.say(f"{label}: failed: {why}")
+
+
+def drop_weights(finished, unfinished):
+    """Remove the checkpoints of finished runs that none of the unfinished ones begins with."""
+    needed = {run.after.run_id for run in unfinished if run.after}
+    for one in finished:
+        if one.run.run_id not in needed:
+            for path in one.run.folder.glob("checkpoint*.pt"):
+                path.unlink()
+
+
+def stop(stage, run):
+    from run_folder import read_progress
+    step, *_ = read_progress(run.folder)
+    why = stage.stopped_by or "the time was up"
+    stage.leave_out(f"{run.folder.parent.name}: {run.label}",
+                    f"stopped at step {step} of {run.config.total_steps}: {why}",
+                    f"{run.folder.parent.name} (begun)")
+
+
+# ---- what comes out
+
+def write_csvs(stage, experiments, grids, finished):
+    """Write a shard's CSV of each experiment with finished runs, the first ones into OUT, too.
+
+    Returns their names.
+    """
+    from experiments import sweep
+    done_ids, names = {one.run.run_id for one in finished}, []
+    folder = stage.work / "results"
+    folder.mkdir(exist_ok=True)
+    for name in experiments:
+        runs = [run for run in grids[name] if run.run_id in done_ids]
+        if not runs:
+            continue
+        csv = folder / shard_name(name, [run.run_id for run in runs])
+        item = item_of(name)
+        with open(stage.log, "a") as log, contextlib.redirect_stdout(log):
+            sweep.collect(runs, name, "medium", item.swept, csv, varying=item.varying)
+        if len(names) < PLAIN_CSVS:
+            (stage.out / csv.name).write_bytes(csv.read_bytes())
+        names.append(csv.name)
+    return names
+
+
+def shard_name(experiment, run_ids):
+    """A name that --collect finds, and that no CSV of other runs has."""
+    digest = hashlib.sha256("\n".join(sorted(run_ids)).encode()).hexdigest()[:8]
+    return f"{experiment}_medium.shard-{digest}.csv"
+
+
+def pack(path, work, runs, max_bytes=MAX_BYTES):
+    """Pack finished runs' folders, without checkpoints, and all CSVs, as in the repository.
+
+    Where that is too large, without metrics.csv; returns whether it has them.
+    """
+    for names in (PACKED, [name for name in PACKED if name != "metrics.csv"]):
+        with tarfile.open(path, "w:gz") as tar:
+            files = [run.folder / name for run in runs for name in names]
+            for file in [*files, *sorted((work / "results").glob("*.csv"))]:
+                if file.exists():
+                    tar.add(file, str(file.relative_to(work)))
+        if path.stat().st_size <= max_bytes:
+            break
+    return "metrics.csv" in names
+
+
+def run(stage, flags):
+    """The stage medium; returns the body of its table."""
+    experiments = [name for name in ORDER if name in flags.experiments]
+    grids = {name: make_runs(name, stage.work / "runs", stage.rehearsal) for name in experiments}
+    skipped = {name: finished_elsewhere(name, ROOT / "results") for name in experiments}
+    todo, orphans = [], []
+    for name in experiments:
+        new = [run for run in grids[name] if run.run_id not in skipped[name]]
+        orphans += [run for run in new if is_orphan(run, skipped[name])]
+        todo += [run for run in new if not is_orphan(run, skipped[name])]
+    for run in orphans:
+        stage.leave_out(f"{run.folder.parent.name}: {run.label}",
+                        f"begins with weights that are in no folder here, of {run.after.label}",
+                        f"{run.folder.parent.name} (weights)")
+    cores = len(os.sched_getaffinity(0))
+    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"], cores)
+    modes = {name: True for name in ("compile", "graph") if getattr(flags, name)}
+    place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
+             "checkpoint_every_s": 3600, **modes}
+    root = {"data_root": str(flags.data_root)} if flags.data_root else {}
+    stage.say(f"{len(todo)} runs to do, {jobs} at a time")
+    finished, never = run_grid(stage, todo, jobs, {**place, **root})
+    report(stage, never, finished, jobs)
+    csvs = write_csvs(stage, experiments, grids, finished)
+    packed, runs = stage.out / "medium_runs.tar.gz", [one.run for one in finished]
+    if finished and not pack(packed, stage.work, runs):
+        stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
+    if todo and not finished and not stage.failed:
+        stage.failed.append("medium: no run has finished")
+    told = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
+             "train_seconds": round(one.done["train_seconds"], 1)} for one in finished]
+    stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": told}
+    if len(csvs) > PLAIN_CSVS:
+        stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
+                        f"{PLAIN_CSVS} lie beside it")
+    return table(experiments, grids, skipped, finished, jobs)
+
+
+def report(stage, never, finished, jobs):
+    """Why the runs that never began did not."""
+    done_ids = {one.run.run_id for one in finished}
+    for run in never:
+        if run.after and run.after.run_id not in done_ids:
+            why = f"begins with the weights of {run.after.label}, which has not finished"
+        else:
+            why = f"takes about {predict(run, finished, jobs, stage.device):.0f} s: no time"
+        stage.leave_out(f"{run.folder.parent.name}: {run.label}", why, run.folder.parent.name)
+
+
+def table(experiments, grids, skipped, finished, jobs):
+    done_ids = {one.run.run_id for one in finished}
+    lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
+    for name in experiments:
+        ids = [run.run_id for run in grids[name]]
+        here, there = len(done_ids.intersection(ids)), len(skipped[name].intersection(ids))
+        lines.append(f"{name:20}{len(ids):6}{there:9}{here:10}{len(ids) - here - there:9}")
+    training = sum(one.done["train_seconds"] for one in finished)
+    return [*lines, f"{jobs} runs at a time; {training:.0f} s of training in {len(finished)} runs"]

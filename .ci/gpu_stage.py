@@ -1,0 +1,272 @@
+"""What the stages of .ci/gpu share: a folder, a time, processes with a log, file sizes, a table."""
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILES, MAX_BYTES = 8, 16 * 2 ** 20
+TABLE_LINES, TABLE_COLUMNS = 30, 80
+CLOSING_S = 6  # kept for ending processes, packing and the table
+
+
+class Stage:
+    """A stage's folder, time and processes, and what it has to tell."""
+
+    def __init__(self, flags, begun):
+        self.name, self.out, self.device = flags.stage, flags.out.resolve(), flags.device
+        self.begun, self.limit_s = begun, flags.seconds
+        self.work = self.out / f".{self.name}_work"
+        self.log, self.stopped_by = self.out / f"{self.name}_log.txt", None
+        self.context, self.seen = multiprocessing.get_context("fork"), {}
+        self.parts, self.left_out, self.failed, self.more = [], [], [], {}  # more: for done.json
+
+    @property
+    def rehearsal(self):
+        return self.device == "cpu"
+
+    @property
+    def left_s(self):
+        """Seconds in which parts may still run; 0 once it has to end."""
+        if self.stopped_by:
+            return 0.0
+        end = self.begun + self.limit_s - min(CLOSING_S, self.limit_s / 4)
+        return max(0.0, end - time.monotonic())
+
+    def open(self):
+        """Caches and temporary files go into a folder in OUT that is removed again."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        places = {name: self.work / folder for name, folder in (
+            ("TMPDIR", "tmp"), ("XDG_CACHE_HOME", "cache"), ("MPLCONFIGDIR", "matplotlib"),
+            ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"),
+            ("CUDA_CACHE_PATH", "cuda"))}
+        for folder in places.values():
+            folder.mkdir(parents=True)
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        os.environ.update({name: str(folder) for name, folder in places.items()} | {
+            "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "JET_KERNELS": "torch",
+            "GIT_OPTIONAL_LOCKS": "0", "JET_TEST_DEVICE": self.device,
+            # so that processes can begin as copies of this one: no CUDA and no threads here
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OPENBLAS_NUM_THREADS": "1"})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, _):
+        self.stopped_by = signal.Signals(number).name
+
+    def empty(self):
+        """Remove the files of this stage that are in OUT."""
+        for path in stage_files(self.out, self.name):
+            path.unlink()
+
+    def say(self, line):
+        """A line for the terminal and the log."""
+        print(line, flush=True)
+        with open(self.log, "a") as file:
+            file.write(f"== {line}\n")
+
+    def start(self, module, function, *arguments):
+        """A process that calls a function of a module, with its output in the log."""
+        arguments = str(self.log), module, function, arguments
+        process = self.context.Process(target=call, args=arguments)
+        process.start()
+        return process
+
+    def look(self):
+        """See what the device is, in a process of its own.
+
+        This one never uses it: so others can begin as its copies, which saves seconds of imports.
+        Where a GPU does not work in a copy, they begin anew.
+        Returns None, or a line on why the stage cannot begin.
+        """
+        for method in ("fork", "spawn"):
+            self.context = multiprocessing.get_context(method)
+            ours, theirs = self.context.Pipe()
+            process = self.start("gpu_stage", "tell_device", theirs, self.device)
+            theirs.close()
+            try:
+                self.seen = ours.recv() if ours.poll(self.left_s) else {
+                    "error": f"{self.device} does not answer"}
+            except EOFError:
+                self.seen = {"error": f"{self.device} cannot be used: {self.log} tells why"}
+            end_process(process)
+            if "error" not in self.seen or self.seen.get("absent"):
+                break
+        return self.seen.pop("error", None)
+
+    def part(self, name, least_s, module, function, *arguments):
+        """Run a part in a process of its own, in the time left; returns whether it ended well."""
+        if self.left_s < least_s or not self.left_s:
+            time_is_up = f"needs about {least_s} s, and {self.left_s:.0f} were left"
+            self.leave_out(name, self.stopped_by or time_is_up)
+            return False
+        self.say(f"{name} ...")
+        begin = time.monotonic()
+        process = self.start(module, function, *arguments)
+        while process.is_alive() and self.left_s:
+            process.join(0.1)
+        cut = process.is_alive()
+        end_process(process)
+        ended = "stopped" if cut else "ok" if process.exitcode == 0 else "failed"
+        seconds = round(time.monotonic() - begin, 1)
+        self.parts.append({"name": name, "state": ended, "seconds": seconds,
+                           "exit": None if cut else process.exitcode})
+        if cut:
+            self.leave_out(name, f"not finished: {self.stopped_by or 'the time was up'}")
+        if ended == "failed":
+            self.failed.append(name)
+        self.say(f"{name}: {ended}, {seconds:.0f} s")
+        return ended == "ok"
+
+    def leave_out(self, what, why, group=""):
+        """group: of those that are one line of the table."""
+        self.left_out.append({"what": what, "why": why, "group": group})
+
+    def close(self, body):
+        """Write done.json, remove the work folder, and print the table; returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        fit_files(self)
+        state = "failed" if self.failed else "ok"
+        about = {**provenance(), "device": self.device, "hardware": self.seen["hardware"]}
+        seconds = time.monotonic() - self.begun
+        done = {"stage": self.name, "state": state, "rehearsal": self.rehearsal,
+                "stopped_by": self.stopped_by, "seconds": round(seconds, 1),
+                "limit_s": self.limit_s, **about, "parts": self.parts, "failed": self.failed,
+                "left_out": self.left_out, **self.more}
+        (self.out / f"{self.name}_done.json").write_text(json.dumps(done, indent=1) + "\n")
+        remove_folder(self.work)
+        dirty = {True: ", with changes", False: ""}.get(about["git_dirty"], "")
+        ended = f", ended by {self.stopped_by}" if self.stopped_by else ""
+        counts = ", a rehearsal: no number of it counts" if self.rehearsal else ""
+        head = [f"{self.name}: {state}, {seconds:.0f} of {self.limit_s} s{ended}{counts}",
+                f"{about['hardware']}, torch {about['torch_version']}, commit "
+                f"{about['git_commit'][:10] or 'unknown'}{dirty}"]
+        print("\n".join(fit_table(head, body, self.failed, self.left_out)))
+        return 1 if self.failed else 0
+
+
+def tell_device(connection, device):
+    """Send what the device is, or {"error": why it cannot be used}."""
+    import torch
+
+    import train
+    from data import free_bytes
+    try:
+        found = train.pick_device(device)
+        torch.zeros(1, device=found).item()
+        free_gib = free_bytes(found) / 2 ** 30
+        connection.send({"hardware": train.hardware(found), "free_gib": free_gib})
+    except (RuntimeError, ValueError) as error:
+        absent = device == "cpu" or not torch.cuda.is_available()
+        connection.send({"error": " ".join(str(error).split())[:300], "absent": absent})
+
+
+def call(log, module, function, arguments):
+    """In a process of its own group: the function, with all output in the log."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(getattr(importlib.import_module(module), function)(*arguments))
+
+
+def end_process(process):
+    """End a process and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.is_alive():
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # before it is a group of its own
+                process.kill()
+            process.join(1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it has left
+
+
+def clean(stage):
+    """Leave no more than the stage's files."""
+    remove_folder(stage.work)
+    with contextlib.suppress(OSError):
+        if not stage.log.stat().st_size:
+            stage.log.unlink()
+        stage.out.rmdir()  # where nothing was written
+
+
+def remove_folder(folder):
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)  # a process that has just been ended still wrote
+
+
+# ---- files and the table
+
+def stage_files(out, stage):
+    """A stage's files in OUT."""
+    return sorted(path for path in out.iterdir() if path.is_file() and (
+        path.name.startswith(f"{stage}_") or f"_{stage}.shard-" in path.name))
+
+
+def fit_files(stage):
+    """Cut or remove what is too large, or too many."""
+    for path in stage_files(stage.out, stage.name):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
+            raise AssertionError(path.name)
+        if path.stat().st_size <= MAX_BYTES:
+            continue
+        if path == stage.log:
+            content = path.read_bytes()
+            path.write_bytes(b"(the beginning is cut)\n" + content[-MAX_BYTES // 2:])
+        else:
+            stage.leave_out(path.name, f"{path.stat().st_size:,} bytes are more than {MAX_BYTES:,}")
+            path.unlink()
+    files = stage_files(stage.out, stage.name)
+    if len(files) > MAX_FILES - 1:  # done.json is not there yet
+        raise AssertionError(f"{len(files)} files: {files}")
+
+
+def fit_table(head, body, failed, left_out):
+    """The lines of the table, as many and as long as are allowed."""
+    tail = [f"failed: {what}" for what in failed]
+    groups = {}
+    for item in left_out:
+        groups.setdefault(item["group"] or item["what"], []).append(item)
+    for group, (first, *more) in groups.items():
+        what = f"{group}: {len(more) + 1} runs, the first" if more else f"{first['what']}:"
+        tail.append(f"left out: {what} {first['why']}")
+    room = TABLE_LINES - len(head)
+    lines = body[:room - min(len(tail), 8)]
+    if len(lines) < len(body):
+        lines[-1] = f"... and {len(body) - len(lines) + 1} more lines: see the CSVs"
+    if len(tail) > room - len(lines):
+        more = len(tail) - (room - len(lines)) + 1
+        tail = tail[:room - len(lines) - 1] + [f"... and {more} more: see done.json"]
+    return [line if len(line) <= TABLE_COLUMNS else line[:TABLE_COLUMNS - 3] + "..."
+            for line in [*head, *lines, *tail]]
+
+
+def provenance():
+    """The versions of what ran it."""
+    import numpy
+    import torch
+
+    import train
+    commit, tree = train.git_commit()
+    return {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree),
+            "python_version": platform.python_version(), "torch_version": torch.__version__,
+            "cuda_version": torch.version.cuda, "numpy_version": numpy.__version__}

@@ -1,0 +1,457 @@
+"""The stages for a machine with a GPU: what is begun, left out and written. .ci/run rehearses them as a whole."""
+import dataclasses
+import gzip
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import types
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import run_folder
+from experiments import sweep, throughput
+from paper_figures.results_csv import ResultsError, read_results
+from tests import tiny_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / ".ci"))
+import gpu  # noqa: E402
+import gpu_checks  # noqa: E402
+import gpu_medium  # noqa: E402
+import gpu_stage  # noqa: E402
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """A stage that has begun, of 60 seconds."""
+    monkeypatch.setattr(gpu_stage.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gpu_stage, "provenance", lambda: {"git_commit": "abc", "git_dirty": True, "torch_version": "2"})
+
+    def make(name="medium", seconds=60, device="cpu"):
+        flags = types.SimpleNamespace(stage=name, out=tmp_path / "out", device=device, seconds=seconds)
+        stage = gpu_stage.Stage(flags, time.monotonic())
+        (stage.work / "results").mkdir(parents=True, exist_ok=True)
+        stage.seen = {"hardware": "A GPU", "free_gib": 80.0}
+        return stage
+    return make
+
+
+# ---- arguments
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fast", "out"], "invalid choice: 'fast'"), (["speed"], "required: OUT"),
+    (["speed", "out", "5"], "SECONDS 5: must be 10 or more"), (["speed", "out", "x"], "invalid int value: 'x'"),
+    (["speed", "out", "--jobs", "2"], "--jobs: only with medium"),
+    (["tests", "out", "--data-root", "x"], "--data-root: only with medium"),
+    (["medium", "out", "--jobs", "0"], "--jobs 0: must be 1 or more"),
+    (["medium", "out", "--experiments", "figure9"], "--experiments figure9: must be of compare_vit_cnn, "),
+    (["medium", "out", "--graph", "--device", "cpu"], "only on a GPU"),
+    (["speed", "out", "--device", "tpu"], "invalid choice: 'tpu'"), (["speed", __file__], "must be a folder")])
+def test_a_bad_argument_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.read_flags(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+
+
+def test_seconds_have_defaults_and_stand_anywhere():
+    assert [gpu.read_flags([name, "out"]).seconds for name in ("tests", "speed", "medium")] == [120, 180, 420]
+    flags = gpu.read_flags(["medium", "out", "--jobs", "3", "99"])
+    assert (flags.seconds, flags.jobs, flags.device) == (99, 3, "cuda")
+    assert tuple(flags.experiments) == gpu_medium.ORDER
+
+
+def test_what_a_machine_lacks_is_named(monkeypatch):
+    assert gpu.what_is_missing() is None
+    find = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "PIL" else find(name))
+        assert "lacks PIL" in gpu.what_is_missing()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "2.9.1+cu128")
+        assert "2.9.1+cu128: needs 2.11" in gpu.what_is_missing()
+    monkeypatch.setattr(sys, "version_info", (3, 10))
+    assert "needs 3.11" in gpu.what_is_missing()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line_and_nothing_stays(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", ROOT / ".ci/gpu", "speed", tmp_path / "out"], capture_output=True, text=True,
+                          env=os.environ | {"PATH": path})
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "sees no GPU here" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ---- a stage
+
+def test_a_part_ends_in_time_with_all_that_it_has_started(stage, tmp_path):
+    stage, pid = stage(seconds=4), tmp_path / "pid"  # one second of them is for the end
+    begun = time.monotonic()
+    assert stage.part("quick", 1, "time", "sleep", 0)
+    assert not stage.part("wrong", 1, "sys", "exit", "a message")
+    assert not stage.part("slow", 1, "subprocess", "run", ["sh", "-c", f"echo $$ > {pid}; sleep 60"])
+    assert not stage.part("late", 1, "time", "sleep", 0)
+    assert time.monotonic() - begun < 4
+    assert [(part["name"], part["state"], part["exit"]) for part in stage.parts] == [
+        ("quick", "ok", 0), ("wrong", "failed", 1), ("slow", "stopped", None)]
+    assert stage.failed == ["wrong"] and "a message" in stage.log.read_text()
+    assert [item["what"] for item in stage.left_out] == ["slow", "late"]
+    assert run_folder._process_started(int(pid.read_text())) is None
+
+
+def test_a_part_that_needs_more_time_than_is_left_is_named(stage):
+    stage = stage()
+    assert not stage.part("long", 100, "time", "sleep", 0) and not stage.parts
+    assert stage.left_out[0]["why"].startswith("needs about 100 s, and 5")
+    stage._on_signal(15, None)
+    assert stage.left_s == 0 and not stage.part("next", 0, "time", "sleep", 0)
+    assert stage.left_out[1]["why"] == "SIGTERM"
+
+
+def test_the_end_leaves_files_of_the_stage_alone(stage, capsys):
+    first = stage("speed")
+    (first.out / "tests_done.json").write_text("of another stage")
+    (first.out / "speed_old.csv").write_text("")
+    first.empty()
+    first.failed.append("a part")
+    assert first.close(["a line"]) == 1
+    assert sorted(path.name for path in first.out.iterdir()) == ["speed_done.json", "tests_done.json"]
+    done = json.loads((first.out / "speed_done.json").read_text())
+    assert done["state"] == "failed" and done["rehearsal"] and done["hardware"] == "A GPU" and done["failed"] == ["a part"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("speed: failed, 0 of 60 s, a rehearsal") and lines[-2:] == ["a line", "failed: a part"]
+    assert stage("medium", device="cuda").close([]) == 0
+    assert "rehearsal" not in capsys.readouterr().out
+
+
+def test_files_that_are_too_large_are_cut_or_left_out(stage, monkeypatch):
+    monkeypatch.setattr(gpu_stage, "MAX_BYTES", 1000)
+    stage = stage("speed")
+    stage.log.write_text("x" * 2000 + "the end")
+    (stage.out / "speed_a.csv").write_text("x" * 1001)
+    (stage.out / "speed_b.csv").write_text("x" * 1000)
+    gpu_stage.fit_files(stage)
+    assert sorted(path.name for path in stage.out.glob("*_*")) == [".speed_work", "speed_b.csv", "speed_log.txt"]
+    assert stage.log.stat().st_size < 1000 and stage.log.read_text().endswith("the end")
+    assert stage.left_out[0]["what"] == "speed_a.csv"
+    for number in range(6):
+        (stage.out / f"speed_{number}.csv").write_text("")
+    with pytest.raises(AssertionError, match="8 files"):
+        gpu_stage.fit_files(stage)
+
+
+def test_the_table_has_30_lines_of_80_columns():
+    item = {"what": "a run", "why": "because " * 20, "group": "some"}
+    lines = gpu_stage.fit_table(["head"], [f"line {n}" for n in range(50)], ["x"] * 20, [item] * 30)
+    assert len(lines) == 30 and max(map(len, lines)) <= 80
+    assert any("more lines: see the CSVs" in line for line in lines) and lines[-1] == "... and 14 more: see done.json"
+    assert gpu_stage.fit_table([], [], [], [item] * 3)[0].startswith("left out: some: 3 runs, the first because")
+    assert gpu_stage.fit_table(["a"], ["b"], ["c"], [item]) == ["a", "b", "failed: c", (
+        "left out: a run: " + "because " * 20)[:77] + "..."]
+
+
+# ---- tests
+
+def test_each_test_is_recorded_when_it_begins_and_ends(tmp_path):
+    path = tmp_path / "tests.jsonl"
+    recorder = gpu_checks.Recorder(path)
+
+    def report(name, when, outcome="passed", longrepr=None):
+        recorder.pytest_runtest_logreport(types.SimpleNamespace(
+            nodeid=name, when=when, outcome=outcome, duration=0.5, skipped=outcome == "skipped", longrepr=longrepr,
+            longreprtext="a text"))
+    for name, outcome, longrepr in (("t.py::good", "passed", None), ("t.py::skip", "skipped", ("f", 1, "Skipped: no GPU")),
+                                    ("t.py::bad", "failed", None)):
+        recorder.pytest_runtest_logstart(name, None)
+        report(name, "setup")
+        report(name, "call", outcome, longrepr)
+        report(name, "teardown")
+    recorder.pytest_runtest_logstart("t.py::hangs", None)
+    rows = gpu_checks.read_records(path)
+    assert [(row["test"], row["outcome"], row["seconds"], row["why"]) for row in rows] == [
+        ("t.py::good", "passed", 1.5, ""), ("t.py::skip", "skipped", 1.5, "no GPU"), ("t.py::bad", "failed", 1.5, "a text"),
+        ("t.py::hangs", "not finished", 0, "")]
+    lines = gpu_checks.tests_table(rows, {"passed": 1})
+    assert lines[:4] == ["1 passed", "failed: bad: a text", "not finished: hangs: ", "1 skipped: no GPU"]
+
+
+@pytest.mark.parametrize("outcomes, ended, failed", [
+    (["passed", "skipped"], True, False), (["skipped"], True, True), ([], True, True), (["passed", "not finished"], False, True)])
+def test_tests_fail_where_not_all_ran(stage, monkeypatch, outcomes, ended, failed):
+    stage = stage("tests")
+    record = stage.work / "tests.jsonl"
+    record.write_text("".join(json.dumps({"test": f"t.py::{n}", "outcome": outcome, "seconds": 1, "why": ""}) + "\n"
+                              for n, outcome in enumerate(outcomes)))
+    monkeypatch.setattr(stage, "part", lambda *_: ended)
+    gpu_checks.run_tests(stage, None)
+    assert bool(stage.failed) == failed
+    assert len((stage.out / "tests_results.csv").read_text().splitlines()) == 1 + len(outcomes)
+
+
+# ---- speed
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_parts_of_speed_are_commands_that_throughput_takes(device, monkeypatch):
+    monkeypatch.setattr(throughput.train, "pick_device", lambda name, graph=False: torch.device(device))
+    for _, _, flags, others in gpu_checks.speed_parts(device, port=True):
+        for arguments in (flags, others):
+            if arguments:
+                throughput.read_flags(throughput.make_parser(), arguments)
+    names = [name for name, *_ in gpu_checks.speed_parts("cuda", port=True)]
+    assert names[0] == "32x2 training" and names.index("32x2 trace") < names.index("32x2 modes")
+    assert "--against" not in str(gpu_checks.speed_parts("cuda", port=False))
+
+
+def test_where_the_comparison_fails_ours_is_measured_alone(stage, monkeypatch):
+    stage, ran = stage("speed", device="cuda"), []
+
+    def part(name, least_s, module, function, arguments):
+        ran.append((name, "--against" in arguments))
+        if "--against" in arguments:
+            stage.failed.append(name)
+        return "--against" not in arguments
+    monkeypatch.setattr(stage, "part", part)
+    monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: name)
+    gpu_checks.run_speed(stage, None)
+    assert ran[:2] == [("32x2 training", True), ("32x2 training, alone", False)] and len(ran) == 9
+
+
+def test_speed_brings_its_csv_its_trace_and_its_numbers(stage, monkeypatch):
+    stage = stage("speed")
+
+    def part(name, *_):
+        stage.parts.append({"name": name, "state": "ok"})
+        return True
+    monkeypatch.setattr(stage, "part", part)
+    rows = [{"size": "S", "what": "train", "implementation": "ours", "compile": False, "graph": graph, "batch_size": 4,
+             "images_per_s": 1234.5, "peak_share": 0.4, "ratio": 2.0 if graph else None, "startup_seconds": 3.0}
+            for graph in (False, True)]
+    pd.DataFrame(rows).to_csv(stage.work / "results/throughput_cuda.csv", index=False)
+    (stage.work / "runs/throughput_profile").mkdir(parents=True)
+    (stage.work / "runs/throughput_profile/32x2-train.json.gz").write_bytes(b"trace")
+    numbers = [{"what": "evaluate", "size": "32x2", "num_images": 49999, "seconds": 30.0},
+               {"what": "check-precision", "mean_difference": 1e-4, "num_images": 1000},
+               {"what": "profile", "size": "32x2", "work": "train", "step_seconds": 0.5, "busy_share": 0.95}]
+    (stage.work / "numbers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in numbers))
+    body = gpu_checks.run_speed(stage, None)
+    assert sorted(path.name for path in stage.out.iterdir() if path.is_file()) == [
+        "speed_throughput_cuda.csv", "speed_trace_32x2-train.json.gz"]
+    assert body[2].split() == ["S", "train", "ours", "graph", "4", "1,234.5", "40.0%", "2.00", "3.0"]
+    assert body[3:] == ["32x2: bits/dim of 49,999 images in 30.0 s",
+                        "bfloat16 against float32: +0.000100 bits/dim in the mean of 1,000 images",
+                        "32x2 train, traced: 0.5000 s a step, the GPU busy 95.0% of it"]
+    assert not stage.failed and max(map(len, body)) <= 80
+
+
+def test_a_large_trace_keeps_the_gpus_part(tmp_path, monkeypatch):
+    path = tmp_path / "trace.json.gz"
+    events = [{"ph": "X", "cat": cat, "name": f"{cat}{n}"} for n in range(200) for cat in ("cpu_op", "kernel")]
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}, file)
+    before = path.read_bytes()
+    gpu_checks.shrink_trace(path)
+    assert path.read_bytes() == before
+    monkeypatch.setattr(gpu_checks, "MAX_BYTES", 100)
+    gpu_checks.shrink_trace(path)
+    with gzip.open(path, "rt") as file:
+        assert len(json.load(file)["traceEvents"]) == 201
+
+
+# ---- medium: which run to begin
+
+def run_of(name, after=None):
+    return types.SimpleNamespace(run_id=name, after=after)
+
+
+def test_the_first_run_that_ends_in_time_is_begun():
+    todo, seconds = [run_of("long"), run_of("short"), run_of("shorter")], {"long": 50, "short": 20, "shorter": 10}
+
+    def choose(left_s):
+        run = gpu_medium.choose(todo, set(), left_s, lambda run: seconds[run.run_id])
+        return run and run.run_id
+    assert [choose(left_s) for left_s in (60, 50, 49, 20, 19, 9)] == ["long", "long", "short", "short", "shorter", None]
+
+
+def test_a_chain_is_begun_where_all_of_it_ends_in_time():
+    parent = run_of("parent")
+    child, other = run_of("child", after=parent), run_of("other")
+    todo, seconds = [parent, child, other], {"parent": 30, "child": 10, "other": 5}
+
+    def choose(todo, done, left_s):
+        run = gpu_medium.choose(todo, done, left_s, lambda run: seconds[run.run_id])
+        return run and run.run_id
+    assert choose(todo, set(), 40) == "parent" and choose(todo, set(), 39) == "other"
+    assert choose([child, other], set(), 40) == "other"  # the parent is running, or has failed
+    assert choose([child, other], {"parent"}, 40) == "child" and choose([child], {"parent"}, 9) is None
+
+
+def test_times_are_predicted_by_what_has_finished_here(monkeypatch):
+    config = types.SimpleNamespace(precision="bfloat16")
+    run = types.SimpleNamespace(config=config)
+    monkeypatch.setattr(sweep, "train_flops", lambda config: 1e15)
+    monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: 1e13)
+    monkeypatch.setattr(sweep, "measured_rate", lambda config, done: done[0]["rate"] if done else None)
+    share = gpu_medium.ASSUMED_SHARE / 4
+    cautious = 1e15 / (share * 989e12) + 1e13 / (share * 67e12) + gpu_medium.START_S
+    assert gpu_medium.predict(run, [], 4, "cuda") == pytest.approx(1.2 * cautious)
+    done = gpu_medium.Finished(run=run, done={"rate": 1e14, "train_seconds": 8.0}, seconds=11.0)
+    assert gpu_medium.predict(run, [done], 4, "cuda") == pytest.approx(1.2 * (10 + 3))
+    larger = types.SimpleNamespace(config="larger")
+    monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: 5e13 if config == "larger" else 1e13)
+    assert gpu_medium.predict(larger, [done], 4, "cuda") == pytest.approx(1.2 * (10 + 5 * 3))
+
+
+def test_runs_at_a_time_fit_the_card_and_the_cores():
+    assert [gpu_medium.default_jobs("cuda", *room) for room in ((79, 16), (79, 4), (30, 16), (5, 1), (140, 64))] == [
+        4, 2, 2, 1, 4]
+    assert [gpu_medium.default_jobs("cpu", 100, cores) for cores in (1, 2, 64)] == [1, 2, 2]
+
+
+def test_runs_whose_first_weights_are_elsewhere_are_orphans():
+    parent = run_of("parent")
+    child = run_of("child", after=parent)
+    assert gpu_medium.is_orphan(run_of("grandchild", after=child), {"parent"}) and not gpu_medium.is_orphan(child, {"child"})
+
+
+def test_the_rehearsed_grids_are_the_medium_ones_but_for_size(tmp_path):
+    for name in gpu_medium.ORDER:
+        real, tiny = (gpu_medium.make_runs(name, tmp_path, small) for small in (False, True))
+        assert [run.name for run in real] == [run.name for run in tiny] and {run.config.seed for run in real} == {0}
+        assert [run.after and run.after.name for run in real] == [run.after and run.after.name for run in tiny]
+        assert len({run.run_id for run in tiny}) == len(tiny)
+        assert all(run.config.data == "cifar10-subset-vehicles" and run.config.total_steps <= 2 for run in tiny)
+        ids = {run.run_id for run in tiny}
+        assert all(run.after.run_id in ids for run in tiny if run.after)
+
+
+# ---- medium: what comes out
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The stage's experiments are one: a chain of one run and two that begin with its weights, and a run of its own."""
+    monkeypatch.setitem(sys.modules, "experiments.tiny_experiment", tiny_experiment)
+    monkeypatch.setattr(gpu_medium, "ORDER", ("tiny_experiment",))
+    item = types.SimpleNamespace(swept=tiny_experiment.SWEPT, varying=("lr", "total_steps", "init"))
+    monkeypatch.setattr(gpu_medium, "item_of", lambda experiment: item)
+    monkeypatch.setattr(gpu_medium, "shrink", lambda points: points)
+    few = tiny_experiment.configs("smoke")[0].config  # of fewer images
+    monkeypatch.setattr(tiny_experiment, "TrainConfig", lambda **fields: type(few)(
+        **fields | {"data": "cifar10-subset-vehicles"}))
+    monkeypatch.setattr(gpu_medium, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    return types.SimpleNamespace(experiments=["tiny_experiment"], jobs=2, data_root=None, compile=False, graph=False)
+
+
+def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, stage, tmp_path):
+    first = stage()
+    body = gpu_medium.run(first, tiny)
+    assert not first.failed and not first.left_out
+    assert body[1].split() == ["tiny_experiment", "4", "0", "4", "0"]
+    csv, = first.out.glob("*.csv")
+    assert re.fullmatch(r"tiny_experiment_medium\.shard-[0-9a-f]{8}\.csv", csv.name)
+    with tarfile.open(first.out / "medium_runs.tar.gz") as tar:
+        names = tar.getnames()
+        tar.extractall(tmp_path, filter="data")
+    assert len(names) == 4 * 4 + 1 and not any("checkpoint" in name for name in names)
+    assert (tmp_path / "results" / csv.name).read_bytes() == csv.read_bytes()
+    runs = gpu_medium.make_runs("tiny_experiment", tmp_path / "runs", False)
+    assert all(run.is_done for run in runs)
+    merged = tmp_path / "results/tiny_experiment_medium.csv"
+    pieces = sorted(merged.parent.glob(f"{merged.stem}.shard-*.csv"))  # as --collect does
+    sweep.collect([dataclasses.replace(run, runs_dir=tmp_path / "none") for run in runs], "tiny_experiment", "medium",
+                  tiny_experiment.SWEPT, merged, pieces, ("lr", "total_steps", "init"))
+    assert set(pd.read_csv(merged)["run_id"]) == {run.run_id for run in runs}
+    again = stage()
+    assert gpu_medium.run(again, tiny)[1].split() == ["tiny_experiment", "4", "4", "0", "0"] and not again.failed
+
+
+def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, monkeypatch):
+    runs = gpu_medium.make_runs("tiny_experiment", tmp_path, False)
+    monkeypatch.setattr(gpu_medium, "finished_elsewhere", lambda *_: {runs[0].run_id})
+    begun = []
+    monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *_: begun.extend(todo) or ([], []))
+    stage = stage()
+    gpu_medium.run(stage, tiny)
+    assert [run.name for run in begun] == [runs[3].name]
+    assert [item["what"].split(": ")[1] for item in stage.left_out] == [run.label for run in runs[1:3]]
+    assert all("in no folder here" in item["why"] for item in stage.left_out)
+    assert stage.failed == ["medium: no run has finished"]
+
+
+def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):
+    # A run of half a minute that is believed to take no time, in a stage of a few seconds.
+    monkeypatch.setattr(gpu_medium, "make_runs", lambda *_: [
+        point.run(0, stages.work / "runs") for point in tiny_experiment.configs("small")])
+    monkeypatch.setattr(gpu_medium, "predict", lambda *_: 0.0)
+    stages, begun = stage(seconds=5), time.monotonic()
+    gpu_medium.run(stages, tiny)
+    assert time.monotonic() - begun < 5 and stages.failed == ["medium: no run has finished"]
+    assert re.search(r"stopped at step \d+ of 4000: the time was up", stages.left_out[0]["why"])
+
+
+def test_a_damaged_csv_is_refused(tiny, tmp_path):
+    (tmp_path / "results/tiny_experiment_medium.shard-1-of-2.csv").write_text("run_id\nx\n")
+    with pytest.raises(ResultsError, match="shard-1-of-2.csv: missing columns"):
+        gpu_medium.check(types.SimpleNamespace(experiments=["tiny_experiment"], device="cpu", data_root=None))
+
+
+def test_the_images_are_looked_for_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("JET_DATA", raising=False)
+    with pytest.raises(ValueError, match="cifar10 .* is needed as the folder .*--data-root or JET_DATA"):
+        gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cuda", data_root=None))
+    gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cpu", data_root=None))
+
+
+def test_at_most_four_csvs_lie_beside_the_packed_file(stage, monkeypatch):
+    stage, names = stage(), list("abcdef")
+    monkeypatch.setattr(sweep, "collect", lambda runs, name, scale, swept, csv, varying: csv.write_text(name))
+    monkeypatch.setattr(gpu_medium, "item_of", lambda name: types.SimpleNamespace(swept=(), varying=()))
+    grids = {name: [run_of(name)] for name in names}
+    finished = [types.SimpleNamespace(run=run_of(name)) for name in "abdef"]
+    csvs = gpu_medium.write_csvs(stage, names, grids, finished)
+    assert [csv.partition("_")[0] for csv in csvs] == list("abdef") == sorted(
+        path.name[0] for path in (stage.work / "results").iterdir())
+    assert sorted(path.name[0] for path in stage.out.glob("*.csv")) == list("abde")
+
+
+def test_a_shards_name_tells_its_runs_apart():
+    name = gpu_medium.shard_name("scaling", ["b", "a"])
+    assert name == gpu_medium.shard_name("scaling", ["a", "b"]) != gpu_medium.shard_name("scaling", ["a"])
+    assert re.fullmatch(r"scaling_medium\.shard-\w+\.csv", name)
+
+
+def test_packed_runs_lose_their_metrics_where_they_are_too_large(tmp_path):
+    (tmp_path / "results").mkdir()
+    folder = tmp_path / "runs/a_medium/one"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "done.json", "log.txt", "checkpoint.pt"):
+        (folder / name).write_text(name)
+    (folder / "metrics.csv").write_bytes(os.urandom(5000))
+    runs, path = [types.SimpleNamespace(folder=folder)], tmp_path / "medium_runs.tar.gz"
+    assert gpu_medium.pack(path, tmp_path, runs)
+    assert not gpu_medium.pack(path, tmp_path, runs, 4000) and path.stat().st_size < 4000
+    with tarfile.open(path) as tar:
+        assert tar.getnames() == [f"runs/a_medium/one/{name}" for name in ("config.json", "done.json", "log.txt")]
+
+
+def test_weights_stay_until_the_last_run_has_begun_with_them(tmp_path):
+    def finished(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "checkpoint.pt").write_text("")
+        return types.SimpleNamespace(run=types.SimpleNamespace(run_id=name, folder=folder))
+    done = [finished("parent"), finished("other")]
+    child = run_of("child", after=run_of("parent"))
+    gpu_medium.drop_weights(done, [child])
+    assert [(one.run.folder / "checkpoint.pt").exists() for one in done] == [True, False]
+    gpu_medium.drop_weights(done, [])
+    assert not (tmp_path / "parent/checkpoint.pt").exists()
