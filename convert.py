@@ -10,77 +10,56 @@ import dataclasses
 import hashlib
 import json
 import math
-import pickle
 import re
-import textwrap
-import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import kernels
+from harness.checkpoint import CHECKPOINT_FORMAT, checksum, load_weights, read_weights
+from harness.errors import CheckpointError, short
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
-
-CHECKPOINT_NAME = "checkpoint.pt"
-CHECKPOINT_FORMAT = "jet-checkpoint-1"
-
-
-class CheckpointError(ValueError):
-    """A weight file that cannot be read or does not fit, in one line."""
 
 
 def load_jet(path, **overrides):
-    """A Jet (float32, CPU) from a weight file.
+    """A Jet (float32, CPU, with the C kernels where they serve) from a weight file.
 
-    path: a run folder, one of our checkpoints, an .npz of the official parameter tree, or a state dict
-    of jet-pytorch (0.0.2). overrides: JetConfig fields that the file cannot tell: num_heads of a
-    jet-pytorch file; scale_factor and a non-square image_size of an official tree without meta_json.
+    path: a run folder (its newest whole checkpoint, and a warning where that is the one before),
+    one of our checkpoints, an .npz of the official parameter tree, or a state dict of jet-pytorch
+    (0.0.2). overrides: JetConfig fields that the file cannot tell: num_heads of a jet-pytorch file;
+    scale_factor and a non-square image_size of an official tree without meta_json.
     Raises CheckpointError (a ValueError) in one line when the file is damaged, foreign, contradicts
     an override, or a field is missing.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_NAME
     for name, value in overrides.items():
         if name not in JetConfig.__dataclass_fields__:
             raise CheckpointError(f"{name}={value!r}: no field of JetConfig "
                                   f"({', '.join(JetConfig.__dataclass_fields__)})")
-    content = _read_npz(path) if path.suffix == ".npz" else read_tensors(path)
-    if path.suffix == ".npz":
-        kind, read = "an official parameter tree", _official_source
-    elif content.get("format") == CHECKPOINT_FORMAT:
-        kind, read = "a whole checkpoint of ours", _our_source
-    elif "channel_projections" in content:
-        kind, read = "a state dict of jet-pytorch", _jet_pytorch_source
-    else:
-        raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of jet-pytorch")
+    path, content, kind, make_source = _read(path)
     try:
-        source = read(path, content, overrides)
+        source = make_source(path, content, overrides)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a foreign file can make of names, types and shapes
-        raise CheckpointError(f"{path}: not {kind} ({_one_line(error)})") from None
-    return _build(path, source, overrides)
+        raise CheckpointError(f"{path}: not {kind} ({short(error)})") from None
+    return kernels.accelerate(_build(path, source, overrides))
 
 
-def read_tensors(path):
-    """The dict of tensors and plain values in a .pt file, its checksums verified, no code run."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # the errors say it in one line
-            if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-                raise zipfile.BadZipFile(f"{bad} fails its checksum")  # torch.load would not notice
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: holds more than tensors and plain values, or is no checkpoint; "
-                              "not loaded, for it could run code") from None
-    except Exception as error:  # torch.load raises nearly everything on damaged files
-        raise CheckpointError(f"{path}: empty, damaged or no checkpoint ({_one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+def _read(path):
+    """(the file's path, its content, what it is, what makes a _Source of it)."""
+    if _is_npz(path):
+        return Path(path), _read_npz(path), "an official parameter tree", _official_source
+    path, content = read_weights(Path(path))
+    if content.get("format") == CHECKPOINT_FORMAT:
+        return path, content, "a whole checkpoint of ours", _our_source
+    if "channel_projections" in content:
+        return path, content, "a state dict of jet-pytorch", _jet_pytorch_source
+    raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of jet-pytorch")
+
+
+def _is_npz(path):
+    return Path(path).suffix == ".npz" and not Path(path).is_dir()
 
 
 def _read_npz(path):
@@ -91,37 +70,31 @@ def _read_npz(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except Exception as error:  # np.load, too
-        raise CheckpointError(f"{path}: empty, damaged or no .npz of arrays ({_one_line(error)})") from None
-
-
-def load_weights(path, jet, state):
-    """Load a state dict into a Jet. Raises CheckpointError where it does not fit."""
-    try:
-        jet.load_state_dict(state)
-    except Exception as error:
-        raise CheckpointError(f"{path}: weights do not fit their configuration ({_one_line(error)})") from None
-    for name, buffer in jet.named_buffers():
-        if name.endswith("order") and not torch.equal(buffer.sort().values.cpu(), torch.arange(len(buffer))):
-            raise CheckpointError(f"{path}: {name} is not a permutation")
-
-
-def weights_checksum(module):
-    """Hex SHA-256 of the names, shapes and values of a module's weights and buffers, whatever their precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu().long()
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(values.contiguous().numpy())
-    return digest.hexdigest()
+        raise CheckpointError(f"{path}: empty, damaged or no .npz of arrays "
+                              f"({short(error)})") from None
 
 
 def config_checksum(jet):
     """Hex SHA-256 of a Jet's configuration."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(jet.config), sort_keys=True).encode()).hexdigest()
+    text = json.dumps(dataclasses.asdict(jet.config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _one_line(error):
-    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 250, placeholder=" ...")
+def weights_id(path):
+    """The name of the weights in a run folder or weight file, as TrainConfig.init holds it.
+
+    It is the SHA-256 of the weights in a checkpoint of ours, of all bytes of another file. Raises
+    CheckpointError.
+    """
+    path, content = (Path(path), {}) if _is_npz(path) else read_weights(Path(path))
+    try:
+        if content.get("format") == CHECKPOINT_FORMAT:
+            return f"sha256-{checksum(content['model'])[:16]}"
+        return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint of ours ({short(error)})") from None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -129,7 +102,7 @@ class _Source:
     """What a file says of a Jet."""
     state: dict  # our state dict
     known: dict  # JetConfig fields that the file tells
-    assumed: dict = dataclasses.field(default_factory=dict)  # fixed by the package that wrote the file
+    assumed: dict = dataclasses.field(default_factory=dict)  # fixed by what wrote the file
     missing: tuple = ()  # to be given by the caller
 
 
@@ -140,18 +113,18 @@ def _build(path, source, overrides):
                               f"load_jet(path, {missing[0]}=...) or --model.{missing[0]}")
     try:
         config = JetConfig(**{**source.assumed, **source.known, **overrides})
-        told = JetConfig(**{**source.assumed, **overrides, **source.known})
+        by_file = JetConfig(**{**source.assumed, **overrides, **source.known})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     for name in overrides:
-        if getattr(config, name) != getattr(told, name):
-            raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file says "
-                                  f"{getattr(told, name)!r}")
+        if getattr(config, name) != getattr(by_file, name):
+            raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file "
+                                  f"says {getattr(by_file, name)!r}")
     try:
         with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
             jet = Jet(config)
     except (RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"{path}: no memory for its configuration ({_one_line(error)})") from None
+        raise CheckpointError(f"{path}: no memory for its configuration ({short(error)})") from None
     load_weights(path, jet, source.state)
     return jet
 
@@ -170,15 +143,16 @@ def _grid_fields(path, num_tokens, token_dim, overrides):
         assumed["image_size"] = side * patch_size
     image_size = overrides.get("image_size", assumed.get("image_size"))
     if image_size is None:
-        raise CheckpointError(f"{path} does not tell image_size: its {num_tokens} tokens are no square; "
-                              "give it, as in load_jet(path, image_size=(height, width))")
+        raise CheckpointError(f"{path} does not tell image_size: its {num_tokens} tokens are no "
+                              "square; give it, as in load_jet(path, image_size=(height, width))")
     return assumed
 
 
 def _split_names(path, orders, assumed, overrides):
     """The names of spatial token orders."""
     image_size = overrides.get("image_size", assumed.get("image_size"))
-    config = JetConfig(**{**assumed, "image_size": image_size, "kinds": ("channels",), "split_mode": "masking"})
+    config = JetConfig(**{**assumed, "image_size": image_size, "kinds": ("channels",),
+                          "split_mode": "masking"})
     if any(len(order) != config.num_tokens for order in orders):
         raise CheckpointError(f"{path}: image_size={config.image_size} and patch_size="
                               f"{config.patch_size} make {config.num_tokens} tokens, the file has "
@@ -188,9 +162,10 @@ def _split_names(path, orders, assumed, overrides):
         fits = [name for name in SPATIAL_SPLITS
                 if torch.equal(spatial_order(name, *config.grid), torch.as_tensor(order))]
         if not fits:
-            raise CheckpointError(
-                f"{path}: spatial coupling {len(names)} has none of the known patterns on a grid of "
-                f"{config.grid[0]} x {config.grid[1]} tokens: give another image_size=(height, width)")
+            rows, columns = config.grid
+            raise CheckpointError(f"{path}: spatial coupling {len(names)} has none of the known "
+                                  f"patterns on a grid of {rows} x {columns} tokens: give another "
+                                  "image_size=(height, width)")
         names.append(fits[0])
     return tuple(names)
 
@@ -210,7 +185,8 @@ _OFFICIAL = {  # ours: theirs
     "init_proj": "init_proj", "final_norm": "vit/encoder_norm", "final_proj": "final_proj",
 }
 _OFFICIAL_BLOCK = {
-    "norm1": "LayerNorm_0", "norm2": "LayerNorm_1", "attention.out": "MultiHeadDotProductAttention_0/out",
+    "norm1": "LayerNorm_0", "norm2": "LayerNorm_1",
+    "attention.out": "MultiHeadDotProductAttention_0/out",
     "fc1": "MlpBlock_0/Dense_0", "fc2": "MlpBlock_0/Dense_1",
 }
 
@@ -226,10 +202,13 @@ def official_weights(tree):
     weights = {"posemb": leaves.pop("posemb")[:, 0]}  # all (L, ...) until the end
 
     def put(ours, theirs):
-        """A kernel [in, out] or a scale is a weight; attention's output has its input split by head."""
+        """A kernel [in, out] or a scale is a weight; attention.out has its input split by head."""
         kernel = leaves.pop(f"{theirs}/kernel", None)
-        weights[f"{ours}.weight"] = (leaves.pop(f"{theirs}/scale") if kernel is None else
-                                     kernel.reshape(num_couplings, -1, kernel.shape[-1]).swapaxes(1, 2))
+        if kernel is None:
+            weight = leaves.pop(f"{theirs}/scale")
+        else:
+            weight = kernel.reshape(num_couplings, -1, kernel.shape[-1]).swapaxes(1, 2)
+        weights[f"{ours}.weight"] = weight
         weights[f"{ours}.bias"] = leaves.pop(f"{theirs}/bias")
 
     for ours, theirs in _OFFICIAL.items():
@@ -240,10 +219,12 @@ def official_weights(tree):
         qkv = []
         for part in ("query", "key", "value"):
             name = f"vit/encoderblock_{k}/MultiHeadDotProductAttention_0/{part}"
-            kernel, bias = leaves.pop(f"{name}/kernel"), leaves.pop(f"{name}/bias")  # (L, E, K, E/K), (L, K, E/K)
+            kernel = leaves.pop(f"{name}/kernel")  # (L, E, K, E/K)
+            bias = leaves.pop(f"{name}/bias")  # (L, K, E/K)
             if kernel.shape[1] != emb_dim or kernel.shape[2:] != bias.shape[1:]:
                 raise ValueError(f"{name}: kernel {kernel.shape} and bias {bias.shape}")
-            qkv.append((kernel.reshape(num_couplings, emb_dim, -1).swapaxes(1, 2), bias.reshape(num_couplings, -1)))
+            qkv.append((kernel.reshape(num_couplings, emb_dim, -1).swapaxes(1, 2),
+                        bias.reshape(num_couplings, -1)))
         for name, parts in zip(("weight", "bias"), zip(*qkv)):
             weights[f"blocks.{k}.attention.qkv.{name}"] = np.concatenate(parts, axis=1)
     if leaves:
@@ -253,7 +234,8 @@ def official_weights(tree):
 
 
 def _official_depth(tree):
-    return len({match[1] for name in tree if (match := re.search(r"/vit/encoderblock_(\d+)/", name))})
+    matches = (re.search(r"/vit/encoderblock_(\d+)/", name) for name in tree)
+    return len({match[1] for match in matches if match})
 
 
 def _official_source(path, content, overrides):
@@ -265,8 +247,9 @@ def _official_source(path, content, overrides):
     tree = {name.removeprefix(prefix): leaf for name, leaf in content.items()
             if name.startswith(f"{prefix}couplings/dnn/")}
     if any("/dnn/MultiHeadDotProductAttention_0" in name for name in tree):
-        raise CheckpointError(f"{path}: a class-conditional Jet (it has dnn/MultiHeadDotProductAttention_0)"
-                              ": only unconditional ones can be loaded")
+        raise CheckpointError(f"{path}: a class-conditional Jet (it has "
+                              "dnn/MultiHeadDotProductAttention_0): only unconditional ones can be "
+                              "loaded")
     channel_masks = content[prefix + masks]  # (L, D, D), zero where not used
     spatial_masks = content[prefix + masks.replace("channel", "spatial")]  # (L, N, N), likewise
     weights = official_weights(tree)
@@ -296,7 +279,8 @@ def _official_source(path, content, overrides):
 
 _JET_PYTORCH = {  # theirs: ours, in the order in which they are replaced
     r"^blocks\.(\d+)\.dnn\.": r"couplings.\1.net.",
-    r"\.pos_emb$": ".posemb", r"\.encoder\.ln\.": ".final_norm.", r"\.encoder\.blocks\.": ".blocks.",
+    r"\.pos_emb$": ".posemb",
+    r"\.encoder\.ln\.": ".final_norm.", r"\.encoder\.blocks\.": ".blocks.",
     r"\.mha\.in_proj_": ".attention.qkv.", r"\.mha\.out_proj\.": ".attention.out.",
     r"\.ln(\d)\.": r".norm\1.", r"\.mlp\.in_proj\.": ".fc1.", r"\.mlp\.out_proj\.": ".fc2.",
 }
@@ -308,13 +292,15 @@ def _jet_pytorch_source(path, content, overrides):
         for theirs, ours in _JET_PYTORCH.items():
             name = re.sub(theirs, ours, name)
         weights[name] = tensor[0] if name.endswith(".posemb") else tensor
-    channel_orders = [_one_hot_order(projection) for projection in weights.pop("channel_projections")]
-    spatial_orders = [_one_hot_order(projection) for projection in weights.pop("spatial_projections")]
+    channel_orders, spatial_orders = (
+        [_one_hot_order(projection) for projection in weights.pop(f"{kind}_projections")]
+        for kind in ("channel", "spatial"))
     num_couplings = len(channel_orders) + len(spatial_orders)
     num_tokens, emb_dim = weights["couplings.0.net.posemb"].shape
     token_dim = len(weights["couplings.0.net.final_proj.bias"])
-    # What the package fixes: exact GELU and PyTorch's LayerNorm epsilon, unlike the official model; its
-    # default scale factor; its default cycle of kinds, which the numbers of projections must confirm.
+    # What the package fixes: exact GELU and PyTorch's LayerNorm epsilon, unlike the official model;
+    # its default scale factor; its default cycle of kinds, which the numbers of projections must
+    # confirm.
     assumed = _grid_fields(path, num_tokens, token_dim, overrides) | {
         "gelu": "exact", "norm_eps": 1e-5, "scale_factor": 2.0}
     kinds = tuple(overrides.get("kinds", JetConfig.kinds))
@@ -322,14 +308,15 @@ def _jet_pytorch_source(path, content, overrides):
         kinds = ("channels",) if channel_orders else ("spatial",)
     cycle = [kinds[i % len(kinds)] for i in range(num_couplings)]
     if cycle.count("spatial") != len(spatial_orders):
-        raise CheckpointError(f"{path} has {len(channel_orders)} channel and {len(spatial_orders)} spatial "
-                              "couplings and does not tell their order: give it, as in load_jet(path, "
-                              "kinds=('channels', 'spatial'))")
+        raise CheckpointError(f"{path} has {len(channel_orders)} channel and {len(spatial_orders)} "
+                              "spatial couplings and does not tell their order: give it, as in "
+                              "load_jet(path, kinds=('channels', 'spatial'))")
     known = {"num_couplings": num_couplings, "kinds": kinds, "emb_dim": emb_dim,
              "block_depth": sum(name.startswith("couplings.0.") and name.endswith("fc1.bias")
                                 for name in weights)}
     orders = {"channels": iter(channel_orders), "spatial": iter(spatial_orders)}
-    weights |= {f"couplings.{i}.order": torch.tensor(next(orders[kind])) for i, kind in enumerate(cycle)}
+    weights |= {f"couplings.{i}.order": torch.tensor(next(orders[kind]))
+                for i, kind in enumerate(cycle)}
     if spatial_orders:
         known["spatial_splits"] = _split_names(path, spatial_orders, assumed, overrides)
     return _Source(known=known, assumed=assumed, missing=("num_heads",), state=weights)

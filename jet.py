@@ -5,18 +5,18 @@ other by what a network reads off x1 (the official code's order: add first, then
 
     z2 = (x2 + bias(x1)) * scale(x1),   scale = m * sigmoid(raw(x1)),   log|det| = sum log scale.
 
-A stack of couplings that take turns in what they keep maps x to z ~ N(0, I), and
+Couplings that take turns in what they keep map x to z ~ N(0, I), and in nats exactly
 
-    log p(x) = log N(z; 0, I) + log|det dz/dx|                                        (in nats)
+    log p(x) = log N(z; 0, I) + log|det dz/dx|.
 
-is exact. Layouts and formulas are those of the official model (google-research/big_vision,
-models/proj/jet/jet.py), and tests/test_parity.py holds this file to its numbers.
-
-Shapes: B batch, C x H x W image, N tokens on an (H/p, W/p) grid, D = C*p*p values per token
-(p is the patch size), E width of the network, K attention heads.
+Layouts and formulas are those of the official model (google-research/big_vision, models/proj/jet);
+tests/test_parity.py holds this file to its numbers. Shapes: B batch, C x H x W image, p patch size,
+N tokens on an (H/p, W/p) grid, D = C*p*p values a token, E width of the network, K heads.
 """
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 
 import torch
@@ -24,45 +24,44 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-from data import quantize
-
 KINDS = ("channels", "spatial")
-SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv",
-                  "hstripes", "hstripes-inv")
+SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes",
+                  "hstripes-inv")
+GELU = {"tanh": "tanh", "exact": "none"}  # ours: PyTorch's
 
 
-def setting(default, help, choices=None, minimum=None):
+def setting(default, help, choices=None, minimum=None, kind=None):
     """A config field: default, the sentence that the command line shows, and what is allowed: some
-    names, or numbers from a minimum on (without one: whole numbers from 1, others above 0)."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    names, or numbers from a minimum on (else whole ones from 1, others above 0). kind: its type."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(config):
     """Raise ValueError naming the first field whose value does not fit its type or its choices."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        choices, minimum = field.metadata.get("choices"), field.metadata.get("minimum")
-        if choices and isinstance(field.default, tuple):
+        value, what = getattr(config, field.name), field.metadata
+        if not what or value is None and field.default is None:
+            continue
+        choices, least, kind = what["choices"], what["minimum"], what["kind"] or type(field.default)
+        ok, rule = True, ""
+        if choices and kind is tuple:
             ok = isinstance(value, tuple) and value and all(v in choices for v in value)
             rule = f"must be a non-empty list of {', '.join(choices)}"
         elif choices:
             ok, rule = value in choices, f"must be {' or '.join(choices)}"
-        elif isinstance(field.default, bool):
+        elif kind is bool:
             ok, rule = isinstance(value, bool), "must be true or false"
-        elif isinstance(field.default, int):
-            lowest = 1 if minimum is None else minimum
-            ok = type(value) is int and value >= lowest
-            rule = f"must be a whole number, {lowest} or more"
-        elif isinstance(field.default, float):
-            ok = type(value) in (int, float) and (value > 0 or value == minimum) and value < math.inf
-            rule = "must be a finite number above 0" + (" or 0" if minimum == 0 else "")
-        else:
-            continue
+        elif kind is int:
+            least = 1 if least is None else least
+            ok = type(value) is int and value >= least
+            rule = f"must be a whole number, {least} or more"
+        elif kind is float:
+            ok = type(value) in (int, float) and (value > 0 or value == least) and value < math.inf
+            rule = "must be a finite number above 0" + (" or 0" if least == 0 else "")
         if not ok:
             raise ValueError(f"{field.name}={value!r}: {rule}")
-        if isinstance(field.default, float):  # 3 and 3.0 are one configuration
+        if kind is float:  # 3 and 3.0 are one configuration
             object.__setattr__(config, field.name, float(value))
 
 
@@ -70,58 +69,53 @@ def check_settings(config):
 class JetConfig:
     """What defines a Jet. Defaults are the official ImageNet-64 model (32 couplings x depth 2).
 
-    Raises ValueError that names the field, the value and the rule.
-    """
-    image_size: int | tuple[int, int] = setting((64, 64), "pixels per side, or height and width; "
-                                                "train.py takes the image set's")
+    Raises ValueError that names the field, the value and the rule."""
+    image_size: int | tuple[int, int] = setting(
+        (64, 64), "pixels per side, or height and width; train.py takes the image set's")
     channels: int = setting(3, "image channels")
-    patch_size: int = setting(4, "pixels per side of a patch; one patch is one token (official: ps)")
+    patch_size: int = setting(4, "pixels per side of a patch, which is a token (official: ps)")
     num_couplings: int = setting(32, "couplings in the flow (official: depth)")
-    block: str = setting("vit", "network of a coupling: the paper's ViT, or our choice of a CNN",
-                         ("vit", "cnn"))
+    block: str = setting("vit", "a coupling's network: the paper's ViT, our CNN", ("vit", "cnn"))
     block_depth: int = setting(2, "blocks in the network of one coupling")
     emb_dim: int = setting(512, "width of the network")
     num_heads: int = setting(8, "attention heads (vit only)")
     scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
-    kinds: tuple[str, ...] = setting(("channels",) * 4 + ("spatial",),
-                                     "what the couplings halve, repeated over all", KINDS)
-    spatial_splits: tuple[str, ...] = setting(
-        SPATIAL_SPLITS, "patterns of the spatial couplings, repeated over these", SPATIAL_SPLITS)
+    kinds: tuple = setting(("channels",) * 4 + ("spatial",), "what couplings halve, cycled", KINDS)
+    spatial_splits: tuple = setting(SPATIAL_SPLITS, "patterns of spatial couplings, cycled",
+                                    SPATIAL_SPLITS)
     split_mode: str = setting("pairing", "pairing: x1 in, x2's bias and scale out (official); "
                               "masking: all tokens in, x2 set to zero", ("pairing", "masking"))
     actnorm: bool = setting(False, "Glow's ActNorm before each coupling")
     invertible_dense: bool = setting(False, "Glow's invertible dense layer before each coupling")
-    gelu: str = setting("tanh", "GELU: tanh approximation (official) or exact", ("tanh", "exact"))
+    gelu: str = setting("tanh", "GELU: tanh approximation (official) or exact", (*GELU,))
     norm_eps: float = setting(1e-6, "epsilon of LayerNorm")
 
     def __post_init__(self):
         for name in ("image_size", "kinds", "spatial_splits"):  # JSON has lists for tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.image_size, tuple) and self.image_size[:1] * 2 == self.image_size != ():
-            object.__setattr__(self, "image_size", self.image_size[0])
         check_settings(self)
-        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        if (len(sides) != 2 and sides != (self.image_size,)
-                or not all(type(side) is int and side > 0 for side in sides)):
-            raise ValueError(f"image_size={self.image_size!r}: must be a whole number, 1 or "
-                             "more, or two of them (height and width)")
+        size = self.image_size
+        sides = size if isinstance(size, tuple) else (size, size)
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"image_size={size!r}: must be a whole number, 1 or more, or two of "
+                             "them (height and width)")
+        size = sides[0] if sides[0] == sides[1] else sides
+        object.__setattr__(self, "image_size", size)
         if any(side % self.patch_size for side in sides):
-            raise ValueError(f"patch_size={self.patch_size}: must divide image_size={self.image_size}")
+            raise ValueError(f"patch_size={self.patch_size}: must divide image_size={size}")
         if self.block == "vit" and self.emb_dim % self.num_heads:
-            raise ValueError(f"emb_dim={self.emb_dim}: must be divisible by num_heads={self.num_heads}")
-        self._check_halves()
-
-    def _check_halves(self):
-        where = f"with image_size={self.image_size} and patch_size={self.patch_size}"
+            raise ValueError(f"emb_dim={self.emb_dim}: must be divisible by "
+                             f"num_heads={self.num_heads}")
+        where = f"with image_size={self.image_size} and patch_size={self.patch_size}: the"
         if ("channels" in self.kinds or self.split_mode == "pairing") and self.token_dim % 2:
-            raise ValueError(f"channels={self.channels} {where}: the {self.token_dim} values of a "
-                             "token must be an even number to be halved")
+            raise ValueError(f"channels={self.channels} {where} {self.token_dim} values of a token "
+                             "must be an even number to be halved")
         for split in self.spatial_splits if "spatial" in self.kinds else ():
-            things, count = (("token rows", self.grid[0]) if split.startswith("hstripes")
-                             else ("tokens", self.num_tokens))
+            rows, tokens = (self.grid[0], "token rows"), (self.num_tokens, "tokens")
+            count, things = rows if split.startswith("hstripes") else tokens
             if count % 2:
-                raise ValueError(f"spatial_splits={split!r} {where}: the {count} {things} must be an "
+                raise ValueError(f"spatial_splits={split!r} {where} {count} {things} must be an "
                                  "even number to be halved (kinds=('channels',) needs none)")
 
     @property
@@ -145,17 +139,16 @@ class JetConfig:
 
     @property
     def coupling_splits(self):
-        """(kind, spatial split or None) of each coupling: spatial splits cycle over spatial ones."""
-        kinds = [self.kinds[i % len(self.kinds)] for i in range(self.num_couplings)]
-        spatial_before = [kinds[:i].count("spatial") for i in range(self.num_couplings)]
-        return tuple((kind, self.spatial_splits[s % len(self.spatial_splits)] if kind == "spatial"
-                      else None) for kind, s in zip(kinds, spatial_before))
+        """(kind, spatial split or None) of each coupling: splits cycle over spatial ones."""
+        kinds = itertools.islice(itertools.cycle(self.kinds), self.num_couplings)
+        splits = itertools.cycle(self.spatial_splits)
+        return tuple((kind, next(splits) if kind == "spatial" else None) for kind in kinds)
 
     @property
     def logdet_cap_nats(self):
         """The largest log-det that the couplings can reach: each scales half the values by m."""
-        return (self.num_couplings * self.num_tokens * self.token_dim / 2
-                * math.log(self.scale_factor))
+        moved = self.num_couplings * self.num_tokens * self.token_dim / 2
+        return moved * math.log(self.scale_factor)
 
 
 class Attention(nn.Module):
@@ -163,13 +156,12 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim)
-        self.out = nn.Linear(config.emb_dim, config.emb_dim)
+        E, self.num_heads = config.emb_dim, config.num_heads
+        self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
         for weight in (*self.qkv.weight.chunk(3), self.out.weight):  # q, k, v each on their own
             nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
+        for layer in (self.qkv, self.out):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, h):
         B, N, E = h.shape
@@ -183,33 +175,25 @@ class ViTBlock(nn.Module):
 
     def __init__(self, config, grid):
         super().__init__()
-        E, self.gelu = config.emb_dim, _gelu(config)
-        self.norm1 = nn.LayerNorm(E, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(E, eps=config.norm_eps)
-        self.fc1 = nn.Linear(E, 4 * E)
-        self.fc2 = nn.Linear(4 * E, E)
+        E, eps, self.gelu = config.emb_dim, config.norm_eps, nn.GELU(GELU[config.gelu])
+        self.norm1, self.attention = nn.LayerNorm(E, eps), Attention(config)
+        self.norm2 = nn.LayerNorm(E, eps)
+        self.fc1, self.fc2 = nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
         for fc in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(fc.weight)
             nn.init.normal_(fc.bias, std=1e-6)
 
     def forward(self, h):
-        if kernels.fit(h, 16) and self.gelu.approximate == "tanh":  # the same in C
-            return kernels.vit_block(h, self.norm1, self.attention.qkv, self.attention.out, self.norm2,
-                                     self.fc1, self.fc2, self.attention.num_heads)
         h = h + self.attention(self.norm1(h))
         return h + self.fc2(self.gelu(self.fc1(self.norm2(h))))
 
 
 class CNNBlock(nn.Module):
-    """A pre-activation residual block: twice norm, GELU, 3x3 convolution over the token grid.
-
-    The block of the paper's Figure 2a is not known here; this one is our choice.
-    """
+    """Our choice for Figure 2a, whose block is not known: twice norm, GELU, 3x3 convolution."""
 
     def __init__(self, config, grid):
         super().__init__()
-        E, self.grid, self.gelu = config.emb_dim, grid, _gelu(config)
+        E, self.grid, self.gelu = config.emb_dim, grid, nn.GELU(GELU[config.gelu])
         self.norms = nn.ModuleList(nn.LayerNorm(E, eps=config.norm_eps) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(E, E, 3, padding=1) for _ in range(2))
         for conv in self.convs:
@@ -224,22 +208,18 @@ class CNNBlock(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The network of one coupling: tokens (B, N, in) -> (bias, raw scale), each (B, N, out/2).
-
-    Its last layer starts at zero: a fresh coupling adds nothing and scales by m/2.
-    """
+    """The network of one coupling: tokens (B, N, in) -> (bias, raw scale), each (B, N, out/2)."""
 
     def __init__(self, config, in_dim, out_dim, grid):
         super().__init__()
-        E = config.emb_dim
-        block = {"vit": ViTBlock, "cnn": CNNBlock}[config.block]
+        E, block = config.emb_dim, {"vit": ViTBlock, "cnn": CNNBlock}[config.block]
         self.init_proj = nn.Linear(in_dim, E)
         self.posemb = nn.Parameter(torch.randn(config.num_tokens, E) / math.sqrt(E))
         self.blocks = nn.ModuleList(block(config, grid) for _ in range(config.block_depth))
         self.final_norm = nn.LayerNorm(E, eps=config.norm_eps)
         self.final_proj = nn.Linear(E, out_dim)
         _lecun_normal(self.init_proj)
-        nn.init.zeros_(self.final_proj.weight)
+        nn.init.zeros_(self.final_proj.weight)  # a fresh coupling adds nothing and scales by m/2
         nn.init.zeros_(self.final_proj.bias)
 
     def forward(self, x):
@@ -250,12 +230,7 @@ class Predictor(nn.Module):
         h = self.init_proj(x) + self.posemb  # (B, N, E)
         for block in self.blocks:
             h = block(h)
-        h = kernels.layer_norm(h, self.final_norm) if kernels.fit(h, 16) else self.final_norm(h)
-        return self.final_proj(h)
-
-
-def _gelu(config):
-    return nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        return self.final_proj(self.final_norm(h))
 
 
 def _lecun_normal(layer):
@@ -268,26 +243,22 @@ def _lecun_normal(layer):
 def spatial_order(split, rows, columns):
     """Token indices (N,) of a named spatial split: the first half conditions, the second is moved.
 
-    Parities of the flat index as in the official code, ascending within each. With an odd number of
-    columns its checkerboard has unequal parts, and the cut lies in the middle all the same.
-    """
+    Parities of the flat index as in the official code, ascending within each: with an odd number of
+    columns its checkerboard has unequal parts, and the cut lies in the middle all the same."""
     token = torch.arange(rows * columns)
     row = token // columns
-    parity = {"checkerboard": token + row, "vstripes": token, "hstripes": row}
-    swap = split.endswith("-inv")
-    return torch.argsort((parity[split.removesuffix("-inv")] + swap) % 2, stable=True)
+    name, _, inverse = split.partition("-")
+    parity = {"checkerboard": token + row, "vstripes": token, "hstripes": row}[name] % 2
+    return torch.argsort(1 - parity if inverse else parity, stable=True)
 
 
 class Coupling(nn.Module):
-    """One affine coupling on tokens (B, N, D); x1 stays as it is, to the bit.
-
-    kind "channels" halves each token's values by a fixed random permutation, kind "spatial" halves
-    the tokens by a named pattern.
-    """
+    """One affine coupling on tokens (B, N, D); x1 stays as it is, to the bit. "channels" halves a
+    token's values by a fixed random permutation, "spatial" the tokens by a named pattern."""
 
     def __init__(self, config, kind, split):
         super().__init__()
-        N, D, grid = config.num_tokens, config.token_dim, config.grid
+        D, grid = config.token_dim, config.grid
         self.scale_factor = config.scale_factor
         self.masking = config.split_mode == "masking"
         self.axis = 2 if kind == "channels" else 1
@@ -299,54 +270,51 @@ class Coupling(nn.Module):
             grid = (grid[0] // 2, grid[1] * 2)
         self.net = Predictor(config, in_dim, out_dim, grid)
 
-    def _network(self, x, kept):
-        """The network's answer (B, N, out), a function of x1 alone."""
-        B, N, D = x.shape
+    def split(self, x):
+        """x (B, N, D) -> x1, which is kept, and x2, which is moved."""
+        kept, moved = self.order.chunk(2)
         if self.axis == 2:  # gather is faster than index_select along the last axis
-            x1 = x.gather(2, kept.expand(B, N, -1))
+            x1 = x.gather(2, kept.expand(*x.shape[:2], -1))
         else:
             x1 = x.index_select(1, kept)
+        return x1, x.index_select(self.axis, moved)
+
+    def network(self, x1):
+        """What the network reads off x1: bias and raw scale side by side, (B, N, out)."""
         if self.masking:  # our reading of the paper: x2 is zeroed, outputs at x2's places are used
-            return self.net.joint(torch.zeros_like(x).index_copy(self.axis, kept, x1))
+            zeros = x1.new_zeros(len(x1), len(self.net.posemb), self.net.init_proj.in_features)
+            return self.net.joint(zeros.index_copy(self.axis, self.order.chunk(2)[0], x1))
         # A half of the tokens becomes N tokens of D/2 values, like a half of the channels.
-        return self.net.joint(x1.reshape(B, N, D // 2))
+        return self.net.joint(x1.reshape(len(x1), len(self.net.posemb), -1))
 
-    def affine(self, x):
-        """What x1 of the tokens x (B, N, D) does to x2: bias and scale in x2's shape, and log|det| (B,) in nats."""
-        kept, moved = self.order.chunk(2)
-        return self._affine(self._network(x, kept), x.index_select(self.axis, moved), moved)
-
-    def _affine(self, net_out, x2, moved):
-        """bias and scale for x2, in its shape and type, and log|det| (B,)."""
+    def affine(self, net_out, x2):
+        """The network's answer -> bias, scale in x2's shape and type, and log|det| (B,) in nats."""
         bias, raw = net_out.chunk(2, dim=-1)
         if self.masking:
+            moved = self.order.chunk(2)[1]
             bias, raw = bias.index_select(self.axis, moved), raw.index_select(self.axis, moved)
-        # Under autocast the network may answer in bfloat16. From here on everything is computed from
-        # the same numbers in x2's precision, or log-det and inverse would not fit what was applied.
+        # Under autocast the network answers in bfloat16. From here on all is computed from the same
+        # numbers in x2's precision, or log-det and inverse would not fit what was applied.
         bias, raw = bias.reshape(x2.shape).to(x2.dtype), raw.reshape(x2.shape).to(x2.dtype)
         scale = self.scale_factor * torch.sigmoid(raw)
         log_scale = F.logsigmoid(raw) + math.log(self.scale_factor)
         return bias, scale, log_scale.flatten(1).sum(1)
 
+    def join(self, x, x2):
+        """x (B, N, D) with another x2; x1 stays."""
+        return x.index_copy(self.axis, self.order.chunk(2)[1], x2)
+
     def forward(self, x):
         """x (B, N, D) -> z (B, N, D), log|det dz/dx| (B,) in nats."""
-        kept, moved = self.order.chunk(2)
-        net_out = self._network(x, kept)
-        if not self.masking and kernels.fit(net_out):  # the same in C
-            return kernels.affine(x, net_out, moved, self.axis == 1, self.scale_factor)
-        x2 = x.index_select(self.axis, moved)
-        bias, scale, logdet = self._affine(net_out, x2, moved)
-        return x.index_copy(self.axis, moved, (x2 + bias) * scale), logdet
+        x1, x2 = self.split(x)
+        bias, scale, logdet = self.affine(self.network(x1), x2)
+        return self.join(x, (x2 + bias) * scale), logdet
 
     def inverse(self, z):
         """z (B, N, D) -> x (B, N, D), log|det dx/dz| (B,) in nats."""
-        kept, moved = self.order.chunk(2)
-        net_out = self._network(z, kept)  # z1 = x1
-        if not self.masking and kernels.fit(net_out) and not torch.is_grad_enabled():
-            return kernels.affine_inverse(z, net_out, moved, self.axis == 1, self.scale_factor)
-        z2 = z.index_select(self.axis, moved)
-        bias, scale, logdet = self._affine(net_out, z2, moved)
-        return z.index_copy(self.axis, moved, z2 / scale - bias), -logdet
+        z1, z2 = self.split(z)  # z1 is x1
+        bias, scale, logdet = self.affine(self.network(z1), z2)
+        return self.join(z, z2 / scale - bias), -logdet
 
 
 class ActNorm(nn.Module):
@@ -372,17 +340,15 @@ class ActNorm(nn.Module):
 
 
 def _no_autocast(device):
-    """Within, products are in the type of their factors; nothing to do on a device without autocast, like meta."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+    """Within, products are in the type of their factors: log-det must fit what is applied."""
+    has_autocast = torch.amp.is_autocast_available(device.type)  # meta has none
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 class InvertibleDense(nn.Module):
-    """Glow's invertible 1x1 convolution on a token's values: z = W x, W = P L U, a rotation at first.
-
+    """Glow's invertible 1x1 convolution on a token's values: z = W x, W = P L U, first a rotation.
     P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal
-    sign * exp(log_diagonal), so log|det W| = sum log_diagonal.
-    """
+    sign * exp(log_diagonal), so log|det W| = sum log_diagonal."""
 
     def __init__(self, dim):
         super().__init__()
@@ -395,13 +361,12 @@ class InvertibleDense(nn.Module):
         self.upper = nn.Parameter(upper.triu(1))
 
     def _factors(self):
-        identity = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        lower = self.lower.tril(-1) + identity
+        lower = self.lower.tril(-1) + torch.ones_like(self.log_diagonal).diag()
         return lower, self.upper.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
 
     def forward(self, x):
         lower, upper = self._factors()
-        with _no_autocast(x.device):  # log-det must fit what is applied
+        with _no_autocast(x.device):
             z = (x @ (lower @ upper).T).index_select(2, self.order)
         return z, (x.shape[1] * self.log_diagonal.sum()).expand(len(x))
 
@@ -417,19 +382,20 @@ class InvertibleDense(nn.Module):
 class Jet(nn.Module):
     """The flow x <-> z between images and standard-normal noise of the same shape.
 
-    Fresh and without the two switches it is the identity (for m = 2). Initialised from torch's
-    global random generator.
-    """
+    Fresh, without the two switches and for m = 2 it is the identity. torch's global random numbers
+    initialise it."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # True: backward runs each layer's forward again
         self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
-        switches = ((config.actnorm, ActNorm), (config.invertible_dense, InvertibleDense))
-        self.actnorms, self.denses = (
-            nn.ModuleList(layer(config.token_dim) for _ in self.couplings if on)
-            for on, layer in switches)
+        self.actnorms, self.denses = nn.ModuleList(), nn.ModuleList()
+        for _ in self.couplings:  # either draws no random numbers or has them to itself
+            if config.actnorm:
+                self.actnorms.append(ActNorm(config.token_dim))
+            if config.invertible_dense:
+                self.denses.append(InvertibleDense(config.token_dim))
 
     def layers(self):
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
@@ -437,17 +403,14 @@ class Jet(nn.Module):
         return [layer for step in zip(*groups) for layer in step]
 
     def forward(self, x):
-        """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx| in nats.
-
-        Raises ValueError for another shape or an integer type.
-        """
+        """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx|, nats.
+        Raises ValueError for another shape or an integer type."""
         tokens, logdet = self.patchify(x), x.new_zeros(len(x))
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         for layer in self.layers():
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                tokens, layer_logdet = checkpoint(layer, tokens, use_reentrant=False,
-                                                  preserve_rng_state=False)
-            else:
-                tokens, layer_logdet = layer(tokens)
+            run = functools.partial(checkpoint, layer, **options) if recompute else layer
+            tokens, layer_logdet = run(tokens)
             logdet = logdet + layer_logdet
         return self.unpatchify(tokens), logdet
 
@@ -471,10 +434,8 @@ class Jet(nn.Module):
     @torch.no_grad()
     def sample(self, n, generator=None, temperature=1.0):
         """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I).
-
         The generator decides the device that the noise is drawn on. Raises ValueError when the
-        inverse overflows: a scale near 0 makes it explode.
-        """
+        inverse overflows: a scale near 0 makes it explode."""
         weight = self.couplings[0].net.posemb
         z = torch.randn(n, *self.config.image_shape, generator=generator, dtype=weight.dtype,
                         device=generator.device if generator else weight.device)
@@ -497,24 +458,29 @@ class Jet(nn.Module):
         return x.reshape(len(tokens), C, H, W)
 
 
+def dequantize(images_u8, noise_u):
+    """x = -1 + u8/255*2 + noise/127.5, in [-1, 1 + 1/127.5): the 256 bins tile it exactly.
+
+    images_u8: uint8, any shape; noise_u: floats of that shape in [0, 1), whose type x has.
+    Source: value_range(-1, 1) and the evaluator's noise in big_vision, bit for bit."""
+    noise_u = torch.as_tensor(noise_u)
+    return torch.as_tensor(images_u8).to(noise_u.dtype) / 255 * 2 - 1 + noise_u / 127.5
+
+
+def quantize(x):
+    """floor((x + 1) * 127.5) clipped to 0..255 as uint8: undoes dequantize (float32: for noise in
+    [1e-3, 1 - 1e-3]; nearer an edge it may round into the next bin). ValueError if not finite."""
+    x = torch.as_tensor(x)
+    if not x.isfinite().all():
+        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} values are not finite: "
+                         "no image can be made of them")
+    return ((x + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)
+
+
 def bits_per_dim(z, logdet):
     """Negative log-likelihood in bits per dimension (B,) of 8-bit images, from Jet's (z, logdet).
 
-    z (B, ...) under N(0, I); logdet (B,) in nats. x spans 1/127.5 per grey level, so log(127.5)
-    per dimension turns the density of x into one of the 256 levels (official: _bits_per_dim).
-    """
+    z (B, ...) under N(0, I); logdet (B,) in nats. x spans 1/127.5 per grey level, so log(127.5) a
+    dimension makes the density of x one of the 256 levels (official: _bits_per_dim)."""
     per_dim = z.square().flatten(1).mean(1) / 2 + math.log(2 * math.pi) / 2 + math.log(127.5)
     return (per_dim - logdet / z.shape[1:].numel()) / math.log(2)
-
-
-def forward_flops(config):
-    """FLOPs of one image's forward pass: matrix products and convolutions, a multiply-add is two."""
-    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
-    in_dim, out_dim = (D, 2 * D) if config.split_mode == "masking" else (D // 2, D)
-    if config.block == "vit":  # qkv, out, MLP: 4 + 8 matrices of E x E; scores and their use
-        block = 2 * N * 12 * E * E + 2 * 2 * N * N * E
-    else:
-        block = 2 * N * 2 * 9 * E * E
-    coupling = 2 * N * E * (in_dim + out_dim) + config.block_depth * block
-    dense = 2 * N * D * D if config.invertible_dense else 0  # building W, once a batch, aside
-    return config.num_couplings * (coupling + dense)

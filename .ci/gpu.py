@@ -3,8 +3,8 @@
 Each stage ends by itself within its seconds, with what is whole by then, and so it does on SIGTERM.
 It writes into OUT, and nowhere else: <stage>_done.json, <stage>_log.txt, CSVs, and a trace or
 packed run folders, at most 8 files of at most 16 MiB; files of the same stage that are there are
-replaced. It prints a table last. Exit status: 0; 1 where something failed or nothing could be done; 2 for bad
-arguments.
+replaced. It prints a table last. Exit status: 0; 1 where something failed or nothing could be done;
+2 for bad arguments.
 """
 import argparse
 import importlib
@@ -101,9 +101,9 @@ def main(begun):
 
 def check(stage, flags):
     """End in one line where the stage cannot begin."""
-    from paper_figures.results_csv import ResultsError
-    from train import TrainingError, one_line_errors
-    with one_line_errors(".ci/gpu", ResultsError):
+    from harness.errors import TrainingError
+    from harness.flags import one_line_errors
+    with one_line_errors(".ci/gpu"):
         if error := stage.look():
             raise TrainingError(error)
         if flags.stage == "medium":

@@ -28,8 +28,10 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         self.seconds += report.duration
         if report.outcome != "passed" and self.outcome == "passed":
-            why = report.longrepr[2] if report.skipped else getattr(
-                getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = getattr(crash, "message", report.longreprtext)
+            if report.skipped:
+                why = report.longrepr[2]
             self.outcome = report.outcome
             self.why = " ".join(why.split()).removeprefix("Skipped: ")[:300]
         if report.when == "teardown":
@@ -44,7 +46,7 @@ def run_pytest(record, basetemp):
 
 
 def read_records(path):
-    """A row for each test, of what was told of it last."""
+    """A row for each test, as it was written last."""
     lines = path.read_text().splitlines() if path.exists() else []
     return list({row["test"]: row for row in map(json.loads, lines)}.values())
 
@@ -135,7 +137,7 @@ def run_speed(stage, flags):
 def speed_rows(out):
     import pandas as pd
 
-    from experiments.throughput import MODES
+    from experiments.throughput_cases import MODES
     lines = []
     for path in sorted(out.glob("speed_throughput_*.csv")):
         modes = {tuple(map(str, switches)): name for name, switches in MODES.items()}
@@ -151,7 +153,7 @@ def speed_rows(out):
 
 
 def number_line(numbers):
-    """What throughput.py tells beside its CSV, in a line."""
+    """A line for what throughput.py measures beside its CSV."""
     if numbers["what"] == "evaluate":
         return (f"{numbers['size']}: bits/dim of {numbers['num_images']:,} images in "
                 f"{numbers['seconds']:.1f} s")

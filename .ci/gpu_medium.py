@@ -53,42 +53,46 @@ def check(flags):
         load_images("cifar10", "train", flags.data_root)
 
 
-def item_of(experiment):
-    """What the results page knows of an experiment: its swept fields among other things."""
-    from paper_figures import results_page
-    return next(item for item in results_page.ITEMS if item.experiment == experiment)
+def load(name, tiny):
+    """The Experiment of a script; tiny: its grids as a rehearsal trains them."""
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    if not tiny:
+        return experiment
+    return dataclasses.replace(
+        experiment, configs=lambda scale: shrink(experiment.configs(scale), experiment.swept))
 
 
-def finished_elsewhere(experiment, results_dir):
+def finished_elsewhere(name, results_dir):
     """The run ids in the CSV of an experiment at medium scale and in its shards."""
     from paper_figures.results_csv import read_results
-    item = item_of(experiment)
+    experiment = load(name, tiny=False)
     found = set()
-    for path in sorted(results_dir.glob(f"{experiment}_medium*.csv")):
-        found |= set(read_results(path, experiment, item.swept, item.varying)["run_id"])
+    for path in sorted(results_dir.glob(f"{name}_medium*.csv")):
+        found |= set(read_results(path, name, experiment.swept, experiment.varying)["run_id"])
     return found
 
 
-def make_runs(experiment, runs_dir, tiny):
-    """The runs of seed 0 of a grid."""
-    points = importlib.import_module(f"experiments.{experiment}").configs("medium")
-    if tiny:
-        points = shrink(points)
-    return [point.run(0, runs_dir / f"{experiment}_medium") for point in points]
+def runs_of(experiment, runs_dir):
+    """The runs of seed 0 of the grid of medium scale."""
+    from sweeps.grid import make_runs
+    return make_runs(experiment, "medium", [0], runs_dir / f"{experiment.name}_medium")
 
 
-def shrink(points):
+def shrink(points, swept):
     """The same grid, of models and steps that a CPU trains in a moment, on the embedded images."""
-    small = {}
+    small, numbers = {}, {}
     for point in points:
         config, model = point.config, point.config.model
         model = dataclasses.replace(model, patch_size=8, num_couplings=min(2, model.num_couplings),
                                     block_depth=1, emb_dim=16, num_heads=2)
+        # different runs stay different, though they may differ in size alone
+        number = numbers.setdefault((config.hash, id(point.after)), len(numbers) + 1)
         config = dataclasses.replace(
             config, model=model, data="cifar10-subset-vehicles", batch_size=4, precision="float32",
-            total_steps=min(2, config.total_steps))
+            total_steps=min(2, config.total_steps), clip_norm=number)
         after = point.after and small[id(point.after)]
-        small[id(point)] = dataclasses.replace(point, config=config, after=after)
+        small[id(point)] = dataclasses.replace(
+            point, config=config, after=after, labels=point.values(swept))
     return list(small.values())
 
 
@@ -101,7 +105,7 @@ def is_orphan(run, skipped):
 
 def evaluation_flops(config):
     from data import SETS
-    from jet import forward_flops
+    from harness.flops import forward_flops
     from train import TRAIN_ROW_IMAGES
     test = SETS[config.data].counts["test"]
     return forward_flops(config.model) * (test + min(TRAIN_ROW_IMAGES, test))
@@ -112,10 +116,11 @@ def predict(run, finished, jobs, device):
 
     Before there is one: with a cautious share of the peak, which all runs share. With a margin.
     """
-    from experiments import sweep
-    rate = (sweep.measured_rate(run.config, [one.done for one in finished])
+    from harness.flops import train_flops
+    from sweeps.plan import measured_rate
+    rate = (measured_rate(run.config, [one.done for one in finished])
             or assumed_rate(run.config.precision, jobs, device))
-    training = sweep.train_flops(run.config) / rate
+    training = train_flops(run.config) / rate
     flops = evaluation_flops(run.config)
     if not finished:
         return MARGIN * (training + flops / assumed_rate("float32", jobs, device) + START_S)
@@ -128,10 +133,10 @@ def predict(run, finished, jobs, device):
 
 def assumed_rate(precision, jobs, device):
     """FLOP/s of one of so many runs at a time, before any has finished."""
-    from experiments import sweep
+    from sweeps.plan import GPU_PEAKS
     if device == "cpu":
         return ASSUMED_CPU
-    return ASSUMED_SHARE * sweep.GPU_PEAKS[precision] / jobs
+    return ASSUMED_SHARE * GPU_PEAKS[precision] / jobs
 
 
 def choose(todo, done_ids, left_s, seconds_of):
@@ -139,7 +144,7 @@ def choose(todo, done_ids, left_s, seconds_of):
 
     A run that others begin with counts as long as all of them: they could not follow later.
     """
-    from experiments.sweep import first_of
+    from sweeps.grid import first_of
     for run in todo:
         if run.after and run.after.run_id not in done_ids:
             continue
@@ -162,9 +167,9 @@ class Worker:
     """A process that stays alive and takes one run after another."""
 
     def __init__(self, stage, place):
-        self.connection, theirs = stage.context.Pipe()
-        self.process = stage.start("gpu_medium", "work", theirs, os.getpid(), place)
-        theirs.close()
+        self.connection, other_end = stage.context.Pipe()
+        self.process = stage.start("gpu_medium", "work", other_end, os.getpid(), place)
+        other_end.close()
         self.run, self.ready = None, False
 
     def begin(self, run):
@@ -186,7 +191,8 @@ def work(connection, parent, place):
     """
     import torch
 
-    from run_folder import one_line
+    from harness.errors import one_line
+    from harness.place import Place
     from train import train
     torch.zeros(1, device=place["device"])
     connection.send("")
@@ -195,7 +201,7 @@ def work(connection, parent, place):
             continue
         run = connection.recv()
         try:
-            train(run.config, run.folder, init_from=run.init_from, quiet=True, **place)
+            train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
             why = ""
         except Exception as error:
             why = one_line(error)
@@ -240,7 +246,7 @@ def run_grid(stage, todo, jobs, place):
 
 def take_in(stage, worker, why, finished):
     """A worker has answered."""
-    from run_folder import read_done
+    from harness.run_folder import read_done
     worker.ready = worker.process.is_alive()
     if not worker.run:
         if why:
@@ -269,7 +275,7 @@ def drop_weights(finished, unfinished):
 
 
 def stop(stage, run):
-    from run_folder import read_progress
+    from harness.run_folder import read_progress
     step, *_ = read_progress(run.folder)
     why = stage.stopped_by or "the time was up"
     stage.leave_out(f"{run.folder.parent.name}: {run.label}",
@@ -279,23 +285,22 @@ def stop(stage, run):
 
 # ---- what comes out
 
-def write_csvs(stage, experiments, grids, finished):
+def write_csvs(stage, grids, finished):
     """Write a shard's CSV of each experiment with finished runs, the first ones into OUT, too.
 
-    Returns their names.
+    grids: {experiment: its runs}. Returns their names.
     """
-    from experiments import sweep
+    from sweeps.sweep import collect
     done_ids, names = {one.run.run_id for one in finished}, []
     folder = stage.work / "results"
     folder.mkdir(exist_ok=True)
-    for name in experiments:
-        runs = [run for run in grids[name] if run.run_id in done_ids]
+    for name, grid in grids.items():
+        runs = [run for run in grid if run.run_id in done_ids]
         if not runs:
             continue
         csv = folder / shard_name(name, [run.run_id for run in runs])
-        item = item_of(name)
         with open(stage.log, "a") as log, contextlib.redirect_stdout(log):
-            sweep.collect(runs, name, "medium", item.swept, csv, varying=item.varying)
+            collect(load(name, stage.rehearsal), "medium", runs, csv)
         if len(names) < PLAIN_CSVS:
             (stage.out / csv.name).write_bytes(csv.read_bytes())
         names.append(csv.name)
@@ -326,12 +331,12 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
 
 def run(stage, flags):
     """The stage medium; returns the body of its table."""
-    experiments = [name for name in ORDER if name in flags.experiments]
-    grids = {name: make_runs(name, stage.work / "runs", stage.rehearsal) for name in experiments}
-    skipped = {name: finished_elsewhere(name, ROOT / "results") for name in experiments}
+    names = [name for name in ORDER if name in flags.experiments]
+    grids = {name: runs_of(load(name, stage.rehearsal), stage.work / "runs") for name in names}
+    skipped = {name: finished_elsewhere(name, ROOT / "results") for name in names}
     todo, orphans = [], []
-    for name in experiments:
-        new = [run for run in grids[name] if run.run_id not in skipped[name]]
+    for name, grid in grids.items():
+        new = [run for run in grid if run.run_id not in skipped[name]]
         orphans += [run for run in new if is_orphan(run, skipped[name])]
         todo += [run for run in new if not is_orphan(run, skipped[name])]
     for run in orphans:
@@ -347,19 +352,19 @@ def run(stage, flags):
     stage.say(f"{len(todo)} runs to do, {jobs} at a time")
     finished, never = run_grid(stage, todo, jobs, {**place, **root})
     report(stage, never, finished, jobs)
-    csvs = write_csvs(stage, experiments, grids, finished)
+    csvs = write_csvs(stage, grids, finished)
     packed, runs = stage.out / "medium_runs.tar.gz", [one.run for one in finished]
     if finished and not pack(packed, stage.work, runs):
         stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
     if todo and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
-    told = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
-             "train_seconds": round(one.done["train_seconds"], 1)} for one in finished]
-    stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": told}
+    seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
+                "train_seconds": round(one.done["train_seconds"], 1)} for one in finished]
+    stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
     if len(csvs) > PLAIN_CSVS:
         stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
                         f"{PLAIN_CSVS} lie beside it")
-    return table(experiments, grids, skipped, finished, jobs)
+    return table(grids, skipped, finished, jobs)
 
 
 def report(stage, never, finished, jobs):
@@ -373,11 +378,11 @@ def report(stage, never, finished, jobs):
         stage.leave_out(f"{run.folder.parent.name}: {run.label}", why, run.folder.parent.name)
 
 
-def table(experiments, grids, skipped, finished, jobs):
+def table(grids, skipped, finished, jobs):
     done_ids = {one.run.run_id for one in finished}
     lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
-    for name in experiments:
-        ids = [run.run_id for run in grids[name]]
+    for name, grid in grids.items():
+        ids = [run.run_id for run in grid]
         here, there = len(done_ids.intersection(ids)), len(skipped[name].intersection(ids))
         lines.append(f"{name:20}{len(ids):6}{there:9}{here:10}{len(ids) - here - there:9}")
     training = sum(one.done["train_seconds"] for one in finished)

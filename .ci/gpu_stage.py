@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import signal
@@ -19,7 +18,7 @@ CLOSING_S = 6  # kept for ending processes, packing and the table
 
 
 class Stage:
-    """A stage's folder, time and processes, and what it has to tell."""
+    """A stage's folder, time and processes, and what it reports."""
 
     def __init__(self, flags, begun):
         self.name, self.out, self.device = flags.stage, flags.out.resolve(), flags.device
@@ -89,14 +88,14 @@ class Stage:
         """
         for method in ("fork", "spawn"):
             self.context = multiprocessing.get_context(method)
-            ours, theirs = self.context.Pipe()
-            process = self.start("gpu_stage", "tell_device", theirs, self.device)
-            theirs.close()
+            connection, other_end = self.context.Pipe()
+            process = self.start("gpu_stage", "tell_device", other_end, self.device)
+            other_end.close()
             try:
-                self.seen = ours.recv() if ours.poll(self.left_s) else {
+                self.seen = connection.recv() if connection.poll(self.left_s) else {
                     "error": f"{self.device} does not answer"}
             except EOFError:
-                self.seen = {"error": f"{self.device} cannot be used: {self.log} tells why"}
+                self.seen = {"error": f"{self.device} cannot be used: {self.log} says why"}
             end_process(process)
             if "error" not in self.seen or self.seen.get("absent"):
                 break
@@ -115,16 +114,18 @@ class Stage:
             process.join(0.1)
         cut = process.is_alive()
         end_process(process)
-        ended = "stopped" if cut else "ok" if process.exitcode == 0 else "failed"
+        state = "failed" if process.exitcode else "ok"
+        if cut:
+            state = "stopped"
         seconds = round(time.monotonic() - begin, 1)
-        self.parts.append({"name": name, "state": ended, "seconds": seconds,
+        self.parts.append({"name": name, "state": state, "seconds": seconds,
                            "exit": None if cut else process.exitcode})
         if cut:
             self.leave_out(name, f"not finished: {self.stopped_by or 'the time was up'}")
-        if ended == "failed":
+        if state == "failed":
             self.failed.append(name)
-        self.say(f"{name}: {ended}, {seconds:.0f} s")
-        return ended == "ok"
+        self.say(f"{name}: {state}, {seconds:.0f} s")
+        return state == "ok"
 
     def leave_out(self, what, why, group=""):
         """group: of those that are one line of the table."""
@@ -158,13 +159,12 @@ def tell_device(connection, device):
     """Send what the device is, or {"error": why it cannot be used}."""
     import torch
 
-    import train
-    from data import free_bytes
+    from harness.machine import free_bytes, hardware, pick_device
     try:
-        found = train.pick_device(device)
+        found = pick_device(device)
         torch.zeros(1, device=found).item()
         free_gib = free_bytes(found) / 2 ** 30
-        connection.send({"hardware": train.hardware(found), "free_gib": free_gib})
+        connection.send({"hardware": hardware(found), "free_gib": free_gib})
     except (RuntimeError, ValueError) as error:
         absent = device == "cpu" or not torch.cuda.is_available()
         connection.send({"error": " ".join(str(error).split())[:300], "absent": absent})
@@ -262,11 +262,7 @@ def fit_table(head, body, failed, left_out):
 
 def provenance():
     """The versions of what ran it."""
-    import numpy
     import torch
 
-    import train
-    commit, tree = train.git_commit()
-    return {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree),
-            "python_version": platform.python_version(), "torch_version": torch.__version__,
-            "cuda_version": torch.version.cuda, "numpy_version": numpy.__version__}
+    from harness.machine import code_version, versions
+    return {**code_version(), **versions(), "cuda_version": torch.version.cuda}

@@ -16,6 +16,7 @@ ROOM = {"train": [205] * 8 + [204] * 2, "test": [52] * 2 + [51] * 8}  # images p
 
 
 def subset_indices(labels, room):
+    """Of each class the first images, as many as it has room for; in order."""
     room, kept = list(room), []
     for index, label in enumerate(labels):
         if room[label] > 0:

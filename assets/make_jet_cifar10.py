@@ -1,20 +1,21 @@
-"""Train assets/jet_cifar10/, the small Jet that this repository ships, and keep of its run what others need.
+"""Train assets/jet_cifar10/, the small Jet of this repository; keep of its run what others need.
 
-    JET_DATA=FOLDER python assets/make_jet_cifar10.py      # an hour and a half on one core; goes on where it was
+    JET_DATA=FOLDER python assets/make_jet_cifar10.py      # an hour and a half on one core
 
-The folder is a finished run folder: load_jet and train() read it like any other. Its checkpoint has the weights alone.
+The same command goes on where it was. The folder is a finished run folder: load_jet and train()
+read it like any other. Its checkpoint has the weights alone.
 """
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from convert import CHECKPOINT_NAME, read_tensors
+from harness.checkpoint import CHECKPOINT_NAME, read_tensors, save_checkpoint
+from harness.flags import ArgumentParser, one_line_errors
 from jet import JetConfig
-from run_folder import save_checkpoint
-from train import TrainConfig, train
+from recipe import TrainConfig
+from train import train
 
 FOLDER = ROOT / "assets/jet_cifar10"
 CONFIG = TrainConfig(
@@ -23,18 +24,20 @@ CONFIG = TrainConfig(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/jet_cifar10", metavar="DIR",
                         help="where it is trained (default: runs/jet_cifar10)")
     run_dir = parser.parse_args().run_dir
-    done = train(CONFIG, run_dir)
-    trained = read_tensors(run_dir / CHECKPOINT_NAME)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / CHECKPOINT_NAME).unlink(missing_ok=True)  # or it would be kept as the one before
-    save_checkpoint(FOLDER, {name: trained[name] for name in ("config", "step", "model")})
-    for name in ("config.json", "done.json", "log.txt", "metrics.csv"):
-        shutil.copyfile(run_dir / name, FOLDER / name)
-    print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on {done['num_images']:,} test images")
+    with one_line_errors(parser.prog):
+        done = train(CONFIG, run_dir)
+        trained = read_tensors(run_dir / CHECKPOINT_NAME)
+        FOLDER.mkdir(exist_ok=True)
+        (FOLDER / CHECKPOINT_NAME).unlink(missing_ok=True)  # or it would be kept as the one before
+        save_checkpoint(FOLDER, {name: trained[name] for name in ("config", "step", "model")})
+        for name in ("config.json", "done.json", "log.txt", "metrics.csv"):
+            shutil.copyfile(run_dir / name, FOLDER / name)
+    print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on "
+          f"{done['num_images']:,} test images")
 
 
 if __name__ == "__main__":

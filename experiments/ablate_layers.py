@@ -4,27 +4,45 @@
     python experiments/ablate_layers.py --scale small --jobs 2 --data-root DIR
     python experiments/ablate_layers.py --scale paper --dry-run
 
-Fixed: couplings and everything else. Swept: Glow's ActNorm and Glow's invertible dense layer before each coupling, on or
-off. The paper compares the four combinations and leaves both off; its values are not known. The layers follow Glow; sizes
-below paper scale are our choice.
+Fixed: couplings and everything else. Swept: Glow's ActNorm and Glow's invertible dense layer
+before each coupling, on or off. The paper compares the four combinations and leaves both off; its
+values are not known. The layers follow Glow; sizes below paper scale are our choice.
 """
-import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import ablate_coupling, sweep
+from jet import JetConfig
 from paper_figures import tables
+from sweeps import sweep
+from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from train import TrainConfig
 
-BASE = ablate_coupling.BASE
+ACTNORM, INVERTIBLE_DENSE = (False, True), (False, True)
+GRID = {scale: (ACTNORM, INVERTIBLE_DENSE) for scale in ("smoke", "small", "medium", "paper")}
+BASE = {
+    "smoke": TrainConfig(
+        data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
+        model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
+    "small": TrainConfig(
+        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+        model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=32, num_heads=2)),
+    "medium": TrainConfig(
+        data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
+        model=JetConfig(image_size=32, num_couplings=32, block_depth=1, emb_dim=256, num_heads=4)),
+    "paper": at_paper_scale(TrainConfig(data="imagenet64-oord")),  # the official recipe
+}
 
 
 def configs(scale):
     """The grid points of a scale."""
-    return [sweep.Point(labels=dict(zip(tables.LAYERS_SWEPT, (actnorm, dense))), config=dataclasses.replace(
-        BASE[scale], model=dataclasses.replace(BASE[scale].model, actnorm=actnorm == "actnorm", invertible_dense=dense == "dense")))
-        for actnorm, dense in tables.LAYERS_GRID[scale]]
+    return [Point(config=with_model(BASE[scale], actnorm=actnorm, invertible_dense=dense))
+            for actnorm, dense in itertools.product(*GRID[scale])]
 
+
+EXPERIMENT = Experiment(name="ablate_layers", description=__doc__, configs=configs,
+                        swept=("actnorm", "invertible_dense"), draw=tables.draw_layers)
 
 if __name__ == "__main__":
-    sweep.main("ablate_layers", __doc__, configs, tables.LAYERS_SWEPT, tables.draw_layers)
+    sweep.main(EXPERIMENT)

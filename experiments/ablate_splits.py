@@ -4,28 +4,50 @@
     python experiments/ablate_splits.py --scale small --jobs 2 --data-root DIR
     python experiments/ablate_splits.py --scale paper --dry-run
 
-Fixed: the number of couplings and everything else. Swept: which couplings (channel ones alone, spatial ones alone, the
-official 4:1) and how a network sees its half: pairing (official: it gets x1's values alone) or masking (all tokens,
-x2's values set to zero). The paper compares the two for both kinds; its values are not known, its masking is our
-reading, and so is a grid of whole models of one mode. Sizes below paper scale are our choice.
+Fixed: the number of couplings and everything else. Swept: which couplings (channel ones alone,
+spatial ones alone, the official 4:1) and how a network sees its half: pairing (official: it gets
+x1's values alone) or masking (all tokens, x2's values set to zero). The paper compares the two
+for both kinds; its values are not known, its masking is our reading, and so is a grid of whole
+models of one mode. Sizes below paper scale are our choice.
 """
-import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import ablate_coupling, sweep
+from jet import JetConfig
 from paper_figures import tables
+from sweeps import sweep
+from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from train import TrainConfig
 
-BASE = ablate_coupling.BASE
+RATIOS = {"channel-only": ("channels",), "spatial-only": ("spatial",),
+          "4:1": ("channels",) * 4 + ("spatial",)}
+MODES = ("pairing", "masking")
+GRID = {scale: (RATIOS, MODES) for scale in ("smoke", "small", "medium", "paper")}
+BASE = {
+    "smoke": TrainConfig(
+        data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
+        model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
+    "small": TrainConfig(
+        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+        model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=32, num_heads=2)),
+    "medium": TrainConfig(
+        data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
+        model=JetConfig(image_size=32, num_couplings=32, block_depth=1, emb_dim=256, num_heads=4)),
+    "paper": at_paper_scale(TrainConfig(data="imagenet64-oord")),  # the official recipe
+}
 
 
 def configs(scale):
     """The grid points of a scale."""
-    return [sweep.Point(labels=dict(zip(tables.SPLITS_SWEPT, (ratio, mode))), config=dataclasses.replace(
-        BASE[scale], model=dataclasses.replace(BASE[scale].model, kinds=ablate_coupling.KINDS[ratio], split_mode=mode)))
-        for ratio, mode in tables.SPLITS_GRID[scale]]
+    return [Point(config=with_model(BASE[scale], kinds=RATIOS[ratio], split_mode=mode),
+                  labels={"coupling_ratio": ratio})
+            for ratio, mode in itertools.product(*GRID[scale])]
 
+
+EXPERIMENT = Experiment(name="ablate_splits", description=__doc__, configs=configs,
+                        swept=("coupling_ratio", "split_mode"), draw=tables.draw_splits)
 
 if __name__ == "__main__":
-    sweep.main("ablate_splits", __doc__, configs, tables.SPLITS_SWEPT, tables.draw_splits)
+    sweep.main(EXPERIMENT)

@@ -4,29 +4,47 @@
     python experiments/compare_vit_cnn.py --scale small --jobs 2 --data-root DIR
     python experiments/compare_vit_cnn.py --scale paper --dry-run
 
-Fixed: couplings, steps, images. Swept: the block and the width. The paper (ImageNet-1k 64 x 64): ViT blocks clearly
-win at equal compute. Its CNN block and its sizes are not known: the block (jet.CNNBlock), the widths and all sizes
-below paper scale are our choice; vit with width 512 is the official model (207.2 M parameters).
+Fixed: couplings, steps, images. Swept: the block and the width. The paper (ImageNet-1k 64 x 64):
+ViT blocks clearly win at equal compute. Its CNN block and its sizes are not known: the block
+(jet.CNNBlock), the widths and all sizes below paper scale are our choice; vit with width 512 is
+the official model (207.2 M parameters).
 """
-import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from experiments import ablate_coupling, sweep
+from jet import JetConfig
 from paper_figures import figure2
+from sweeps import sweep
+from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from train import TrainConfig
 
-BASE = ablate_coupling.BASE  # all but the block and its width
+GRID = {  # block, width
+    "smoke": (("vit", "cnn"), (16, 32)), "small": (("vit", "cnn"), (16, 32, 64)),
+    "medium": (("vit", "cnn"), (64, 128, 256)), "paper": (("vit", "cnn"), (128, 256, 512, 768))}
 HEAD_DIM = {"smoke": 16, "small": 16, "medium": 64, "paper": 64}  # width of an attention head
+BASE = {
+    "smoke": TrainConfig(data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
+                         model=JetConfig(image_size=32, num_couplings=10, block_depth=1)),
+    "small": TrainConfig(data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+                         model=JetConfig(image_size=32, num_couplings=12, block_depth=1)),
+    "medium": TrainConfig(data="cifar10", batch_size=256, total_steps=1000, lr=1e-3,
+                          precision="bfloat16",
+                          model=JetConfig(image_size=32, num_couplings=32, block_depth=1)),
+    "paper": at_paper_scale(TrainConfig(data="imagenet64-oord")),  # the official recipe
+}
 
 
 def configs(scale):
     """The grid points of a scale."""
-    base = BASE[scale]
-    return [sweep.Point(labels={"block": block, "emb_dim": width}, config=dataclasses.replace(base, model=dataclasses.replace(
-        base.model, block=block, emb_dim=int(width), num_heads=int(width) // HEAD_DIM[scale])))
-        for block, width in figure2.GRID_A[scale]]
+    return [Point(config=with_model(BASE[scale], block=block, emb_dim=width,
+                                    num_heads=width // HEAD_DIM[scale]))
+            for block, width in itertools.product(*GRID[scale])]
 
+
+EXPERIMENT = Experiment(name="compare_vit_cnn", description=__doc__, configs=configs,
+                        swept=("block", "emb_dim"), draw=figure2.draw_a)
 
 if __name__ == "__main__":
-    sweep.main("compare_vit_cnn", __doc__, configs, figure2.SWEPT_A, figure2.draw_a)
+    sweep.main(EXPERIMENT)

@@ -14,25 +14,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from experiments.ablate_coupling import BASE
-from experiments.cost_table import MEMORY_RATE
-from experiments.sweep import GPU_PEAKS, num_parameters, number
-from experiments.throughput import SIZES
-from jet import Coupling, Jet, JetConfig, ViTBlock, forward_flops
-from train import ArgumentParser, TrainConfig, TrainingError, make_optimizer, one_line_errors
-from train import training_step
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from experiments.cost_table import ADAM_BYTES, MEMORY_RATE
+from experiments.throughput_cases import SIZES
+from harness.errors import TrainingError
+from harness.flags import ArgumentParser, one_line_errors
+from harness.flops import forward_flops, num_parameters
+from harness.machine import ROOT
+from jet import Coupling, Jet, JetConfig, ViTBlock
+from recipe import TrainConfig, make_optimizer, training_step
+from sweeps.plan import GPU_PEAKS, number
 
 PAGE = ROOT / "docs/roofline.md"
 MEMORY_RATES = {"H100": MEMORY_RATE, "H200": 4.8e12}  # bytes/s, SXM, by the data sheets; same peaks
 LAUNCH_S = 5e-6  # seconds that eager PyTorch takes to launch an operator (assumed)
 PASS_FLOPS = 10  # float32 FLOPs for each number of an element-wise pass (assumed)
-ADAM_BYTES = 28  # a parameter: reads weight, gradient, two moments; writes all but the gradient
 STEPS = {  # what a GPU trains in one step: (size, images, how the page puts it)
     "32x2": (JetConfig(**SIZES["32x2"]), 128, "the paper's batch of 1,024 on 8 GPUs"),
     "64x5": (JetConfig(**SIZES["64x5"]), 32, "the paper's batch of 1,024 on 32 GPUs"),
-    "medium": (BASE["medium"].model, 256, "the ablations' `--scale medium`"),
+    "medium": (JetConfig(**SIZES["medium"]), 256, "the ablations' `--scale medium`"),
 }
 IMAGES, SPLIT, INIT, NORMS, QKV, SCORES, OUT, MLP, GELU, FINAL, AFFINE, CASTS, CLIP, ADAM = (
     "patchify, loss", "split", "init_proj", "posemb, sums, LayerNorms", "qkv", "attention",

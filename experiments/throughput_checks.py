@@ -1,4 +1,7 @@
-"""What experiments/throughput.py measures without a row in its CSV: a trace, rounding, and a whole evaluation."""
+"""What experiments/throughput.py measures without a row in its CSV.
+
+A trace of a few steps, what rounding costs, and the time of a whole evaluation.
+"""
 import json
 import math
 import sys
@@ -9,16 +12,21 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import jet
-import train
 from convert import load_jet
 from data import training_batches
+from evaluate import evaluate
 from experiments.throughput_cases import (OURS, SIZES, our_images, our_step, random_images,
                                           seconds_of, size_config)
+from harness.flops import forward_flops
+from harness.machine import compile_couplings, hardware
+from jet import Jet, JetConfig
 
 
 def busy_share(intervals, seconds):
-    """The share of so many seconds that is covered by any of the intervals (begin, end) in microseconds."""
+    """The share of so many seconds that any of the intervals covers.
+
+    intervals: (begin, end) in microseconds.
+    """
     covered, reached = 0.0, -math.inf
     for begin, end in sorted(intervals):
         covered += max(0.0, end - max(begin, reached))
@@ -27,9 +35,10 @@ def busy_share(intervals, seconds):
 
 
 def profile_size(size, what, batch_size, flags):
-    """Write a Chrome trace of a few steps, each with its batch's making, and print the ten largest costs."""
+    """Write a Chrome trace of a few steps, each with its batch, and print the ten largest costs."""
     config = size_config(size, batch_size, flags.precision)
-    batches = training_batches(our_images(config.model), batch_size, 0, range(10 ** 6), flags.device)
+    images = our_images(config.model)
+    batches = training_batches(images, batch_size, 0, range(10 ** 6), flags.device)
     step = our_step(OURS, size, config, what, lambda: next(batches), flags, flags.mode)
     seconds_of(step, flags.device, 3)
     with torch.profiler.profile() as profiler:
@@ -38,37 +47,57 @@ def profile_size(size, what, batch_size, flags):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{size}-{what}.json.gz"
     profiler.export_chrome_trace(str(path))
-    events = [event for event in profiler.key_averages() if not getattr(event, "is_user_annotation", False)]
-    cuda = flags.device.type == "cuda"
-    on_gpu = [event.device_type == torch.autograd.DeviceType.CUDA for event in events]
-    costs = [(event.self_device_time_total if cuda else event.self_cpu_time_total, event.key, event.count)
-             for event, gpu in zip(events, on_gpu) if gpu == cuda]
-    total = sum(cost for cost, _, _ in costs)
-    print(f"{size} {what}, {batch_size} images: {total / 1e6 / flags.steps:.4f} s a step on "
-          f"{train.hardware(flags.device)}, of which")
-    print(pd.DataFrame([{"ms a step": f"{cost / 1e3 / flags.steps:.3f}", "share": f"{cost / total:.1%}",
-                         "calls a step": f"{count / flags.steps:g}", "name": name[:70]}
-                        for cost, name, count in sorted(costs, reverse=True)[:10]]).to_string(index=False))
-    numbers = {"size": size, "work": what, "mode": flags.mode, "precision": flags.precision, "batch_size": batch_size,
-               "steps": flags.steps, "step_seconds": seconds / flags.steps, "trace": path.name}
-    if cuda:
+    print_costs(f"{size} {what}, {batch_size} images", profiler, flags)
+    numbers = {"size": size, "work": what, "mode": flags.mode, "precision": flags.precision,
+               "batch_size": batch_size, "steps": flags.steps,
+               "step_seconds": seconds / flags.steps, "trace": path.name}
+    if flags.device.type == "cuda":
         numbers["busy_share"] = print_gpu_costs(profiler.events(), seconds, flags.steps)
     note(flags, "profile", numbers)
     print(path)
 
 
+def print_costs(what, profiler, flags):
+    """Print the ten operators or kernels that take most of the device's time."""
+    events = without_annotations(profiler.key_averages())
+    if flags.device.type == "cuda":
+        costs = [(event.self_device_time_total, event.key, event.count)
+                 for event in events if is_on_gpu(event)]
+    else:
+        costs = [(event.self_cpu_time_total, event.key, event.count)
+                 for event in events if not is_on_gpu(event)]
+    total = sum(cost for cost, _, _ in costs)
+    print(f"{what}: {total / 1e6 / flags.steps:.4f} s a step on {hardware(flags.device)}, of which")
+    print(pd.DataFrame([{"ms a step": f"{cost / 1e3 / flags.steps:.3f}",
+                         "share": f"{cost / total:.1%}",
+                         "calls a step": f"{count / flags.steps:g}", "name": name[:70]}
+                        for cost, name, count in sorted(costs, reverse=True)[:10]]
+                       ).to_string(index=False))
+
+
 def print_gpu_costs(events, seconds, steps):
-    """Print who waits for the GPU, and the share of the time in which it works; returns that share."""
-    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    """Print who waits for the GPU, and the share of the time in which it works; returns it."""
+    events = without_annotations(events)
+    on_gpu = [event for event in events if is_on_gpu(event)]
     waits = {name: sum(event.name == name for event in events) for name in
-             ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")}
+             ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize",
+              "cudaDeviceSynchronize")}
+    counts = ", ".join(f"{name} {count}" for name, count in waits.items())
     copies = sum(event.time_range.elapsed_us() for event in on_gpu if "HtoD" in event.name)
-    print(f"waits for the GPU: {', '.join(f'{name} {count}' for name, count in waits.items())} (two of the last "
-          f"are this measurement's and one the profiler's); images to the GPU: {copies / 1e3 / steps:.3f} ms a step")
-    share = busy_share([(event.time_range.start, event.time_range.end) for event in on_gpu], seconds)
+    print(f"waits for the GPU: {counts} (two of the last are this measurement's and one the "
+          f"profiler's); images to the GPU: {copies / 1e3 / steps:.3f} ms a step")
+    intervals = [(event.time_range.start, event.time_range.end) for event in on_gpu]
+    share = busy_share(intervals, seconds)
     print(f"the GPU is busy for {share:.1%} of {seconds / steps:.4f} s a step")
     return share
+
+
+def without_annotations(events):
+    return [event for event in events if not getattr(event, "is_user_annotation", False)]
+
+
+def is_on_gpu(event):
+    return event.device_type == torch.autograd.DeviceType.CUDA
 
 
 def check_precision(size, flags):
@@ -77,35 +106,43 @@ def check_precision(size, flags):
         model, which = load_jet(flags.checkpoint), str(flags.checkpoint)
     else:
         torch.manual_seed(0)
-        model, which = jet.Jet(jet.JetConfig(**SIZES[size])), f"a fresh {size} with normal noise on its last layers"
-        for coupling in model.couplings:  # else it is the identity; raw scales get a deviation of about 1/2
-            torch.nn.init.normal_(coupling.net.final_proj.weight, std=0.5 / math.sqrt(model.config.emb_dim))
+        model = Jet(JetConfig(**SIZES[size]))
+        which = f"a fresh {size} with normal noise on its last layers"
+        # else it is the identity; raw scales get a deviation of about 1/2
+        std = 0.5 / math.sqrt(model.config.emb_dim)
+        for coupling in model.couplings:
+            torch.nn.init.normal_(coupling.net.final_proj.weight, std=std)
     model, images = model.to(flags.device), our_images(model.config)
-    exact, rounded = (train.evaluate(model, images.array[:flags.check_precision], per_image=True, precision=precision)
-                      ["bits_per_dim_per_image"] for precision in ("float32", "bfloat16"))
+    array = images.array[:flags.check_precision]
+    exact, rounded = (
+        evaluate(model, array, per_image=True, precision=precision)["bits_per_dim_per_image"]
+        for precision in ("float32", "bfloat16"))
     mean, largest = (rounded - exact).mean(), abs(rounded - exact).max()
     print(f"{which}: {exact.mean():.5f} bits/dim in float32; with the network in bfloat16 "
           f"{mean:+.6f} in the mean, {largest:.6f} at most; {len(exact):,} "
-          f"images ({images.name}), {train.hardware(flags.device)}")
-    note(flags, "check-precision", {"weights": which, "num_images": len(exact), "bits_per_dim": exact.mean(),
-                                    "mean_difference": mean, "largest_difference": largest})
+          f"images ({images.name}), {hardware(flags.device)}")
+    note(flags, "check-precision", {
+        "weights": which, "num_images": len(exact), "bits_per_dim": exact.mean(),
+        "mean_difference": mean, "largest_difference": largest})
 
 
 def time_evaluation(size, flags):
-    """Print how long train.evaluate takes for random images, from the images in memory to the number."""
+    """Print how long evaluate() takes for random images, from images in memory to the number."""
     torch.manual_seed(0)
-    model = jet.Jet(jet.JetConfig(**SIZES[size])).to(flags.device)
+    model = Jet(JetConfig(**SIZES[size])).to(flags.device)
     images = random_images(model.config, flags.evaluate)
     if flags.compile:
-        train.compile_couplings(model)
+        compile_couplings(model)
     begin = time.perf_counter()
-    train.evaluate(model, images, precision=flags.precision)
+    evaluate(model, images, precision=flags.precision)
     seconds = time.perf_counter() - begin
-    rate = jet.forward_flops(model.config) * flags.evaluate / seconds
-    print(f"{size}: bits/dim of {flags.evaluate:,} random images in {seconds:.2f} s ({flags.precision} networks, "
-          f"{flags.evaluate / seconds:,.0f} images/s, {rate:.3g} FLOP/s), {train.hardware(flags.device)}")
-    note(flags, "evaluate", {"size": size, "precision": flags.precision, "compile": flags.compile,
-                             "num_images": flags.evaluate, "seconds": seconds, "flops_per_s": rate})
+    rate = forward_flops(model.config) * flags.evaluate / seconds
+    print(f"{size}: bits/dim of {flags.evaluate:,} random images in {seconds:.2f} s "
+          f"({flags.precision} networks, {flags.evaluate / seconds:,.0f} images/s, "
+          f"{rate:.3g} FLOP/s), {hardware(flags.device)}")
+    note(flags, "evaluate", {
+        "size": size, "precision": flags.precision, "compile": flags.compile,
+        "num_images": flags.evaluate, "seconds": seconds, "flops_per_s": rate})
 
 
 def note(flags, what, numbers):

@@ -12,59 +12,55 @@ from paper_figures import style
 from paper_figures.results_csv import final_test_rows
 
 SWEPT = ("coupling_ratio", "spatial_split")
-# A complete figure has every ratio (channel : spatial) with every split, for each seed. A run may stand
-# for several of them, "mix|row", where its couplings are the same. experiments/ablate_coupling.py runs this.
-RATIOS = ("channel-only", "8:1", "4:1", "2:1", "1:1", "spatial-only")
-SMOKE_RATIOS = ("channel-only", "4:1", "1:1", "spatial-only")
-SPLITS = tuple(style.SPLIT_STYLES)
-
-
-def ratios(scale):
-    """The coupling ratios of the figure at a scale."""
-    return SMOKE_RATIOS if scale == "smoke" else RATIOS
-
-
-GRID = {scale: [(ratio, split) for ratio in ratios(scale) for split in SPLITS] for scale in style.SCALES}
 
 
 def load(path):
     """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
-    return final_test_rows(path, "ablate_coupling", SWEPT, GRID, "Figure 4")
+    return final_test_rows(path, "ablate_coupling", SWEPT, "Figure 4")
 
 
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = load(path)
-    scale, dataset = rows["scale"].iloc[0], rows["dataset"].iloc[0]
-    num_seeds = rows["seed"].nunique()
+    first, num_seeds = rows.iloc[0], rows["seed"].nunique()
+    looks = style.looks(rows["spatial_split"], style.SPLIT_STYLES)
     figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 3.1))
-    for split, look in style.SPLIT_STYLES.items():
+    for split, look in looks.items():
         line = rows[rows["spatial_split"] == split].groupby("channel_share")["bits_per_dim"]
         line = line.agg(["mean", "min", "max"])
         axes.plot(line.index, line["mean"], label=split, **look)
         if num_seeds > 1:
-            axes.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2, lw=0)
-    # One run stands for all four splits where there is no spatial coupling.
+            axes.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2,
+                              lw=0)
+    # One run stands for all splits where there is no spatial coupling.
     no_spatial = rows[rows["channel_share"] == 1]
-    axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3, label="no spatial coupling")
+    axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3,
+              label="no spatial coupling")
 
     axes.set_xlabel("share of channel couplings (realised)")
     axes.set_ylabel("bits/dim, test (lower is better)")
-    title = style.dataset_title(dataset)
-    figure.suptitle(f"Figure 4, {scale} scale\n{title}, {rows['num_images'].iloc[0]:,} test images", fontsize=7.5)
-    names = rows.groupby("channel_share")["coupling_ratio"].agg(lambda r: " = ".join(dict.fromkeys(r)))
+    images = f"{style.dataset_title(first['dataset'])}, {first['num_images']:,} test images"
+    figure.suptitle(f"Figure 4, {first['scale']} scale\n{images}", fontsize=7.5)
+    names = rows.groupby("channel_share")["coupling_ratio"].agg(
+        lambda ratios: " = ".join(style.ordered(ratios)))
     top = axes.secondary_xaxis("top")
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
-    shared = rows[(rows["channel_share"] < 1) & rows.duplicated("run_id", keep=False)].groupby("coupling_ratio")
-    same = [f"{ratio}: {' = '.join(splits.unique())}" for ratio, splits in shared["spatial_split"]]
-    note = f"\n{'; '.join(same)}: the same couplings, run once" if same else ""
-    figure.legend(*axes.get_legend_handles_labels(), title=f"spatial split ({spread}){note}", title_fontsize=6.5, ncols=3,
-                  handlelength=1.6, loc="outside lower center")
-    if scale == "smoke":
+    figure.legend(*axes.get_legend_handles_labels(),
+                  title=f"spatial split ({spread}){equal_splits(rows)}", title_fontsize=6.5,
+                  ncols=3, handlelength=1.6, loc="outside lower center")
+    if first["scale"] == "smoke":
         style.mark_smoke(axes)
-    return style.save(figure, f"figure4_{scale}", out_dir)
+    return style.save(figure, f"figure4_{first['scale']}", out_dir)
+
+
+def equal_splits(rows):
+    """A line for the legend on splits that share their runs; "" where there are none."""
+    shared = rows[(rows["channel_share"] < 1) & rows.duplicated(["run_id"], keep=False)]
+    same = [f"{ratio}: {' = '.join(style.ordered(splits, style.SPLIT_STYLES))}"
+            for (ratio, _), splits in shared.groupby(["coupling_ratio", "run_id"])["spatial_split"]]
+    return f"\n{'; '.join(dict.fromkeys(same))}: the same couplings, run once" if same else ""
 
 
 if __name__ == "__main__":

@@ -8,36 +8,47 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-WHICH = ("experiment", "scale", "run_id", "seed")
+from harness.errors import UserError
+
+WHICH = ("experiment", "scale", "run_id", "seed", "grid_points")
 MEASURED = (
     "channel_share", "num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
-    "total_steps", "lr", "precision", "init", "step", "images_seen", "split", "bits_per_dim", "bits_per_dim_se",
-    "num_images", "logdet_cap_share", "num_params", "train_flops", "train_seconds", "device", "hardware",
-    "threads", "processes", "dataset", "variant", "fingerprint", "train_fingerprint", "git_commit", "git_dirty",
-    "python_version", "torch_version", "numpy_version")
-KEY = ["run_id", "seed", "step", "split"]
+    "total_steps", "lr", "precision", "init", "step", "images_seen", "split", "bits_per_dim",
+    "bits_per_dim_se", "num_images", "logdet_cap_share", "num_params", "train_flops",
+    "train_seconds", "device", "hardware", "threads", "processes", "dataset", "variant",
+    "fingerprint", "train_fingerprint", "git_commit", "git_dirty", "python_version",
+    "torch_version", "numpy_version")
 SCALES = ("smoke", "small", "medium", "paper")
 LIMITS = {  # numbers that every row has, with the least and the most that they can be
-    "seed": (0, 2 ** 63), "channel_share": (0, 1), "step": (0, 1e9), "images_seen": (0, 1e15), "bits_per_dim": (0, 1e3),
-    "bits_per_dim_se": (0, 1e3), "num_images": (1, 1e9), "total_steps": (0, 1e9), "num_params": (1, 1e13),
+    "seed": (0, 2 ** 63), "grid_points": (1, 1e6), "channel_share": (0, 1), "step": (0, 1e9),
+    "images_seen": (0, 1e15), "bits_per_dim": (0, 1e3), "bits_per_dim_se": (0, 1e3),
+    "num_images": (1, 1e9), "total_steps": (0, 1e9), "num_params": (1, 1e13),
     "train_flops": (0, 1e30)}
 MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
 TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant")  # never empty
-SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size", "total_steps", "lr", "precision",
-        "init", "dataset", "variant")  # in all rows of a file, if not swept
+SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
+        "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows, if not swept
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError, ValueError):
     """A results CSV that must not be used, in one line."""
 
 
 def columns(swept):
-    """All columns in order, for an experiment with these swept fields; some of them are columns of all experiments."""
+    """All columns in order, for these swept fields; some of them are columns of all experiments."""
     return [*WHICH, *(name for name in swept if name not in MEASURED), *MEASURED]
 
 
+def key_of(swept):
+    """The columns that no two rows of a CSV share."""
+    return [*swept, "seed", "step", "split"]
+
+
 def read_experiment(path, known):
-    """Which of the known experiments a CSV is of: the only one, or what its first row says. Raises ResultsError."""
+    """Which of the known experiments a CSV is of: the only one, or what its first row says.
+
+    Raises ResultsError.
+    """
     if len(known) == 1:
         return next(iter(known))
     found = ""
@@ -56,11 +67,40 @@ def read_experiment(path, known):
 def read_results(path, experiment, swept, varying=()):
     """The rows of one CSV as a DataFrame; swept fields are text.
 
-    varying: fields besides the swept ones that may differ from run to run. Where dataset is swept, what else is the
-    same within a set may differ between sets. Raises ResultsError for a missing file, missing or unknown columns,
-    repeated rows, numbers that are missing or not finite, and rows that do not belong in one series: of another
-    experiment, scale, image set or configuration, or measured on other images.
+    varying: fields besides the swept ones that may differ from run to run. Where dataset is swept,
+    what else is the same within a set may differ between sets. Raises ResultsError for a missing
+    file, missing or unknown columns, repeated rows, numbers that are missing or not finite, and
+    rows that do not belong in one series: of another experiment, scale, image set or configuration,
+    or measured on other images.
     """
+    rows = _read_rows(path, experiment, swept)
+    _check_values(path, rows)
+    if len(twice := rows[rows.duplicated(key_of(swept))]):
+        row = twice.iloc[0]
+        raise ResultsError(f"{path}: {' '.join(row[[*swept]])} seed {row['seed']}, split "
+                           f"{row['split']}, is there twice (run {row['run_id']})")
+    for name in ("experiment", "scale", "grid_points"):
+        _check_same(path, rows, name)
+    stated, named = rows["scale"].iloc[0], Path(path).stem.rpartition("_")[2]
+    if stated not in SCALES:
+        raise ResultsError(f"{path}: scale {stated} is none of {', '.join(SCALES)}")
+    if named in SCALES and named != stated:
+        raise ResultsError(f"{path}: is of {stated} scale by its rows, and of {named} by its name")
+    if rows["experiment"].iloc[0] != experiment:
+        raise ResultsError(f"{path}: is of {rows['experiment'].iloc[0]}, not of {experiment}")
+    sets = rows.groupby("dataset") if "dataset" in swept else [("", rows)]
+    for _, one_set in sets:
+        for name in SAME:
+            if name not in (*swept, *varying):
+                _check_same(path, one_set, name)
+        for split, group in one_set.groupby("split"):
+            if group["fingerprint"].nunique() != 1 or group["num_images"].nunique() != 1:
+                raise ResultsError(f"{path}: the {split} rows are measured on different images")
+    return rows
+
+
+def _read_rows(path, experiment, swept):
+    """The rows with the right columns, and numbers as numbers where they are some."""
     texts = dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str)
     try:
         rows = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
@@ -75,72 +115,71 @@ def read_results(path, experiment, swept, varying=()):
             raise ResultsError(f"{path}: {problem} columns {', '.join(sorted(names))}")
     if rows.empty:
         raise ResultsError(f"{path}: has no rows")
-    for name in TEXTS:
+    for name in dict.fromkeys((*TEXTS, *swept)):
         if rows[name].isna().any():
-            raise ResultsError(f"{path}: line {rows.index[rows[name].isna()][0] + 2} has no {name}")
-    for name, (low, high) in {**LIMITS, **MAYBE}.items():
-        given, rows[name] = rows[name], pd.to_numeric(rows[name], errors="coerce")
-        wrong = ~rows[name].between(low, high) & ((name in LIMITS) | given.notna())
-        if wrong.any():
-            run_id, what = rows["run_id"][wrong].iloc[0], rows[name][wrong].iloc[0]
-            raise ResultsError(f"{path}: run {run_id} has no number as {name}" if np.isnan(what) or np.isinf(what) else
-                               f"{path}: run {run_id} has {what:g} as {name}: must be from {low:g} to {high:g}")
-    if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
-        raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
-    if wrong := set(rows["split"]) - {"train", "test"}:
-        raise ResultsError(f"{path}: split {sorted(map(str, wrong))[0]} is neither train nor test")
-    if len(bad := rows[rows.duplicated(KEY)]):
-        raise ResultsError(f"{path}: run {bad.iloc[0]['run_id']}, split {bad.iloc[0]['split']}, is there twice")
-    for name in ("experiment", "scale"):
-        if rows[name].nunique() != 1:
-            raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, rows[name].unique()))}")
-    named = Path(path).stem.rpartition("_")[2]
-    if named in SCALES and named != rows["scale"].iloc[0]:
-        raise ResultsError(f"{path}: is of {rows['scale'].iloc[0]} scale by its rows, and of {named} by its name")
-    if rows["experiment"].iloc[0] != experiment:
-        raise ResultsError(f"{path}: is of {rows['experiment'].iloc[0]}, not of {experiment}")
-    for _, one_set in rows.groupby("dataset") if "dataset" in swept else [("", rows)]:
-        for name in SAME:
-            if name not in (*swept, *varying) and one_set[name].nunique(dropna=False) != 1:
-                raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, one_set[name].unique()))}")
-        for split, group in one_set.groupby("split"):
-            if group["fingerprint"].nunique() != 1 or group["num_images"].nunique() != 1:
-                raise ResultsError(f"{path}: the {split} rows are measured on different images")
+            line = rows.index[rows[name].isna()][0] + 2
+            raise ResultsError(f"{path}: line {line} has no {name}")
     return rows[expected]
 
 
-def final_rows(path, experiment, swept, grid, what, varying=()):
-    """The rows of the last step of every run, train and test, one for each seed and point of the grid.
+def _check_values(path, rows):
+    """Make numbers of the columns that hold some; raise ResultsError for an impossible value."""
+    for name, (low, high) in {**LIMITS, **MAYBE}.items():
+        given = rows[name]
+        rows[name] = pd.to_numeric(given, errors="coerce")
+        wrong = ~rows[name].between(low, high)
+        if name in MAYBE:
+            wrong &= given.notna()
+        if not wrong.any():
+            continue
+        run_id, value = rows.loc[wrong, ["run_id", name]].iloc[0]
+        if not np.isfinite(value):
+            raise ResultsError(f"{path}: run {run_id} has no number as {name}")
+        raise ResultsError(f"{path}: run {run_id} has {value:g} as {name}: must be from {low:g} to "
+                           f"{high:g}")
+    if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
+        raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
+    if wrong := set(rows["split"]) - {"train", "test"}:
+        raise ResultsError(f"{path}: split {sorted(wrong)[0]} is neither train nor test")
 
-    grid: {scale: [values of the swept fields, in their order]}. A run that stands for several points, "row|mix",
-    has a row for each of them; its run_id tells. what: "Figure 4", for the messages. Raises ResultsError for a run
-    that is missing, there twice, or not in the grid, besides all that read_results does.
+
+def _check_same(path, rows, name):
+    """Raise ResultsError where a column has more than one value."""
+    if rows[name].nunique(dropna=False) != 1:
+        raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, rows[name].unique()))}")
+
+
+def final_rows(path, experiment, swept, what, varying=()):
+    """The rows of the last step, train and test, of a CSV that has its whole grid for each seed.
+
+    what: "Figure 4", for the messages. Raises ResultsError for a point of the grid that is missing,
+    besides all that read_results does.
     """
     rows = read_results(path, experiment, swept, varying)
-    scale = rows["scale"].iloc[0]
-    if scale not in grid:
-        raise ResultsError(f"{path}: scale {scale} is none of {', '.join(grid)}")
-    rows = rows[rows["step"] == rows["total_steps"]]
-    if not (rows["split"] == "test").any():
+    final = rows[rows["step"] == rows["total_steps"]]
+    if not (final["split"] == "test").any():
         raise ResultsError(f"{path}: has no test rows of the last step")
-    for name in swept:
-        rows = rows.assign(**{name: rows[name].str.split("|")}).explode(name, ignore_index=True)
-    points = rows[[*swept]].apply(tuple, axis=1)
-    if len(bad := rows[~points.isin(grid[scale])]):
-        raise ResultsError(f"{path}: run {bad.iloc[0]['run_id']} is not in {what} at {scale} scale")
-    for split in ("test", "train"):
-        mine = rows[rows["split"] == split]
-        if len(bad := mine[mine.duplicated([*swept, "seed"])]):
-            row = bad.iloc[0]
-            raise ResultsError(f"{path}: {' '.join(row[[*swept]])} seed {row['seed']} is there twice (run {row['run_id']})")
-        found = set(zip(points[rows["split"] == split], mine["seed"]))
-        missing = [f"{' '.join(point)} seed {seed}" for seed in sorted(rows["seed"].unique()) for point in grid[scale]
-                   if (point, seed) not in found]
-        if missing:
-            rows_of = "" if split == "test" else f" in {split}"
-            raise ResultsError(f"{path}: {len(missing)} runs of {what} are missing{rows_of}: {', '.join(missing)}: complete "
-                               f"them by experiments/{experiment}.py --scale {scale}")
-    return rows
+    known, expected = _points(rows, swept), rows["grid_points"].iloc[0]
+    for seed in sorted(rows["seed"].unique()):
+        for split in ("test", "train"):
+            found = _points(final[(final["seed"] == seed) & (final["split"] == split)], swept)
+            if len(found) == expected:
+                continue
+            where = f"for seed {seed}" if split == "test" else f"in {split} for seed {seed}"
+            if len(found) > expected:
+                raise ResultsError(f"{path}: has {len(found)} points of {what} {where}, more than "
+                                   f"the {expected} of its grid_points")
+            missing = [" ".join(point) for point in known if point not in found]
+            names = f" ({', '.join(missing)})" if missing else ""
+            raise ResultsError(f"{path}: {expected - len(found)} of {expected} points of {what} "
+                               f"are missing {where}{names}: complete them by "
+                               f"experiments/{experiment}.py --scale {rows['scale'].iloc[0]}")
+    return final
+
+
+def _points(rows, swept):
+    """The grid points of rows, in their order."""
+    return list(dict.fromkeys(zip(*(rows[name] for name in swept))))
 
 
 def final_test_rows(*arguments):

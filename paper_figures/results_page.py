@@ -1,4 +1,4 @@
-"""results/RESULTS.md: for each figure and table what the paper claims, what ours shows, and how surely.
+"""results/RESULTS.md: for each figure and table what the paper claims, and what ours shows.
 
     python paper_figures/results_page.py       # from the committed CSVs; redraw.py calls it, too
 
@@ -12,19 +12,35 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.flags import ArgumentParser, one_line_errors
 from paper_figures import figure2, figure3, figure4, figure5, style, tables
 from paper_figures.results_csv import ResultsError, final_rows
 
 SURE = 2  # standard errors from which on a difference counts
 VERDICTS = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}
+BEST_DEPTH = 5  # of the paper
+INTRODUCTION = """# Results
+
+Written by `python paper_figures/redraw.py` from the CSVs beside it; [README.md](README.md) explains
+their columns. Small and medium scale are not the paper's: they show which of its comparisons come
+out in small models after little training, and how surely. There, a disagreement is no verdict on
+the paper, and an agreement no proof.
+
+A difference is one side minus the other, in bits/dim (lower is better). Its standard error adds,
+for each side, the standard error over the test images (as if each run had other images: too much,
+since they share images and noise) and the deviation between seeds{pooled}
+over the root of their number. Below {SURE} standard errors we cannot tell. The comparisons of an
+item share runs, and their number is not corrected for. All are evaluated with the same one draw of
+dequantization noise per image.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """What one side scores above the other, in bits/dim (lower is better).
 
-    wanted: the sign that the paper's claim implies; 0 where the paper is not known to say. sure: whether the error holds
-    the deviation between seeds, without which there is no verdict.
+    wanted: the sign that the paper's claim implies; 0 where the paper is not known to say. sure:
+    whether the error holds the deviation between seeds, without which there is no verdict.
     """
     name: str
     value: float
@@ -46,107 +62,137 @@ class Difference:
 
 
 def seed_deviation(results_dir, scale):
-    """Standard deviation of bits/dim between seeds at a scale, pooled over the runs of Figure 4; nan with one seed."""
+    """Standard deviation of bits/dim between seeds at a scale, pooled over the runs of Figure 4.
+
+    nan with one seed.
+    """
+    swept = [*figure4.SWEPT]
     try:
-        rows = figure4.load(results_dir / f"ablate_coupling_{scale}.csv").drop_duplicates("run_id")
+        rows = figure4.load(results_dir / f"ablate_coupling_{scale}.csv")
     except ResultsError:
         return math.nan
-    groups = rows.groupby([*figure4.SWEPT])["bits_per_dim"]
+    groups = rows.sort_values(swept).drop_duplicates("run_id").groupby(swept)["bits_per_dim"]
     freedom = (groups.count() - 1).sum()
-    return math.sqrt((groups.var(ddof=1).fillna(0) * (groups.count() - 1)).sum() / freedom) if freedom else math.nan
+    if not freedom:
+        return math.nan
+    return math.sqrt((groups.var(ddof=1).fillna(0) * (groups.count() - 1)).sum() / freedom)
 
 
 class Scores:
     """Means over seeds of one split, found by the values of the swept fields."""
 
     def __init__(self, rows, swept, seed_sd, split="test"):
-        self.sure, self.seed_variance = not math.isnan(seed_sd), 0 if math.isnan(seed_sd) else seed_sd ** 2
+        self.sure = not math.isnan(seed_sd)
+        self.seed_variance = seed_sd ** 2 if self.sure else 0
         groups = rows[rows["split"] == split].groupby([*swept])
         self.means, self.seeds = groups["bits_per_dim"].mean(), groups["bits_per_dim"].count()
         self.errors, self.runs = groups["bits_per_dim_se"].max(), groups["run_id"].first()
+
+    def has(self, *keys):
+        return all(key in self.means.index for key in keys)
 
     def variance(self, key):
         """Of a mean: over the images, as if each run had drawn its own, and over the seeds."""
         return self.errors[key] ** 2 + self.seed_variance / self.seeds[key]
 
     def difference(self, name, one, other, wanted):
-        return Difference(name, self.means[one] - self.means[other], math.sqrt(self.variance(one) + self.variance(other)),
-                          wanted, self.sure)
+        error = math.sqrt(self.variance(one) + self.variance(other))
+        return Difference(name, self.means[one] - self.means[other], error, wanted, self.sure)
+
+    def differences(self, comparisons):
+        """Of those of the (name, one, other, wanted) whose sides are both there."""
+        return [self.difference(*comparison) for comparison in comparisons
+                if self.has(*comparison[1:3])]
 
 
 # ---- the claims: each gives the differences that speak to it
 
 def vit_against_cnn(rows, seed_sd):
-    """At the compute of each ViT, the CNN's line between its points (in the logarithm of compute)."""
+    """At the compute of each ViT, the CNN's line between its points, over the log of compute."""
     scores, found = Scores(rows, figure2.SWEPT_A, seed_sd), []
     flops = rows.groupby([*figure2.SWEPT_A])["train_flops"].first()
-    widths = sorted(rows["emb_dim"].unique(), key=int)
-    at = [math.log(flops["cnn", width]) for width in widths]
-    for width in widths:
-        here = math.log(flops["vit", width])
+    vits, cnns = ([key for key in flops.sort_values().index if key[0] == block]
+                  for block in ("vit", "cnn"))
+    at = [math.log(flops[key]) for key in cnns]
+    for vit in vits if len(cnns) > 1 else ():
+        here = math.log(flops[vit])
         if at[0] <= here <= at[-1]:
-            right = min(max(1, int(np.searchsorted(at, here))), len(at) - 1)
+            right = max(1, int(np.searchsorted(at, here)))
             share = (here - at[right - 1]) / (at[right] - at[right - 1])
-            parts = {("cnn", widths[right - 1]): 1 - share, ("cnn", widths[right]): share}
-            value = scores.means["vit", width] - sum(weight * scores.means[key] for key, weight in parts.items())
-            variance = scores.variance(("vit", width)) + sum(weight ** 2 * scores.variance(key) for key, weight in parts.items())
-            found.append(Difference(f"ViT of width {width} - CNN of equal compute", value, math.sqrt(variance), -1,
-                                    scores.sure))
+            parts = {cnns[right - 1]: 1 - share, cnns[right]: share}
+            value = scores.means[vit] - sum(part * scores.means[key] for key, part in parts.items())
+            variance = scores.variance(vit) + sum(part ** 2 * scores.variance(key)
+                                                  for key, part in parts.items())
+            found.append(Difference(f"ViT of width {vit[1]} - CNN of equal compute", value,
+                                    math.sqrt(variance), -1, scores.sure))
     return found
 
 
 def deeper_blocks(rows, seed_sd):
-    scores = Scores(rows, ["block_depth"], seed_sd)
-    return [scores.difference(f"depth {depth} - depth {depth - 1}", str(depth), str(depth - 1), -1) for depth in range(2, 6)] + [
-        scores.difference("depth 5 - depth 1", "5", "1", -1), scores.difference("depth 6 - depth 5", "6", "5", 0)]
+    """Each depth and the one before it; the paper's claim ends at its best depth."""
+    depths = style.ordered(rows["block_depth"])
+    claimed = [depth for depth in depths if int(depth) <= BEST_DEPTH]
+    pairs = [*zip(claimed[1:], claimed)]
+    if len(pairs) > 1:
+        pairs.append((claimed[-1], claimed[0]))
+    beyond = depths[len(claimed):]
+    pairs += zip(beyond, depths[len(claimed) - 1:])
+    return Scores(rows, figure2.SWEPT_B, seed_sd).differences(
+        (f"depth {depth} - depth {before}", depth, before, 0 if depth in beyond else -1)
+        for depth, before in pairs)
 
 
 def overfitting_and_scaling(rows, seed_sd):
-    """The gap between test and training images, and what the largest gains over the smallest, on each set."""
+    """The gap between test and training images, and what the largest gains over the smallest."""
     test, train = (Scores(rows, figure3.SWEPT, seed_sd, split) for split in ("test", "train"))
     found = []
-    for position, name in enumerate(dict.fromkeys(rows["dataset"])):
+    for position, name in enumerate(figure3.sets(rows)):
         flops = rows[rows["dataset"] == name].groupby([*figure3.SWEPT])["train_flops"].first()
         small, large = flops.idxmin(), flops.idxmax()
-        title = style.DATASET_TITLES[name]
+        title = style.dataset_title(name)
         if position % 2 == 0:  # the smaller set of each pair
             gaps = [test.means[key] - train.means[key] for key in (large, small)]
-            error = math.sqrt(sum(scores.variance(key) for scores in (test, train) for key in (large, small)))
-            found.append(Difference(f"{title}: test - train of the largest - the same of the smallest", gaps[0] - gaps[1],
-                                    error, 1, test.sure))
+            error = math.sqrt(sum(scores.variance(key) for scores in (test, train)
+                                  for key in (large, small)))
+            found.append(Difference(
+                f"{title}: test - train of the largest - the same of the smallest",
+                gaps[0] - gaps[1], error, 1, test.sure))
         else:
-            found.append(test.difference(f"{title}: the largest - the smallest, test", large, small, -1))
+            found.append(test.difference(f"{title}: the largest - the smallest, test", large, small,
+                                         -1))
     return found
 
 
 def official_couplings(rows, seed_sd):
     scores, ours = Scores(rows, figure4.SWEPT, seed_sd), ("4:1", "mix")
-    others = [(ratio, "mix") for ratio in dict.fromkeys(rows["coupling_ratio"])] + [("4:1", split) for split in figure4.SPLITS]
-    return [scores.difference(f"4:1 mix - {' '.join(other)}", ours, other, 0)
-            for other in others if scores.runs[other] != scores.runs[ours]]
+    others = [(ratio, "mix") for ratio in style.ordered(rows["coupling_ratio"], tables.BY_SHARE)]
+    others += [("4:1", split)
+               for split in style.ordered(rows["spatial_split"], style.SPLIT_STYLES)]
+    return scores.differences(
+        (f"4:1 mix - {' '.join(other)}", ours, other, 0) for other in others
+        if scores.has(ours, other) and scores.runs[other] != scores.runs[ours])
 
 
 def pairing_against_masking(rows, seed_sd):
-    scores = Scores(rows, tables.SPLITS_SWEPT, seed_sd)
-    return [scores.difference(f"{ratio}: pairing - masking", (ratio, "pairing"), (ratio, "masking"), 0)
-            for ratio in tables.RATIOS]
+    return Scores(rows, tables.SPLITS.swept, seed_sd).differences(
+        (f"{ratio}: pairing - masking", (ratio, "pairing"), (ratio, "masking"), 0)
+        for ratio in style.ordered(rows["coupling_ratio"], tables.RATIOS))
 
 
 def layers_that_are_left_off(rows, seed_sd):
-    scores, off = Scores(rows, tables.LAYERS_SWEPT, seed_sd), ("no-actnorm", "no-dense")
-    names = {("actnorm", "no-dense"): "ActNorm", ("no-actnorm", "dense"): "dense layers", ("actnorm", "dense"): "both"}
-    return [scores.difference(f"with {name} - without any", key, off, 0) for key, name in names.items()]
+    names = {"ActNorm": ("True", "False"), "dense layers": ("False", "True"),
+             "both": ("True", "True")}
+    return Scores(rows, tables.LAYERS.swept, seed_sd).differences(
+        (f"with {name} - without any", key, ("False", "False"), 0) for name, key in names.items())
 
 
 def pretraining(rows, seed_sd):
-    """The claim is about training from scratch; what fine-tuning adds to pretraining is beside it."""
-    scores, found = Scores(rows, tables.MAIN_SWEPT, seed_sd), []
-    for size, name in dict.fromkeys(zip(rows["size"], rows["dataset"])):
-        for other, wanted in (("scratch", -1), ("not-fine-tuned", 0)):
-            if {(size, "fine-tuned", name), (size, other, name)} <= set(scores.means.index):
-                found.append(scores.difference(f"{size} on {style.dataset_title(name)}: fine-tuned - {other}",
-                                               (size, "fine-tuned", name), (size, other, name), wanted))
-    return found
+    """The claim is on training from scratch; what fine-tuning adds to pretraining is beside it."""
+    targets = style.points(rows, ("size", "dataset"), tables.MAIN_ORDER)
+    return Scores(rows, tables.MAIN_SWEPT, seed_sd).differences(
+        (f"{size} on {style.dataset_title(name)}: fine-tuned - {other}",
+         (size, "fine-tuned", name), (size, other, name), wanted)
+        for size, name in targets for other, wanted in (("scratch", -1), ("not-fine-tuned", 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,132 +201,164 @@ class Item:
     title: str
     experiment: str
     swept: tuple
-    grid: dict
     claim: str
     differences: object  # function(rows, seed_sd), or None where there is no number to compare
     to_tell: str  # what a verdict on the paper's claim itself would need
     varying: tuple = ()
-    shown: str = ""  # the figure, without scale and ending
+    figure: str = ""  # its file, without scale and ending
+
+    def rows(self, path):
+        """The final rows of its CSV. Raises ResultsError."""
+        return final_rows(path, self.experiment, self.swept, self.title.split(":")[0], self.varying)
 
 
 ITEMS = (
-    Item("Figure 2a: ViT or CNN", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A,
-         "At equal training compute ViT blocks clearly beat CNN blocks (ImageNet-1k 64 x 64).", vit_against_cnn,
-         "Longer training, in which what convolutions may gain from knowing what is near may count less; the paper's CNN "
-         "block, which is not known here; more seeds.", shown="figure2a"),
-    Item("Figure 2b: blocks in each network", "ablate_block_depth", figure2.SWEPT_B, figure2.GRID_B,
-         "bits/dim improve with the depth of the ViT up to 5 (ImageNet-21k 32 x 32).", deeper_blocks,
-         "Longer training and more seeds: few steps may favour shallow networks, and one learning rate serves all depths.",
-         shown="figure2b"),
-    Item("Figure 3: scaling", "scaling", figure3.SWEPT, figure3.GRID,
-         "On the smaller set (ImageNet-1k) large models overfit; on the larger one (ImageNet-21k) more compute keeps helping.",
-         overfitting_and_scaling, "Many more epochs of the smaller set. The training images are others than the test images: "
-         "what counts is how the gap between them grows with the model, not the gap.", shown="figure3"),
-    Item("Figure 4: which couplings", "ablate_coupling", figure4.SWEPT, figure4.GRID,
-         "The official configuration takes 4 channel couplings to 1 spatial one, of mixed patterns; how much better it was "
-         "(ImageNet-1k 64 x 64) is not known here.", official_couplings, "More couplings, so that ratios and patterns can "
-         "differ, and longer training.", shown="figure4"),
-    Item("Figure 5: samples", "draw_samples", figure5.SWEPT, figure5.GRID,
+    Item("Figure 2a: ViT or CNN", "compare_vit_cnn", figure2.SWEPT_A,
+         "At equal training compute ViT blocks clearly beat CNN blocks (ImageNet-1k 64 x 64).",
+         vit_against_cnn,
+         "Longer training, in which what convolutions may gain from knowing what is near may count "
+         "less; the paper's CNN block, which is not known here; more seeds.", figure="figure2a"),
+    Item("Figure 2b: blocks in each network", "ablate_block_depth", figure2.SWEPT_B,
+         "bits/dim improve with the depth of the ViT up to 5 (ImageNet-21k 32 x 32).",
+         deeper_blocks,
+         "Longer training and more seeds: few steps may favour shallow networks, and one learning "
+         "rate serves all depths.", figure="figure2b"),
+    Item("Figure 3: scaling", "scaling", figure3.SWEPT,
+         "On the smaller set (ImageNet-1k) large models overfit; on the larger one (ImageNet-21k) "
+         "more compute keeps helping.", overfitting_and_scaling,
+         "Many more epochs of the smaller set. The training images are others than the test "
+         "images: what counts is how the gap between them grows with the model, not the gap.",
+         figure="figure3"),
+    Item("Figure 4: which couplings", "ablate_coupling", figure4.SWEPT,
+         "The official configuration takes 4 channel couplings to 1 spatial one, of mixed "
+         "patterns; how much better it was (ImageNet-1k 64 x 64) is not known here.",
+         official_couplings,
+         "More couplings, so that ratios and patterns can differ, and longer training.",
+         figure="figure4"),
+    Item("Figure 5: samples", "draw_samples", figure5.SWEPT,
          "Samples at 32 and 64 pixels, from scratch and fine-tuned from ImageNet-21k.", None,
-         "The paper's sizes. Nothing is measured here: a look at what such models have learnt.", tables.MAIN_VARYING, "figure5"),
-    Item("Main table: from scratch or pretrained", "main_results", tables.MAIN_SWEPT, tables.MAIN_GRID,
+         "The paper's sizes. Nothing is measured here: a look at what such models have learnt.",
+         tables.MAIN_VARYING, "figure5"),
+    Item("Main table: from scratch or pretrained", "main_results", tables.MAIN_SWEPT,
          "Pretraining on a larger set, then fine-tuning, beats training from scratch.", pretraining,
-         "The paper's sets. Below its scale what is fine-tuned has been trained for more steps in all than what begins from "
-         "scratch, so that a gain says that other images are worth training on, not that they are worth as much.",
-         tables.MAIN_VARYING),
-    Item("Table 2a: masking or pairing", "ablate_splits", tables.SPLITS_SWEPT, tables.SPLITS_GRID,
-         "It compares the two; the official model pairs. The values are not known here.", pairing_against_masking,
-         "The paper's values and its masking: ours is our reading."),
-    Item("Table 2b: ActNorm and invertible dense layers", "ablate_layers", tables.LAYERS_SWEPT, tables.LAYERS_GRID,
-         "It compares the four; the official model has neither. The values are not known here.", layers_that_are_left_off,
+         "The paper's sets. Below its scale what is fine-tuned has been trained for more steps in "
+         "all than what begins from scratch, so that a gain says that other images are worth "
+         "training on, not that they are worth as much.", tables.MAIN_VARYING),
+    Item("Table 2a: masking or pairing", "ablate_splits", tables.SPLITS.swept,
+         "It compares the two; the official model pairs. The values are not known here.",
+         pairing_against_masking, "The paper's values and its masking: ours is our reading."),
+    Item("Table 2b: ActNorm and invertible dense layers", "ablate_layers", tables.LAYERS.swept,
+         "It compares the four; the official model has neither. The values are not known here.",
+         layers_that_are_left_off,
          "Training to the end: both layers start well, and may help most in the first steps."))
 
 
 def item_section(item, results_dir, deviations):
     """deviations: between seeds, by scale (seed_deviation)."""
     lines = [f"## {item.title}", "", f"**The paper:** {item.claim}", ""]
-    found = [scale for scale in style.SCALES[1:] if (results_dir / f"{item.experiment}_{scale}.csv").exists()]
-    for scale in found:
-        path = results_dir / f"{item.experiment}_{scale}.csv"
-        rows = final_rows(path, item.experiment, item.swept, item.grid, item.title.split(":")[0], item.varying)
-        lines += measured(item, rows, scale, deviations[scale])
-    lines += [f"Not run: {', '.join(scale for scale in style.SCALES[1:] if scale not in found)}. The command is `python "
-              f"experiments/{item.experiment}.py --scale SCALE --data-root DIR`.", "",
-              f"**To tell more:** {item.to_tell}", ""]
-    return lines
+    paths = {scale: results_dir / f"{item.experiment}_{scale}.csv" for scale in style.SCALES[1:]}
+    for scale, path in paths.items():
+        if path.exists():
+            lines += measured(item, item.rows(path), scale, deviations[scale])
+    missing = ", ".join(scale for scale, path in paths.items() if not path.exists())
+    return [*lines, f"Not run: {missing}. The command is `python experiments/{item.experiment}.py "
+            "--scale SCALE --data-root DIR`.", "", f"**To tell more:** {item.to_tell}", ""]
 
 
 def measured(item, rows, scale, seed_sd):
     """What a CSV shows."""
     test = rows[rows["split"] == "test"].drop_duplicates("run_id")
-    seeds, sets = test["seed"].nunique(), []
-    for name, mine in test.groupby("dataset", sort=False):
-        sets.append(f"{style.dataset_title(name)} ({mine['num_images'].iloc[0]:,} test images): "
-                    f"{mine['bits_per_dim'].min():.4f} to {mine['bits_per_dim'].max():.4f} bits/dim")
+    sets = []
+    for name in style.ordered(test["dataset"], style.DATASET_TITLES):
+        of_set = test[test["dataset"] == name]
+        bits = of_set["bits_per_dim"]
+        sets.append(f"{style.dataset_title(name)} ({of_set['num_images'].iloc[0]:,} test images): "
+                    f"{bits.min():.4f} to {bits.max():.4f} bits/dim")
     commits = ", ".join(commit[:7] for commit in test["git_commit"].fillna("unknown").unique())
-    lines = [f"**Ours, {scale} scale:** {len(test)} runs, {seeds} seed{'s' * (seeds > 1)}. {'; '.join(sets)}. "
+    if (test["git_dirty"] == "True").any():
+        commits += " (with changes)"
+    lines = [f"**Ours, {scale} scale:** {len(test)} runs, "
+             f"{style.counted(test['seed'].nunique(), 'seed')}. {'; '.join(sets)}. "
              f"{test['train_seconds'].sum() / 60:.0f} minutes of training in all on "
-             f"{', '.join(test['hardware'].fillna('unknown').unique())}; commit {commits}"
-             f"{' (with changes)' * bool((test['git_dirty'] == 'True').any())}.", ""]
-    if item.shown:
-        lines += [f"![{item.title}](../paper_figures/out/{item.shown}_{scale}.png)", ""]
-    differences = item.differences(rows, seed_sd) if item.differences else []
-    if differences:
-        verdicts = [difference.verdict for difference in differences if difference.wanted]
-        counts = ", ".join(f"{verdicts.count(verdict)} {words}" for verdict, words in VERDICTS.items())
-        lines += [f"Of {len(verdicts)} comparisons that speak to the claim: {counts}." if verdicts else
-                  "No verdict on the paper: what it found is not known here.", "",
-                  "| bits/dim | difference | s.e. | in s.e. | |", "| --- | --- | --- | --- | --- |",
-                  *(difference.row() for difference in differences), ""]
-        if not all(difference.sure for difference in differences):
-            lines += ["The deviation between seeds at this scale is not known (Figure 4 with `--seeds 2` tells it): errors are "
-                      "over the images alone, and no verdict is given.", ""]
-    shares = test.dropna(subset="logdet_cap_share")
+             f"{', '.join(test['hardware'].fillna('unknown').unique())}; commit {commits}.", ""]
+    if item.figure:
+        lines += [f"![{item.title}](../paper_figures/out/{item.figure}_{scale}.png)", ""]
+    if item.differences:
+        lines += comparisons(item.differences(rows, seed_sd))
+    return [*lines, *caps(test), ""]
+
+
+def comparisons(differences):
+    """The table of the differences, and how many speak for the claim."""
+    if not differences:
+        return []
+    verdicts = [difference.verdict for difference in differences if difference.wanted]
+    summary = "No verdict on the paper: what it found is not known here."
+    if verdicts:
+        counts = [f"{verdicts.count(verdict)} {words}" for verdict, words in VERDICTS.items()]
+        summary = f"Of {len(verdicts)} comparisons that speak to the claim: {', '.join(counts)}."
+    lines = [summary, "", "| bits/dim | difference | s.e. | in s.e. | |",
+             "| --- | --- | --- | --- | --- |", *(difference.row() for difference in differences),
+             ""]
+    if not all(difference.sure for difference in differences):
+        lines += ["The deviation between seeds at this scale is not known (Figure 4 with "
+                  "`--seeds 2` tells it): errors are over the images alone, and no verdict is "
+                  "given.", ""]
+    return lines
+
+
+def caps(test):
+    """How near the log-dets of the runs are to their cap."""
+    lines, shares = [], test.dropna(subset="logdet_cap_share")
     if len(shares):
         top = shares.loc[shares["logdet_cap_share"].idxmax()]
-        lines.append(f"The log-det of the nearest run to its cap ({top['run_id']}) is at {top['logdet_cap_share']:.1%} of it"
-                     + (": **it saturates, and its number says little.**" if top["logdet_cap_share"] >= tables.SATURATED else "."))
+        line = (f"The log-det of the nearest run to its cap ({top['run_id']}) is at "
+                f"{top['logdet_cap_share']:.1%} of it")
+        if top["logdet_cap_share"] >= tables.SATURATED:
+            line += ": **it saturates, and its number says little.**"
+        else:
+            line += "."
+        lines.append(line)
     if len(shares) < len(test):
-        lines.append("ActNorm and dense layers add to the log-det, so that runs with them have no such cap.")
-    return lines + [""]
+        lines.append("ActNorm and dense layers add to the log-det, so that runs with them have no "
+                     "such cap.")
+    return lines
 
 
 def model_section(folder):
     """The small trained model; nothing where there is none."""
     if (shipped := tables.read_shipped(folder)) is None:
         return []
-    done, cap = shipped
-    config, model = done["config"], done["config"]["model"]
-    lines = ["## The small trained model", "",
-             f"`assets/{folder.name}`: {model['num_couplings']} couplings x depth {model['block_depth']}, width "
-             f"{model['emb_dim']}, {done['num_params']:,} parameters; {config['total_steps']:,} steps of "
-             f"{config['batch_size']} images of {done['dataset']} in {done['train_seconds'] / 60:.0f} minutes on "
-             f"{done['threads']} thread{'s' * (done['threads'] > 1)} of {done['hardware']}; commit {done['git_commit'][:7]}. "
-             "Uniform dequantization, one draw, an upper bound.", "",
-             "| step | test images | bits/dim | training images | bits/dim |", "| --- | --- | --- | --- | --- |"]
+    done, model, share = shipped
+    config = done["config"]
+    lines = [
+        "## The small trained model", "",
+        f"`assets/{folder.name}`: {model.num_couplings} couplings x depth {model.block_depth}, "
+        f"width {model.emb_dim}, {done['num_params']:,} parameters; {config['total_steps']:,} "
+        f"steps of {config['batch_size']} images of {done['dataset']} in "
+        f"{done['train_seconds'] / 60:.0f} minutes on {style.counted(done['threads'], 'thread')} "
+        f"of {done['hardware']}; commit {done['git_commit'][:7]}. Uniform dequantization, one "
+        "draw, an upper bound.", "",
+        "| step | test images | bits/dim | training images | bits/dim |",
+        "| --- | --- | --- | --- | --- |"]
     for train, test in zip(done["rows"][::2], done["rows"][1::2]):
-        cells = [f"{row['num_images']:,} | {row['bits_per_dim']:.4f} ± {row['bits_per_dim_se']:.4f}" for row in (test, train)]
+        cells = [f"{row['num_images']:,} | {row['bits_per_dim']:.4f} ± {row['bits_per_dim_se']:.4f}"
+                 for row in (test, train)]
         lines.append(f"| {test['step']:,} | {' | '.join(cells)} |")
-    share = done["rows"][-1]["logdet_nats"] / cap
-    return [*lines, "", "ActNorm or dense layers add to its log-det, which has no cap." if math.isnan(share) else
-            f"Its log-det is at {share:.1%} of its cap.", ""]
+    cap = f"Its log-det is at {share:.1%} of its cap."
+    if math.isnan(share):
+        cap = "ActNorm or dense layers add to its log-det, which has no cap."
+    return [*lines, "", cap, ""]
 
 
 def page(results_dir, assets_dir):
     """The whole page. Raises ResultsError for a CSV that must not be used."""
     deviations = {scale: seed_deviation(results_dir, scale) for scale in style.SCALES[1:]}
-    known = "; ".join(f"{scale}: {value:.4f}" for scale, value in deviations.items() if not math.isnan(value))
-    lines = [
-        "# Results", "",
-        "Written by `python paper_figures/redraw.py` from the CSVs beside it; [README.md](README.md) explains their columns.",
-        "Small and medium scale are not the paper's: they show which of its comparisons come out in small models after little",
-        "training, and how surely. There, a disagreement is no verdict on the paper, and an agreement no proof.", "",
-        "A difference is one side minus the other, in bits/dim (lower is better). Its standard error adds, for each side, the",
-        "standard error over the test images (as if each run had other images: too much, since they share images and noise)",
-        f"and the deviation between seeds{f' ({known} bits/dim, pooled over the runs of Figure 4)' if known else ''} over the",
-        f"root of their number. Below {SURE} standard errors we cannot tell. The comparisons of an item share runs, and their",
-        "number is not corrected for. All are evaluated with the same one draw of dequantization noise per image.", "",
-        *model_section(assets_dir / "jet_cifar10")]
+    known = "; ".join(f"{scale}: {value:.4f}" for scale, value in deviations.items()
+                      if not math.isnan(value))
+    pooled = f" ({known} bits/dim, pooled over the runs of Figure 4)" if known else ""
+    lines = [INTRODUCTION.format(pooled=pooled, SURE=SURE),
+             *model_section(assets_dir / "jet_cifar10")]
     for item in ITEMS:
         lines += item_section(item, results_dir, deviations)
     return "\n".join(lines).rstrip() + "\n"
@@ -288,14 +366,20 @@ def page(results_dir, assets_dir):
 
 def write(results_dir=style.ROOT / "results", assets_dir=style.ROOT / "assets"):
     """Write RESULTS.md to the folder of the CSVs; returns its path."""
-    return style.write_files({"RESULTS.md": page(Path(results_dir), Path(assets_dir)).encode()}, results_dir)[0]
+    text = page(Path(results_dir), Path(assets_dir))
+    return style.write_files({"RESULTS.md": text}, results_dir)[0]
+
+
+def add_results_flag(parser):
+    parser.add_argument("--results-dir", type=Path, default=style.ROOT / "results", metavar="DIR",
+                        help="default: results")
 
 
 def main(arguments=None):
-    parser = style.make_parser(__file__, __doc__)
-    parser.add_argument("--results-dir", type=Path, default=style.ROOT / "results", metavar="DIR", help="default: results")
+    parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
+    add_results_flag(parser)
     flags = parser.parse_args(arguments)
-    with style.one_line_errors(parser.prog, flags.results_dir):
+    with one_line_errors(parser.prog):
         print(write(flags.results_dir))
 
 

@@ -2,7 +2,8 @@
 
     python paper_figures/throughput.py --device cpu      # results/throughput_cpu.csv -> out/
 
-One group of bars per size. experiments/throughput.py measures the rows; results/README.md has the columns.
+One group of bars per size. experiments/throughput.py measures the rows; results/README.md has the
+columns.
 """
 import sys
 from pathlib import Path
@@ -14,38 +15,45 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
 from paper_figures.results_csv import ResultsError
 
-NUMBERS = ("batch_size", "threads", "steps", "images_per_s", "step_seconds", "step_seconds_q25", "step_seconds_q75",
-           "flops_per_s", "matmul_peak_flops_per_s", "peak_share", "first_step_seconds", "num_params")
-MAYBE = ("free_running_images_per_s", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib", "device_memory_gib",
-         "startup_seconds")
-KEY = ["size", "what", "implementation", "against", "precision", "compile", "graph", "checkpoint_activations",
-       "device", "hardware"]
-COLUMNS = ("experiment", "size", "what", "implementation", "against", "precision", "batch_size", "threads", "steps",
-           "images_per_s", "step_seconds", "step_seconds_q25", "step_seconds_q75", "free_running_images_per_s",
-           "flops_per_s", "matmul_peak_flops_per_s", "peak_share", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib",
-           "device_memory_gib", "first_step_seconds", "startup_seconds", "num_params", "compile", "graph",
-           "checkpoint_activations", "kernels", "images", "device", "hardware", "git_commit", "git_dirty", "python_version", "torch_version")
+NUMBERS = ("batch_size", "threads", "steps", "images_per_s", "step_seconds", "step_seconds_q25",
+           "step_seconds_q75", "flops_per_s", "matmul_peak_flops_per_s", "peak_share",
+           "first_step_seconds", "num_params")
+MAYBE = ("free_running_images_per_s", "ratio", "ratio_q25", "ratio_q75", "peak_memory_gib",
+         "device_memory_gib", "startup_seconds")
+KEY = ["size", "what", "implementation", "against", "precision", "compile", "graph",
+       "checkpoint_activations", "device", "hardware"]
+COLUMNS = ("experiment", "size", "what", "implementation", "against", "precision", "batch_size",
+           "threads", "steps", "images_per_s", "step_seconds", "step_seconds_q25",
+           "step_seconds_q75", "free_running_images_per_s", "flops_per_s",
+           "matmul_peak_flops_per_s", "peak_share", "ratio", "ratio_q25", "ratio_q75",
+           "peak_memory_gib", "device_memory_gib", "first_step_seconds", "startup_seconds",
+           "num_params", "compile", "graph", "checkpoint_activations", "kernels", "images",
+           "device", "hardware", "git_commit", "git_dirty", "python_version", "torch_version")
 WHATS = {"train": {"color": "#0072B2"}, "likelihood": {"color": "#E69F00", "hatch": "////"},
          "sampling": {"color": "#009E73", "hatch": "...."}}
 PORT = "jet-pytorch"
 EAGER = "eager"  # what our own modes are compared with
 SWITCHES = {"compile": "compiled", "graph": "CUDA graph", "checkpoint_activations": "checkpointing"}
 VARIANT = ["precision", *SWITCHES, "hardware"]  # a group's label names those that vary
+GAP = 0.27  # between the bars of a group, whose width is 1
 
 
 def read(path):
     """The rows of one CSV, as text but for the numbers; an empty cell there is nan.
 
-    Raises ResultsError for a missing file, other columns, repeated rows, missing numbers, or half a comparison.
+    Raises ResultsError for a missing file, other columns, repeated rows, missing numbers, or half a
+    comparison.
     """
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise ResultsError(f"{path}: no such file: run experiments/throughput.py first") from None
     except (ValueError, OSError) as error:
-        raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise ResultsError(f"{path}: not a readable CSV ({reason})") from None
     if wrong := set(rows.columns) ^ set(COLUMNS):
-        raise ResultsError(f"{path}: missing or unknown columns {', '.join(sorted(wrong))}: move the file away")
+        raise ResultsError(f"{path}: missing or unknown columns {', '.join(sorted(wrong))}: move "
+                           "the file away")
     if rows.empty:
         raise ResultsError(f"{path}: has no rows")
     name = rows["size"] + " " + rows["what"] + " " + rows["implementation"]
@@ -63,72 +71,111 @@ def read(path):
             raise ResultsError(f"{path}: {name[bad].iloc[0]} has no number as {column}")
     pair = [column for column in KEY if column != "implementation"]
     alone = (rows["against"] != "") & ~of_modes & ~rows.duplicated(pair, keep=False)
-    modes = [column for column in KEY if column not in ("compile", "graph")]
-    alone |= of_modes & ~eager.groupby([rows[column] for column in modes]).transform("any")
+    modes = [rows[column] for column in KEY if column not in ("compile", "graph")]
+    alone |= of_modes & ~eager.groupby(modes).transform("any")
     if alone.any():
-        raise ResultsError(f"{path}: {name[alone].iloc[0]} lacks the other half of its comparison: measure it again")
+        raise ResultsError(f"{path}: {name[alone].iloc[0]} lacks the other half of its comparison: "
+                           "measure it again")
     return rows
 
 
 def draw(path, out_dir=style.OUT):
     """Draw the bars from a CSV; returns the paths of the PDF and the PNG."""
     rows = read(path)
-    style.plt.rcParams["hatch.linewidth"] = 0.4
-    rows = rows.assign(group=rows["size"] + rows[VARIANT].apply(
-        lambda row: "".join(f"\n{text}" for name in VARIANT
-                            if rows[name].nunique() > 1 and (text := _label(name, row[name]))), axis=1))
-    against_port = rows["against"].str.startswith(PORT)
-    # One bar each: the comparison with the port where there is one, else the rows measured alone, else any.
-    ours = rows[rows["implementation"] == "ours"].assign(order=2 - (rows["against"] == "") - 2 * against_port)
-    ours = ours.sort_values("order", kind="stable").drop_duplicates(["group", "what"])
-    port, compared = rows[rows["implementation"] == PORT], ours[ours["order"] == 0]
+    rows = rows.assign(group=rows["size"] + rows.apply(_variant, axis=1, args=(_varying(rows),)))
+    port, ours = rows[rows["implementation"] == PORT], _ours(rows)
+    compared = ours[ours["against"].str.startswith(PORT)]
     groups = list(dict.fromkeys(rows["group"]))
-    figure, panels = style.plt.subplots(1 + bool(len(compared)), sharex=True, squeeze=False,
-                                        figsize=(style.COLUMN_WIDTH, 3.5 if len(compared) else 2.2))
+    num_panels, height = (2, 3.5) if len(compared) else (1, 2.2)
+    figure, panels = style.plt.subplots(num_panels, sharex=True, squeeze=False,
+                                        figsize=(style.COLUMN_WIDTH, height))
     if len(compared):
-        _bars(panels[0, 0], groups, compared, "ratio", compared["ratio_q25"], compared["ratio_q75"], "{:.2f}")
-        panels[0, 0].axhline(1, color="black", lw=0.8)
-        panels[0, 0].set_ylabel(f"speed relative to\n{compared['against'].iloc[0]}\n(higher is better)")
+        axes = panels[0, 0]
+        _bars(axes, groups, compared.assign(low=compared["ratio_q25"], high=compared["ratio_q75"],
+                                            text=compared["ratio"].map("{:.2f}".format)), "ratio")
+        axes.axhline(1, color="black", lw=0.8)
+        axes.set_ylabel(f"speed relative to\n{compared['against'].iloc[0]}\n(higher is better)")
     axes = panels[-1, 0]
     work = ours["peak_share"] * ours["step_seconds"]
-    _bars(axes, groups, ours, "peak_share", work / ours["step_seconds_q75"], work / ours["step_seconds_q25"],
-          "{:,.0f}/s", ours["images_per_s"])
-    for number, what in enumerate(WHATS):
-        theirs = port[port["what"] == what]
-        places = [groups.index(group) + 0.27 * (number - 1) for group in theirs["group"]]
-        axes.plot(places, theirs["peak_share"], "_", color="black", ms=11, mew=1.4, zorder=4,
-                  label=None if number or theirs.empty else port["against"].iloc[0])
+    _bars(axes, groups, ours.assign(
+        low=work / ours["step_seconds_q75"], high=work / ours["step_seconds_q25"],
+        text=ours["images_per_s"].map("{:,.0f}/s".format)), "peak_share")
+    _mark_port(axes, groups, port)
     axes.yaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes.set_ylabel("share of the matrix-\nmultiply peak\n(higher is better)")
     axes.set_xticks(range(len(groups)), groups)
-    same = {name: rows[name].iloc[0] for name in VARIANT if rows[name].nunique() == 1}
-    settings = [_label(name, value) for name, value in same.items() if name != "hardware"]
-    if (rows["device"] == "cpu").all():
-        settings.append(f"threads: {', '.join(dict.fromkeys(ours['threads'].map('{:.0f}'.format)))}")
-    figure.suptitle(f"{same.get('hardware', rows['device'].iloc[0])}, {', '.join(filter(None, settings))}\n"
-                    "over the bars images/s or the ratio; whiskers: quartiles of the steps", fontsize=7)
+    figure.suptitle(f"{_setting(rows, ours)}\nover the bars images/s or the ratio; whiskers: "
+                    "quartiles of the steps", fontsize=7)
     figure.align_ylabels()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=1.4,
-                  columnspacing=1.2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  handlelength=1.4, columnspacing=1.2)
     return style.save(figure, f"throughput_{rows['device'].iloc[0]}", out_dir)
 
 
-def _bars(axes, groups, rows, column, low, high, text, numbers=None):
-    """Grouped bars of a column with whiskers from low to high, and a number over each."""
-    for number, (what, look) in enumerate(WHATS.items()):
-        mine = rows["what"] == what
-        places = [groups.index(group) + 0.27 * (number - 1) for group in rows["group"][mine]]
-        heights = rows[column][mine]
-        # A median of ratios may lie outside the quartiles' ratio by rounding: whiskers have no negative length.
-        spread = [np.maximum(0, heights - low[mine]), np.maximum(0, high[mine] - heights)]
+def _ours(rows):
+    """One row of ours for each bar: the comparison with the port where there is one, else the row
+    measured alone, else any.
+    """
+    ours = rows[rows["implementation"] == "ours"]
+    order = np.select([ours["against"].str.startswith(PORT), ours["against"] == ""], [0, 1], 2)
+    ours = ours.assign(order=order).sort_values("order", kind="stable")
+    return ours.drop_duplicates(["group", "what"])
+
+
+def _place(groups, group, what):
+    """Where a bar stands on the x axis."""
+    return groups.index(group) + GAP * (list(WHATS).index(what) - 1)
+
+
+def _bars(axes, groups, rows, column):
+    """Grouped bars of a column with whiskers from "low" to "high", and the "text" over each."""
+    for what, look in WHATS.items():
+        bars = rows[rows["what"] == what]
+        places = [_place(groups, group, what) for group in bars["group"]]
+        heights = bars[column]
+        # A median of ratios may lie outside the quartiles' ratio by rounding: whiskers have no
+        # negative length.
+        spread = [np.maximum(0, heights - bars["low"]), np.maximum(0, bars["high"] - heights)]
         axes.bar(places, heights, 0.25, label=what, edgecolor="white", linewidth=0.4, **look)
-        axes.errorbar(places, heights, spread, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.5)
-        values = heights if numbers is None else numbers[mine]
-        for place, top, value in zip(places, np.maximum(heights, high[mine]), values):
-            axes.annotate(text.format(value), (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=5)
+        axes.errorbar(places, heights, spread, fmt="none", ecolor="black", elinewidth=0.7,
+                      capsize=1.5)
+        tops = np.maximum(heights, bars["high"])
+        for place, top, text in zip(places, tops, bars["text"]):
+            axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center",
+                          fontsize=5)
     axes.margins(y=0.15)
     axes.set_axisbelow(True)
     axes.grid(axis="x", visible=False)
+
+
+def _mark_port(axes, groups, port):
+    """A line over the bars for the port's share of the peak; one of them is in the legend."""
+    for number, what in enumerate(WHATS):
+        shares = port[port["what"] == what]
+        places = [_place(groups, group, what) for group in shares["group"]]
+        label = shares["against"].iloc[0] if number == 0 and len(shares) else None
+        axes.plot(places, shares["peak_share"], "_", color="black", ms=11, mew=1.4, zorder=4,
+                  label=label)
+
+
+def _varying(rows):
+    return [name for name in VARIANT if rows[name].nunique() > 1]
+
+
+def _variant(row, names):
+    """The lines of a group's label on the settings that vary."""
+    return "".join(f"\n{text}" for name in names if (text := _label(name, row[name])))
+
+
+def _setting(rows, ours):
+    """The title's line on what is the same for all bars."""
+    first, varying = rows.iloc[0], _varying(rows)
+    where = first["device"] if "hardware" in varying else first["hardware"]
+    settings = [_label(name, first[name]) for name in VARIANT[:-1] if name not in varying]
+    if (rows["device"] == "cpu").all():
+        threads = dict.fromkeys(ours["threads"].map("{:.0f}".format))
+        settings.append(f"threads: {', '.join(threads)}")
+    return f"{where}, {', '.join(filter(None, settings))}"
 
 
 def _label(name, value):
@@ -139,7 +186,8 @@ def _label(name, value):
 
 
 def main(arguments=None):
-    style.main("throughput.py", __doc__, {"throughput": draw}, arguments, flag="device", choices=("cpu", "cuda"))
+    style.main("throughput.py", __doc__, {"throughput": draw}, arguments, flag="device",
+               choices=("cpu", "cuda"))
 
 
 if __name__ == "__main__":

@@ -7,26 +7,33 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import distributed
 from convert import load_jet
-from run_folder import TrainingError
-from train import TrainConfig, evaluate, train
+from evaluate import evaluate
+from harness import distributed
+from harness.errors import TrainingError
+from harness.place import Place
+from train import TrainConfig, train
 
 
 def main(jobs):
-    """jobs: a file of {name: {"config": ..., "run_dir": ..., more arguments of train}}, done one after the other."""
+    """Do the jobs of a file one after the other.
+
+    They are {name: {"config": ..., "run_dir": ..., "place": fields of Place, arguments of train}}.
+    """
     torch.set_num_threads(1)
     for name, job in json.loads(Path(jobs).read_text()).items():
         config, run_dir = TrainConfig.from_dict(job.pop("config")), Path(job.pop("run_dir"))
         try:
-            done = train(config, run_dir, quiet=True, **job)
+            place = Place(**job.pop("place", {}))
+            done = train(config, run_dir, place=place, quiet=True, **job)
         except (TrainingError, ValueError) as error:
             done = {"error": str(error)}
         note = run_dir.parent / f"{name}-rank-{distributed.rank()}.json"
         note.write_text(json.dumps(done))
     images = np.load(config.data)[:13]
-    bits = evaluate(load_jet(sys.argv[2]), images, draws=2, batch_size=4, per_image=True)["bits_per_dim_per_image"]
-    (run_dir.parent / f"bits-rank-{distributed.rank()}.json").write_text(json.dumps(bits.tolist()))
+    numbers = evaluate(load_jet(sys.argv[2]), images, draws=2, batch_size=4, per_image=True)
+    bits = numbers["bits_per_dim_per_image"].tolist()
+    (run_dir.parent / f"bits-rank-{distributed.rank()}.json").write_text(json.dumps(bits))
     distributed.leave()
 
 

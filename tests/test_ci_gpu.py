@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 import torch
 
-import run_folder
-from experiments import sweep, throughput
-from paper_figures.results_csv import ResultsError, read_results
+from experiments import throughput
+from harness import claim, flops
+from paper_figures.results_csv import ResultsError
+from sweeps import plan, sweep
+from sweeps.grid import make_runs
 from tests import tiny_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +107,7 @@ def test_a_part_ends_in_time_with_all_that_it_has_started(stage, tmp_path):
         ("quick", "ok", 0), ("wrong", "failed", 1), ("slow", "stopped", None)]
     assert stage.failed == ["wrong"] and "a message" in stage.log.read_text()
     assert [item["what"] for item in stage.left_out] == ["slow", "late"]
-    assert run_folder._process_started(int(pid.read_text())) is None
+    assert claim.process_started(int(pid.read_text())) is None
 
 
 def test_a_part_that_needs_more_time_than_is_left_is_named(stage):
@@ -201,7 +203,7 @@ def test_tests_fail_where_not_all_ran(stage, monkeypatch, outcomes, ended, faile
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_all_parts_of_speed_are_commands_that_throughput_takes(device, monkeypatch):
-    monkeypatch.setattr(throughput.train, "pick_device", lambda name, graph=False: torch.device(device))
+    monkeypatch.setattr(throughput, "pick_device", lambda name, graph=False: torch.device(device))
     for _, _, flags, others in gpu_checks.speed_parts(device, port=True):
         for arguments in (flags, others):
             if arguments:
@@ -297,9 +299,9 @@ def test_a_chain_is_begun_where_all_of_it_ends_in_time():
 def test_times_are_predicted_by_what_has_finished_here(monkeypatch):
     config = types.SimpleNamespace(precision="bfloat16")
     run = types.SimpleNamespace(config=config)
-    monkeypatch.setattr(sweep, "train_flops", lambda config: 1e15)
+    monkeypatch.setattr(flops, "train_flops", lambda config: 1e15)
     monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: 1e13)
-    monkeypatch.setattr(sweep, "measured_rate", lambda config, done: done[0]["rate"] if done else None)
+    monkeypatch.setattr(plan, "measured_rate", lambda config, done: done[0]["rate"] if done else None)
     share = gpu_medium.ASSUMED_SHARE / 4
     cautious = 1e15 / (share * 989e12) + 1e13 / (share * 67e12) + gpu_medium.START_S
     assert gpu_medium.predict(run, [], 4, "cuda") == pytest.approx(1.2 * cautious)
@@ -324,7 +326,7 @@ def test_runs_whose_first_weights_are_elsewhere_are_orphans():
 
 def test_the_rehearsed_grids_are_the_medium_ones_but_for_size(tmp_path):
     for name in gpu_medium.ORDER:
-        real, tiny = (gpu_medium.make_runs(name, tmp_path, small) for small in (False, True))
+        real, tiny = (gpu_medium.runs_of(gpu_medium.load(name, small), tmp_path) for small in (False, True))
         assert [run.name for run in real] == [run.name for run in tiny] and {run.config.seed for run in real} == {0}
         assert [run.after and run.after.name for run in real] == [run.after and run.after.name for run in tiny]
         assert len({run.run_id for run in tiny}) == len(tiny)
@@ -335,17 +337,18 @@ def test_the_rehearsed_grids_are_the_medium_ones_but_for_size(tmp_path):
 
 # ---- medium: what comes out
 
+EXPERIMENT = dataclasses.replace(tiny_experiment.EXPERIMENT, varying=("lr", "total_steps", "init"))
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The stage's experiments are one: a chain of one run and two that begin with its weights, and a run of its own."""
     monkeypatch.setitem(sys.modules, "experiments.tiny_experiment", tiny_experiment)
     monkeypatch.setattr(gpu_medium, "ORDER", ("tiny_experiment",))
-    item = types.SimpleNamespace(swept=tiny_experiment.SWEPT, varying=("lr", "total_steps", "init"))
-    monkeypatch.setattr(gpu_medium, "item_of", lambda experiment: item)
-    monkeypatch.setattr(gpu_medium, "shrink", lambda points: points)
-    few = tiny_experiment.configs("smoke")[0].config  # of fewer images
-    monkeypatch.setattr(tiny_experiment, "TrainConfig", lambda **fields: type(few)(
-        **fields | {"data": "cifar10-subset-vehicles"}))
+    monkeypatch.setattr(tiny_experiment, "EXPERIMENT", EXPERIMENT)
+    monkeypatch.setattr(gpu_medium, "shrink", lambda points, swept: points)
+    few = dataclasses.replace(tiny_experiment.BASE, data="cifar10-subset-vehicles")  # images
+    monkeypatch.setattr(tiny_experiment, "BASE", few)
     monkeypatch.setattr(gpu_medium, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     return types.SimpleNamespace(experiments=["tiny_experiment"], jobs=2, data_root=None, compile=False, graph=False)
@@ -363,19 +366,19 @@ def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, 
         tar.extractall(tmp_path, filter="data")
     assert len(names) == 4 * 4 + 1 and not any("checkpoint" in name for name in names)
     assert (tmp_path / "results" / csv.name).read_bytes() == csv.read_bytes()
-    runs = gpu_medium.make_runs("tiny_experiment", tmp_path / "runs", False)
+    runs = gpu_medium.runs_of(EXPERIMENT, tmp_path / "runs")
     assert all(run.is_done for run in runs)
     merged = tmp_path / "results/tiny_experiment_medium.csv"
     pieces = sorted(merged.parent.glob(f"{merged.stem}.shard-*.csv"))  # as --collect does
-    sweep.collect([dataclasses.replace(run, runs_dir=tmp_path / "none") for run in runs], "tiny_experiment", "medium",
-                  tiny_experiment.SWEPT, merged, pieces, ("lr", "total_steps", "init"))
+    elsewhere = [dataclasses.replace(run, runs_dir=tmp_path / "none") for run in runs]
+    sweep.collect(EXPERIMENT, "medium", elsewhere, merged, pieces)
     assert set(pd.read_csv(merged)["run_id"]) == {run.run_id for run in runs}
     again = stage()
     assert gpu_medium.run(again, tiny)[1].split() == ["tiny_experiment", "4", "4", "0", "0"] and not again.failed
 
 
 def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, monkeypatch):
-    runs = gpu_medium.make_runs("tiny_experiment", tmp_path, False)
+    runs = gpu_medium.runs_of(EXPERIMENT, tmp_path)
     monkeypatch.setattr(gpu_medium, "finished_elsewhere", lambda *_: {runs[0].run_id})
     begun = []
     monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *_: begun.extend(todo) or ([], []))
@@ -389,8 +392,7 @@ def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, mon
 
 def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):
     # A run of half a minute that is believed to take no time, in a stage of a few seconds.
-    monkeypatch.setattr(gpu_medium, "make_runs", lambda *_: [
-        point.run(0, stages.work / "runs") for point in tiny_experiment.configs("small")])
+    monkeypatch.setattr(gpu_medium, "runs_of", lambda *_: make_runs(EXPERIMENT, "small", [0], stages.work / "runs"))
     monkeypatch.setattr(gpu_medium, "predict", lambda *_: 0.0)
     stages, begun = stage(seconds=5), time.monotonic()
     gpu_medium.run(stages, tiny)
@@ -413,11 +415,11 @@ def test_the_images_are_looked_for_before_anything_runs(tmp_path, monkeypatch):
 
 def test_at_most_four_csvs_lie_beside_the_packed_file(stage, monkeypatch):
     stage, names = stage(), list("abcdef")
-    monkeypatch.setattr(sweep, "collect", lambda runs, name, scale, swept, csv, varying: csv.write_text(name))
-    monkeypatch.setattr(gpu_medium, "item_of", lambda name: types.SimpleNamespace(swept=(), varying=()))
+    monkeypatch.setattr(sweep, "collect", lambda experiment, scale, runs, csv: csv.write_text(experiment))
+    monkeypatch.setattr(gpu_medium, "load", lambda name, tiny: name)
     grids = {name: [run_of(name)] for name in names}
     finished = [types.SimpleNamespace(run=run_of(name)) for name in "abdef"]
-    csvs = gpu_medium.write_csvs(stage, names, grids, finished)
+    csvs = gpu_medium.write_csvs(stage, grids, finished)
     assert [csv.partition("_")[0] for csv in csvs] == list("abdef") == sorted(
         path.name[0] for path in (stage.work / "results").iterdir())
     assert sorted(path.name[0] for path in stage.out.glob("*.csv")) == list("abde")

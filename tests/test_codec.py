@@ -1,4 +1,6 @@
-"""What a lossless codec must prove: images come back, at the price that the likelihood promised, or a line says why."""
+"""What a lossless codec must prove: images come back, at the price that the likelihood promised,
+or a line says why."""
+import copy
 import hashlib
 import json
 import math
@@ -13,13 +15,17 @@ import pytest
 import torch
 
 import codec
-from codec import CodecError, Coder, Prior, bound, decode, encode
+import kernels
+from codec import bound, decode, encode
+from coding import file_format, lifting, prior as prior_module
+from coding.ans import CodecError, Coder
+from coding.prior import Prior
 from data import load_images
 from jet import Coupling, Jet, JetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "assets" / "jet_cifar10"
-HEADER = len(codec.MAGIC) + 8
+HEADER = len(file_format.MAGIC) + 8
 
 
 PRIOR = Prior()
@@ -68,19 +74,23 @@ def full_coder(rng, lanes=8, words=3000):
 
 
 def random_operation(rng, coder, prior):
-    """(do, undo, fits): a random operation, its inverse and what do must return for the inverse to make sense."""
+    """(do, undo, fits): a random operation, its inverse, what do must return for it to fit."""
     kind, count = rng.integers(4), int(rng.integers(1, 30))
     if kind == 0:
         bits = int(rng.integers(1, 31))
         values = rng.integers(0, 2 ** bits, count)
-        return (lambda: coder.push_bits(values, bits)), (lambda _: np.array_equal(coder.pop_bits(count, bits), values))
+        return ((lambda: coder.push_bits(values, bits)),
+                (lambda _: np.array_equal(coder.pop_bits(count, bits), values)))
     if kind == 1:
         bits = int(rng.integers(1, 31))
-        return (lambda: coder.pop_bits(count, bits)), (lambda popped: coder.push_bits(popped, bits) is None)
+        return ((lambda: coder.pop_bits(count, bits)),
+                (lambda popped: coder.push_bits(popped, bits) is None))
     if kind == 2:
         m = int(rng.integers(3, 9))
-        z = (rng.normal(size=count) * 10 ** rng.uniform(-2, 2.5) / codec.delta(m)).astype(np.int64)
-        return (lambda: prior.push(coder, z, m)), (lambda _: np.array_equal(prior.pop(coder, count, m), z))
+        z = rng.normal(size=count) * 10 ** rng.uniform(-2, 2.5) / lifting.delta(m)
+        z = z.astype(np.int64)
+        return ((lambda: prior.push(coder, z, m)),
+                (lambda _: np.array_equal(prior.pop(coder, count, m), z)))
     x, shift = coder.lanes[:rng.integers(1, len(coder.lanes) + 1)], rng.integers(0, 31)
     shift = np.maximum(rng.integers(0, 31, len(x)), 12) if shift else np.zeros(len(x), np.int64)
     p = rng.integers(2 ** 12, 2 ** 13, len(x)) if shift.all() else rng.integers(1, 3, len(x))
@@ -147,16 +157,18 @@ def test_only_a_borrowing_coder_runs_dry():
 
 def test_prior_tables_are_whole_and_every_cell_can_be_coded():
     prior = PRIOR
-    assert len(prior.tables) > 300 and prior.firsts[0] == 0 and np.array_equal(prior.firsts[1:], prior.ends[:-1])
+    assert len(prior.tables) > 300 and prior.firsts[0] == 0
+    assert np.array_equal(prior.firsts[1:], prior.ends[:-1])
     for table, first, end in zip(prior.tables, prior.firsts, prior.ends):
-        assert table[0] == 0 and table[-1] == 2 ** codec.PRIOR_BITS and (np.diff(table) > 0).all()
+        assert table[0] == 0 and table[-1] == 2 ** prior_module.PRIOR_BITS
+        assert (np.diff(table) > 0).all()
         assert len(table) == end - first + 2  # a probability for every cell, and the escape
-    assert 63.9 < prior.ends[-1] * codec.CELL_WIDTH <= 64
+    assert 63.9 < prior.ends[-1] * prior_module.CELL_WIDTH <= 64
 
 
 @pytest.mark.parametrize("noise_bits", [3, 8])
 def test_a_latent_costs_its_normal_density(noise_bits):
-    prior, rng, delta = PRIOR, np.random.default_rng(0), codec.delta(noise_bits)
+    prior, rng, delta = PRIOR, np.random.default_rng(0), lifting.delta(noise_bits)
 
     def surplus(z):
         """Bits above the density's, of each of the latents z (int64)."""
@@ -167,7 +179,8 @@ def test_a_latent_costs_its_normal_density(noise_bits):
             before = coder.bits
             prior.push(coder, np.array([value]), noise_bits)
             x = (value + 0.5) * delta
-            bits.append(coder.bits - before - (x * x / 2 / math.log(2) + math.log2(2 * math.pi) / 2 - math.log2(delta)))
+            nats = x * x / 2 + math.log(2 * math.pi) / 2 - math.log(delta)
+            bits.append(coder.bits - before - nats / math.log(2))
         return np.array(bits)
 
     normal = surplus((rng.normal(size=2000) / delta).astype(np.int64))
@@ -177,14 +190,16 @@ def test_a_latent_costs_its_normal_density(noise_bits):
         far = surplus(np.array([-1, 1] * 50) * rng.integers(low, high, 100))
         escapes = 5e-5 * deviations ** 2  # each costs a little
         assert abs(far.mean()) < 0.01 + escapes
-        assert np.abs(far).max() < 0.03 + deviations * 1.5e-3 + 2 * escapes  # it falls within a cell
+        falls = deviations * 1.5e-3  # within a cell
+        assert np.abs(far).max() < 0.03 + falls + 2 * escapes
 
 
 @pytest.mark.parametrize("noise_bits", [3, 8])
 def test_latents_beyond_the_tables_come_back_and_are_counted(noise_bits):
-    prior, step = PRIOR, 1 / codec.delta(noise_bits)
+    prior, step = PRIOR, 1 / lifting.delta(noise_bits)
     last = int(prior.ends[-1]) << noise_bits - 2
-    z = np.array([0, -1, last - 1, -last, last, -last - 1, int(65 * step), -int(1e4 * step), 2 ** 46 - 1, -2 ** 46, 5])
+    z = np.array([0, -1, last - 1, -last, last, -last - 1, int(65 * step), -int(1e4 * step),
+                  2 ** 46 - 1, -2 ** 46, 5])
     coder = full_coder(np.random.default_rng(0), 3)
     lanes, words = coder.lanes.copy(), coder.words.copy()
     assert prior.push(coder, z, noise_bits) == 6
@@ -196,7 +211,7 @@ def test_latents_beyond_the_tables_come_back_and_are_counted(noise_bits):
 
 @torch.no_grad()
 def stretch(jet):
-    """Let the first ActNorm and dense layer have factors above 2 and far below 1, and dense layers both signs."""
+    """Factors above 2 and far below 1 in the first ActNorm and dense layer, and both signs."""
     for layer in jet.actnorms[:1]:
         layer.log_scale += torch.linspace(-3, 1.5, len(layer.log_scale)).to(layer.log_scale)
     for number, layer in enumerate(jet.denses):
@@ -205,10 +220,12 @@ def stretch(jet):
     return jet
 
 
-@pytest.mark.parametrize("switches", [(), ("actnorm",), ("invertible_dense",), ("actnorm", "invertible_dense")],
+@pytest.mark.parametrize("switches", [(), ("actnorm",), ("invertible_dense",),
+                                      ("actnorm", "invertible_dense")],
                          ids="+".join)
 @pytest.mark.parametrize("mode", ["pairing", "masking"])
-@pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")], ids="+".join)
+@pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")],
+                         ids="+".join)
 def test_images_come_back(crops, kinds, mode, switches):
     for block in ("vit", "cnn"):
         jet = random_jet(std=0.05, kinds=kinds, split_mode=mode, block=block, patch_size=2,
@@ -219,7 +236,8 @@ def test_images_come_back(crops, kinds, mode, switches):
 
 @pytest.mark.parametrize("changes", [
     {"image_size": (8, 4), "patch_size": 2}, {"image_size": (2, 6), "patch_size": 1, "channels": 2},
-    {"image_size": 4, "channels": 1, "patch_size": 2}, {"num_couplings": 6, "patch_size": 2}, {"scale_factor": 4.0},
+    {"image_size": 4, "channels": 1, "patch_size": 2}, {"num_couplings": 6, "patch_size": 2},
+    {"scale_factor": 4.0},
     {"scale_factor": 0.3}], ids=str)
 def test_other_shapes_and_scales_come_back(changes):
     jet = random_jet(std=0.5, **changes)
@@ -231,9 +249,10 @@ def test_other_shapes_and_scales_come_back(changes):
 def test_any_number_of_images_comes_back(crops, n):
     content, about = comes_back(random_jet(), crops[:n])
     assert about["file_bits"] == 8 * len(content) and about["noise"].shape == (n - 1, 8, 8, 3)
-    header, lanes, words = codec.read_file(content)
-    assert sum(header["batches"]) == n - 1 and all(1 <= size <= codec.BATCH for size in header["batches"])
-    frame = 8 * (HEADER + codec.DIGEST_BYTES) + about["header_bits"]
+    header, lanes, words = file_format.read_file(content)
+    assert sum(header["batches"]) == n - 1
+    assert all(1 <= size <= file_format.BATCH for size in header["batches"])
+    frame = 8 * (HEADER + file_format.DIGEST_BYTES) + about["header_bits"]
     assert about["file_bits"] == frame + 64 * len(lanes) + 32 * len(words)
 
 
@@ -243,8 +262,17 @@ def test_a_file_is_the_same_each_time_and_its_reading_changes_nothing(crops):
     content, _ = encode(jet, images)
     assert encode(jet, images)[0] == content and np.array_equal(decode(jet, content), images)
     assert np.array_equal(images, crops[:20])
-    assert all(torch.equal(tensor, jet.state_dict()[name]) and tensor.dtype == jet.state_dict()[name].dtype
+    now = jet.state_dict()
+    assert all(torch.equal(tensor, now[name]) and tensor.dtype == now[name].dtype
                for name, tensor in weights.items())
+
+
+def test_an_accelerated_jet_writes_the_same_file(crops):
+    jet = random_jet(emb_dim=16, actnorm=True, invertible_dense=True).float()
+    content, _ = encode(jet, crops[:20])
+    fast = kernels.accelerate(copy.deepcopy(jet))
+    assert encode(fast, crops[:20])[0] == content
+    assert np.array_equal(decode(fast, content), crops[:20])
 
 
 def test_another_layout_in_memory_changes_nothing(crops):
@@ -262,7 +290,8 @@ def test_extreme_images_come_back():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"num_couplings": 6, "patch_size": 2}, {"split_mode": "masking", "scale_factor": 4.0}, {"actnorm": True},
+    {}, {"num_couplings": 6, "patch_size": 2}, {"split_mode": "masking", "scale_factor": 4.0},
+    {"actnorm": True},
     {"invertible_dense": True}], ids=str)
 def test_the_net_code_length_is_the_bound(crops, changes):
     jet = random_jet(**changes)
@@ -270,12 +299,14 @@ def test_the_net_code_length_is_the_bound(crops, changes):
     noise = about["noise"]
     assert about["latents_beyond"] == 0 or changes == {"invertible_dense": True}
     assert noise.dtype == np.float32 and noise.min() >= 0 and noise.max() < 1
-    assert noise.min() < 0.01 and noise.max() > 0.99 and abs(noise.mean() - 0.5) < 0.2 and noise.std() > 0.25
+    assert noise.min() < 0.01 and noise.max() > 0.99
+    assert abs(noise.mean() - 0.5) < 0.2 and noise.std() > 0.25
     promised = bound(jet, crops[1:], noise).mean()
     assert about["net_bits"] / crops[1:].size == pytest.approx(promised, abs=5e-4)
     paid = about["net_bits"] + about["borrowed_bits"] + 8 * crops[0].size + about["header_bits"]
     overhead = about["file_bits"] - paid
-    assert 0 < overhead < 64 * codec.LANES + 8 * (HEADER + codec.DIGEST_BYTES)  # the lanes' own bits, magic and digest
+    frame = 8 * (HEADER + file_format.DIGEST_BYTES)  # magic and digest; then the lanes' own bits
+    assert 0 < overhead < 64 * file_format.LANES + frame
 
 
 # ---- what cannot be read
@@ -298,7 +329,7 @@ def refused(jet, content, message="."):
 
 def signed(content):
     """The file's bytes with a digest that fits them."""
-    content = content[:-codec.DIGEST_BYTES]
+    content = content[:-file_format.DIGEST_BYTES]
     return content + hashlib.sha256(content).digest()
 
 
@@ -306,9 +337,11 @@ def with_header(content, **changes):
     """The file with another header, and with a digest that fits it."""
     size, = struct.unpack("<I", content[HEADER - 4:HEADER])
     header = json.loads(content[HEADER:HEADER + size])
-    header.update({name: change(header[name]) if callable(change) else change for name, change in changes.items()})
+    for name, change in changes.items():
+        header[name] = change(header[name]) if callable(change) else change
     text = json.dumps({name: value for name, value in header.items() if value is not None}).encode()
-    return signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + content[HEADER + size:])
+    length = struct.pack("<I", len(text))
+    return signed(content[:HEADER - 4] + length + text + content[HEADER + size:])
 
 
 def test_other_weights_are_refused(content):
@@ -320,7 +353,8 @@ def test_other_weights_are_refused(content):
 
 
 def test_another_config_is_refused(content):
-    for changes in ({"scale_factor": 2.5}, {"norm_eps": 1e-5}, {"gelu": "exact"}, {"image_size": (16, 8)}):
+    for changes in ({"scale_factor": 2.5}, {"norm_eps": 1e-5}, {"gelu": "exact"},
+                    {"image_size": (16, 8)}):
         refused(random_jet(**changes), content, "another config")
 
 
@@ -331,7 +365,8 @@ def test_other_weights_under_a_header_that_fits_are_noticed(content):
 
 
 def test_truncated_files_are_refused(jet, content):
-    for length in (1, 7, 8, 11, 16, 40, 47, 48, 49, 100, len(content) // 2, len(content) - 33, len(content) - 1):
+    whole = len(content)
+    for length in (1, 7, 8, 11, 16, 40, 47, 48, 49, 100, whole // 2, whole - 33, whole - 1):
         refused(jet, content[:length], "truncated|not a file")
     for more in (b"\0", b"more"):
         refused(jet, content + more, "altered")
@@ -346,7 +381,10 @@ def test_a_single_flipped_byte_is_noticed(jet, content):
         for flip in (1, 0x80):
             altered = bytearray(content)
             altered[place] ^= flip
-            refused(jet, bytes(altered), "not a file" if place < 8 else "format version" if place < 12 else "altered")
+            message = "altered"
+            if place < 12:
+                message = "not a file" if place < 8 else "format version"
+            refused(jet, bytes(altered), message)
 
 
 def test_another_version_is_refused(jet, content):
@@ -356,18 +394,26 @@ def test_another_version_is_refused(jet, content):
 
 
 @pytest.mark.parametrize("changes", [
-    {"batches": [5]}, {"batches": [1, 1, 3]}, {"batches": [1, 1]}, {"batches": []}, {"batches": [1, 1, 1, 1, 1, 1]},
-    {"batches": [6, -1]}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": None}, {"batches": 5}, {"batches": "11111"},
-    {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2}, {"words": lambda n: n + 2},
-    {"words": 0}, {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None}, {"words": "7"},
+    {"batches": [5]}, {"batches": [1, 1, 3]}, {"batches": [1, 1]}, {"batches": []},
+    {"batches": [1, 1, 1, 1, 1, 1]},
+    {"batches": [6, -1]}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": None}, {"batches": 5},
+    {"batches": "11111"},
+    {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2},
+    {"words": lambda n: n + 2},
+    {"words": 0}, {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None},
+    {"words": "7"},
     {"shape": [6, 8, 8]}, {"shape": [7, 8, 8, 3]}, {"shape": [6, 8, 8, 1]}, {"shape": [6, 8, 8, 6]},
     {"shape": [6, 4, 16, 3]},
-    {"shape": [6, 8, 8, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None}, {"shape": {"8": 8}},
+    {"shape": [6, 8, 8, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None},
+    {"shape": {"8": 8}},
     {"shape": [10 ** 15, 8, 8, 3], "batches": [10 ** 15 - 1]},
-    {"borrowed": -1}, {"borrowed": 1}, {"borrowed": lambda n: n + 10 ** 9}, {"borrowed": 0.5}, {"borrowed": None},
+    {"borrowed": -1}, {"borrowed": 1}, {"borrowed": lambda n: n + 10 ** 9}, {"borrowed": 0.5},
+    {"borrowed": None},
     {"pixels": "0" * 64}, {"pixels": 1}, {"weights": None}, {"config": "0" * 32}, {"bits": None},
-    {"ties": 3}, {"ties": [1]}, {"ties": [[0, 0, "bias", [[10 ** 9, 1]]]]}, {"ties": [[0, 0, "bias", [["a", "b"]]]]},
-    {"ties": [[0, 0, "bias", 7]]}, {"ties": [[0, 0, "scale", [[0, 10 ** 30]]]]}, {"ties": [[0, 0, "scale", [[0, 0]]]]},
+    {"ties": 3}, {"ties": [1]}, {"ties": [[0, 0, "bias", [[10 ** 9, 1]]]]},
+    {"ties": [[0, 0, "bias", [["a", "b"]]]]},
+    {"ties": [[0, 0, "bias", 7]]}, {"ties": [[0, 0, "scale", [[0, 10 ** 30]]]]},
+    {"ties": [[0, 0, "scale", [[0, 0]]]]},
     {"ties": [[0, 0, "scale", [[0, 10 ** 15]]]]}, {"ties": [[[0], 0, "bias", []]]}], ids=" ".join)
 def test_a_header_that_lies_is_noticed(jet, content, changes):
     assert decode(jet, with_header(content)).shape == (6, 8, 8, 3)  # the same header passes
@@ -375,7 +421,7 @@ def test_a_header_that_lies_is_noticed(jet, content, changes):
 
 
 def test_a_body_that_lies_is_noticed(jet, content):
-    header, lanes, words = codec.read_file(content)
+    header, lanes, words = file_format.read_file(content)
     body = len(content) - 32 - 4 * len(words) - 8 * len(lanes)
     for lane in (0, 1, -1, 2 ** 62, 2 ** 63 - 1, -2 ** 63, 2 ** 40):
         refused(jet, signed(content[:body] + struct.pack("<q", lane) + content[body + 8:]))
@@ -384,18 +430,22 @@ def test_a_body_that_lies_is_noticed(jet, content):
 
 
 def test_what_is_no_file_of_ours_is_refused(jet, content):
-    for other in (b"", b"\0", b"JET", b"JETCODEC", bytes(1000), b"\x89PNG" * 50, np.random.default_rng(0).bytes(500)):
+    for other in (b"", b"\0", b"JET", b"JETCODEC", bytes(1000), b"\x89PNG" * 50,
+                  np.random.default_rng(0).bytes(500)):
         refused(jet, other)
     for text in (b"", b"{", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 10 ** 5, b"NaN"):
         refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + bytes(32)))
-    refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", 2 ** 32 - 1) + content[HEADER:]), "not a file")
+    endless = struct.pack("<I", 2 ** 32 - 1)
+    refused(jet, signed(content[:HEADER - 4] + endless + content[HEADER:]), "not a file")
 
 
 # ---- what cannot be written
 
 @pytest.mark.parametrize("images", [
-    random_images(3, channels=1), random_images(3, height=4), random_images(3).transpose(0, 3, 1, 2), random_images(0),
-    random_images(3)[0], random_images(3)[None], random_images(3).astype(np.int64), random_images(3) / 255],
+    random_images(3, channels=1), random_images(3, height=4),
+    random_images(3).transpose(0, 3, 1, 2), random_images(0), random_images(3)[0],
+    random_images(3)[None],
+    random_images(3).astype(np.int64), random_images(3) / 255],
                          ids=lambda images: f"{images.dtype} {images.shape}")
 def test_images_that_do_not_fit_are_refused(jet, images):
     with pytest.raises(CodecError, match="this Jet takes uint8") as error:
@@ -430,6 +480,7 @@ def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
         assert np.array_equal(decode(jet, content), crops[:3])
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("weight", [1e6, 1e12, 1e300])
 @pytest.mark.parametrize("name", ["lower", "upper"])
 def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weight):
@@ -447,21 +498,23 @@ def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weig
 # ---- another machine
 
 @pytest.mark.parametrize("switches", [{}, {"actnorm": True}, {"split_mode": "masking"}], ids=str)
-def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(crops, monkeypatch, switches):
+def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
+        crops, monkeypatch, switches):
     jet, images, affine = random_jet(**switches), crops[:40], Coupling.affine
 
-    def elsewhere(coupling, x):
-        bias, scale, logdet = affine(coupling, x)
+    def elsewhere(coupling, net_out, x2):
+        bias, scale, logdet = affine(coupling, net_out, x2)
         error = 0.01 * (2 * torch.rand(2, *bias.shape, dtype=bias.dtype) - 1)  # of what is rounded
-        return bias + error[0] * codec.delta(codec.NOISE_BITS), scale * (1 + error[1] * 2.0 ** -13), logdet
+        bias = bias + error[0] * lifting.delta(lifting.NOISE_BITS)
+        return bias, scale * (1 + error[1] * 2.0 ** -13), logdet
 
     fragile, _ = encode(jet, images)
-    monkeypatch.setattr(codec, "NEAR_TIE", 0.05)
+    monkeypatch.setattr(lifting, "NEAR_TIE", 0.05)
     content, about = encode(jet, images)
-    assert codec.read_file(content)[0]["ties"] and about["ties"] > 100
+    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 100
     assert about["net_bits"] == encode(jet, images)[1]["net_bits"]
     monkeypatch.setattr(Coupling, "affine", elsewhere)
-    monkeypatch.setattr(codec, "NEAR_TIE", 0)  # a reader has the file's word alone
+    monkeypatch.setattr(lifting, "NEAR_TIE", 0)  # a reader has the file's word alone
     assert np.array_equal(decode(jet, content), images)
     refused(jet, fragile)
 
@@ -491,30 +544,38 @@ def file(tmp_path_factory):
 
 
 def test_a_fresh_process_with_other_threads_decodes(file, tmp_path):
-    done = subprocess.run([sys.executable, "codec.py", "decode", file, "--checkpoint", RUN / "checkpoint.pt",
+    done = subprocess.run([sys.executable, "codec.py", "decode", file,
+                           "--checkpoint", RUN / "checkpoint.pt",
                            "--threads", "2", "--out", tmp_path / "images.npy"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 images, pixels as encoded" in done.stdout
-    assert np.array_equal(np.load(tmp_path / "images.npy"), load_images("cifar10-subset", "test").array[:3])
+    images = load_images("cifar10-subset", "test").array[:3]
+    assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
 def test_mistakes_on_the_command_line_end_in_one_line(file, tmp_path, capsys):
     out, other = tmp_path / "out.npy", tmp_path / "other.pt"
     jet = random_jet()
-    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)}, "model": jet.state_dict()}, other)
+    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)},
+                "model": jet.state_dict()}, other)
     short = shutil.copy(file, tmp_path / "short.jet")
     Path(short).write_bytes(file.read_bytes()[:-9])
     for message, *arguments in (
-            (f"{file}: written with another config", "decode", file, "--checkpoint", other, "--out", out),
+            (f"{file}: written with another config", "decode", file, "--checkpoint", other,
+             "--out", out),
             ("No such file", "decode", tmp_path / "none.jet", "--checkpoint", RUN, "--out", out),
             ("short.jet: truncated", "decode", short, "--checkpoint", RUN, "--out", out),
             ("none.pt", "decode", file, "--checkpoint", tmp_path / "none.pt", "--out", out),
-            ("there is no folder", "decode", file, "--checkpoint", RUN, "--out", tmp_path / "none" / "out.npy"),
-            ("there is no folder", "encode", "--checkpoint", RUN, "--out", tmp_path / "none" / "out.jet"),
+            ("there is no folder", "decode", file, "--checkpoint", RUN,
+             "--out", tmp_path / "none" / "out.npy"),
+            ("there is no folder", "encode", "--checkpoint", RUN,
+             "--out", tmp_path / "none" / "out.jet"),
             ("--num-images 0", "encode", "--checkpoint", RUN, "--num-images", 0, "--out", out),
-            ("--num-images 1000000", "encode", "--checkpoint", RUN, "--num-images", 10 ** 6, "--out", out),
-            ("this Jet takes uint8", "encode", "--checkpoint", other, "--num-images", 2, "--out", out),
+            ("--num-images 1000000", "encode", "--checkpoint", RUN, "--num-images", 10 ** 6,
+             "--out", out),
+            ("this Jet takes uint8", "encode", "--checkpoint", other, "--num-images", 2,
+             "--out", out),
             ("nowhere", "encode", "--checkpoint", RUN, "--data", "nowhere", "--out", out)):
         assert message in stopped(capsys, *arguments)
         assert not out.exists()

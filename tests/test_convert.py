@@ -1,4 +1,5 @@
 """Weight files: what they tell, what is asked for, and that nothing in them is trusted."""
+import copy
 import pickle
 from pathlib import Path
 
@@ -6,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from convert import CheckpointError, load_jet, read_tensors
+import kernels
+from convert import load_jet, weights_id
+from harness.checkpoint import read_tensors, save_checkpoint
+from harness.errors import CheckpointError
 from jet import SPATIAL_SPLITS, Jet, JetConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,12 +30,15 @@ def save(tmp_path):
     return write
 
 
+CONFIG = JetConfig(image_size=8, num_couplings=2, block_depth=1, emb_dim=8, num_heads=2)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """One of our checkpoints, as train.py writes them."""
-    config = JetConfig(image_size=8, num_couplings=2, block_depth=1, emb_dim=8, num_heads=2)
     path = tmp_path / "checkpoint.pt"
-    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(config)}, "model": Jet(config).state_dict()}, path)
+    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(CONFIG)},
+                "model": Jet(CONFIG).state_dict()}, path)
     return path
 
 
@@ -43,45 +50,54 @@ def same_weights(one, two):
 def test_official_config_is_read_off_the_file():
     config = load_jet(GOLDEN / "jet_nonsquare_ext.npz").config
     assert (config.image_size, config.patch_size, config.num_couplings) == ((24, 16), 4, 7)
-    assert (config.block_depth, config.emb_dim, config.num_heads, config.scale_factor) == (1, 12, 4, 2.0)
-    assert config.kinds == ("channels", "spatial", "spatial", "channels", "spatial", "spatial", "channels")
+    assert (config.block_depth, config.emb_dim, config.num_heads) == (1, 12, 4)
+    assert config.kinds == ("channels", "spatial", "spatial", "channels", "spatial", "spatial",
+                            "channels")
     assert config.spatial_splits == SPATIAL_SPLITS[:4]
-    assert (config.gelu, config.norm_eps) == ("tanh", 1e-6)
+    assert (config.gelu, config.norm_eps, config.scale_factor) == ("tanh", 1e-6, 2.0)
 
 
-@pytest.mark.parametrize("name, missing", [("jet_channels_spatial", {}), ("jet_nonsquare_ext", {"image_size": (24, 16)})])
+@pytest.mark.parametrize("name, missing", [
+    ("jet_channels_spatial", {}), ("jet_nonsquare_ext", {"image_size": (24, 16)})])
 @pytest.mark.parametrize("prefix", ["params/", ""])
 def test_official_tree_without_meta_asks_for_what_it_cannot_tell(save, name, missing, prefix):
-    tree = {prefix + key.removeprefix("params/"): value for key, value in official(name).items() if key.startswith("params/")}
+    tree = {prefix + key.removeprefix("params/"): value
+            for key, value in official(name).items() if key.startswith("params/")}
     path = save(tree)
     with pytest.raises(CheckpointError, match="does not tell (scale_factor|image_size)"):
         load_jet(path)
     if missing:
         with pytest.raises(CheckpointError, match="does not tell image_size"):
             load_jet(path, scale_factor=2.0)
-    assert same_weights(load_jet(path, scale_factor=2.0, **missing), load_jet(GOLDEN / f"{name}.npz"))
+    jet = load_jet(path, scale_factor=2.0, **missing)
+    assert same_weights(jet, load_jet(GOLDEN / f"{name}.npz"))
     assert load_jet(path, scale_factor=3.0, **missing).config.scale_factor == 3.0
 
 
 def test_class_conditional_tree_is_refused(save):
     tree = official("jet_spatial_only")
-    tree["params/couplings/dnn/MultiHeadDotProductAttention_0/query/kernel"] = np.zeros((6, 24, 4, 6), np.float32)
+    query = np.zeros((6, 24, 4, 6), np.float32)
+    tree["params/couplings/dnn/MultiHeadDotProductAttention_0/query/kernel"] = query
     with pytest.raises(CheckpointError, match="class-conditional"):
         load_jet(save(tree))
 
 
-ATTENTION = "params/couplings/dnn/vit/encoderblock_0/MultiHeadDotProductAttention_0"
+DNN = "params/couplings/dnn"
+KEY = f"{DNN}/vit/encoderblock_0/MultiHeadDotProductAttention_0/key/kernel"
+SPATIAL_MASKS = "params/spatial_coupling_masks-FREEZE_ME"
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda tree: tree.pop("params/couplings/dnn/posemb"), "not an official parameter tree .*posemb"),
-    (lambda tree: tree.pop("params/couplings/dnn/final_proj/bias"), "final_proj/bias"),
+    (lambda tree: tree.pop(f"{DNN}/posemb"), "not an official parameter tree .*posemb"),
+    (lambda tree: tree.pop(f"{DNN}/final_proj/bias"), "final_proj/bias"),
     (lambda tree: tree.pop("params/channel_coupling_masks-FREEZE_ME"), "channel_coupling_masks"),
-    (lambda tree: tree.update({"params/couplings/dnn/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}), "do not fit"),
-    (lambda tree: tree.update({f"{ATTENTION}/key/kernel": tree[f"{ATTENTION}/key/kernel"].swapaxes(2, 3)}), "key: kernel"),
-    (lambda tree: tree.update({"params/couplings/dnn/vit/encoderblock_0/LayerNorm_9/scale": np.ones((6, 24))}), "unknown leaf"),
-    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.ones((6, 16, 16))}), "not one-hot"),
-    (lambda tree: tree.update({"params/spatial_coupling_masks-FREEZE_ME": np.stack([np.eye(16)] * 6)}), "none of the known"),
+    (lambda tree: tree.update({f"{DNN}/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}),
+     "do not fit"),
+    (lambda tree: tree.update({KEY: tree[KEY].swapaxes(2, 3)}), "key: kernel"),
+    (lambda tree: tree.update({f"{DNN}/vit/encoderblock_0/LayerNorm_9/scale": np.ones((6, 24))}),
+     "unknown leaf"),
+    (lambda tree: tree.update({SPATIAL_MASKS: np.ones((6, 16, 16))}), "not one-hot"),
+    (lambda tree: tree.update({SPATIAL_MASKS: np.stack([np.eye(16)] * 6)}), "none of the known"),
 ])
 def test_damaged_official_trees_are_refused(save, change, message):
     tree = official("jet_spatial_only")
@@ -125,9 +141,9 @@ def test_port_with_another_order_of_kinds_asks_for_it(tmp_path):
 def test_ours_loads_without_touching_the_global_generator(checkpoint):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    jet = load_jet(checkpoint)
+    jet, weights = load_jet(checkpoint), torch.load(checkpoint)["model"]
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(tensor, torch.load(checkpoint)["model"][name]) for name, tensor in jet.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in jet.state_dict().items())
     with pytest.raises(CheckpointError, match="emb_dim=16 was given, but the file says 8"):
         load_jet(checkpoint, emb_dim=16)
 
@@ -136,13 +152,13 @@ def test_a_file_that_would_run_code_runs_none(tmp_path):
     class Code:
         def __reduce__(self):
             return (Path(tmp_path / "it ran").touch, ())
-    for name, write in (("zip.pt", lambda path: torch.save({"format": "jet-checkpoint-1", "model": Code()}, path)),
-                        ("bare.pt", lambda path: path.write_bytes(pickle.dumps(Code())))):
-        write(tmp_path / name)
+    torch.save({"format": "jet-checkpoint-1", "model": Code()}, tmp_path / "zip.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Code()))
+    for name in ("zip.pt", "bare.pt"):
         with pytest.raises(CheckpointError) as error:
             load_jet(tmp_path / name)
         assert "\n" not in str(error.value)
-    np.savez(tmp_path / "code.npz", **{"params/couplings/dnn/posemb": np.array([Code()], dtype=object)})
+    np.savez(tmp_path / "code.npz", **{f"{DNN}/posemb": np.array([Code()], dtype=object)})
     with pytest.raises(CheckpointError):
         load_jet(tmp_path / "code.npz")
     assert not (tmp_path / "it ran").exists()
@@ -172,7 +188,9 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, checkpoint, source):
 def test_a_flipped_bit_is_refused(checkpoint):
     whole = checkpoint.read_bytes()
     for position in range(97, len(whole), len(whole) // 25):
-        checkpoint.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:])
+        flipped = bytearray(whole)
+        flipped[position] ^= 4
+        checkpoint.write_bytes(flipped)
         try:
             jet = load_jet(checkpoint)
         except CheckpointError as error:
@@ -182,8 +200,9 @@ def test_a_flipped_bit_is_refused(checkpoint):
             assert same_weights(jet, load_jet(checkpoint))
 
 
-@pytest.mark.parametrize("overrides", [{"channels": 0}, {"channels": "3"}, {"patch_size": 0}, {"kinds": ()},
-                                       {"image_size": "x"}, {"num_heads": 5}, {"num_heads": 4, "image_size": 12}])
+@pytest.mark.parametrize("overrides", [
+    {"channels": 0}, {"channels": "3"}, {"patch_size": 0}, {"kinds": ()}, {"image_size": "x"},
+    {"num_heads": 5}, {"num_heads": 4, "image_size": 12}])
 def test_overrides_that_make_no_sense_are_refused(overrides):
     with pytest.raises(CheckpointError, match="jet_pytorch_port.pt") as error:
         load_jet(PORT, **{"num_heads": 4, **overrides})
@@ -217,3 +236,58 @@ def test_missing_files_and_lists_are_refused(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds a list"):
         read_tensors(tmp_path / "list.pt")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder with the checkpoints of steps 1 and 2."""
+    for step in (1, 2):
+        torch.manual_seed(step)
+        save_checkpoint(tmp_path, {"step": step, "config": {"model": vars(CONFIG)},
+                                   "model": Jet(CONFIG).state_dict()})
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_run_folder_with_a_damaged_checkpoint_gives_the_one_before(run_dir, damage):
+    newest, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint-previous.pt"
+    assert same_weights(load_jet(run_dir), load_jet(newest))
+    assert not same_weights(load_jet(newest), load_jet(previous))
+    if damage == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(newest.read_bytes()[:5000 if damage == "cut" else 0])
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.warns(UserWarning, match="checkpoint.pt: (missing|empty, damaged).*; read "
+                      "checkpoint-previous.pt, step 1") as warned:
+        assert same_weights(load_jet(run_dir), load_jet(previous))
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    with pytest.warns(UserWarning, match="read checkpoint-previous.pt"):
+        assert weights_id(run_dir) == weights_id(previous)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    previous.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint") as error:
+        load_jet(run_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loaded_jet_is_fast_and_a_jet_like_any_other(tmp_path):
+    torch.manual_seed(0)
+    config = JetConfig(image_size=8, num_couplings=2, block_depth=1, emb_dim=16, num_heads=2)
+    plain, x = Jet(config), torch.rand(2, 3, 8, 8)
+    for parameter in plain.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    save_checkpoint(tmp_path, {"step": 1, "config": {"model": vars(config)},
+                               "model": plain.state_dict()})
+    jet = load_jet(tmp_path)
+    if kernels.compiled.library():
+        assert kernels.used_by(jet) == "C"
+    assert isinstance(jet, Jet) and same_weights(jet, plain)
+    z, logdet = jet(x)
+    twin = copy.deepcopy(jet)
+    assert type(twin.couplings[0]) is type(jet.couplings[0]) and torch.equal(twin(x)[0], z)
+    torch.testing.assert_close((z, logdet), plain(x), rtol=1e-4, atol=1e-5)
+    exact = copy.deepcopy(jet).to(torch.float64)
+    torch.testing.assert_close(exact(x.double()), plain.double()(x.double()))
+    assert jet.double() is jet and torch.equal(jet(x.double())[0], exact(x.double())[0])
+    assert jet.to("meta")(x.double().to("meta"))[0].shape == x.shape

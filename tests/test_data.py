@@ -11,8 +11,12 @@ import pytest
 import torch
 
 import data
-from data import (DataError, batch_indices, dequantize, evaluation_noise, fingerprint, free_bytes, image_shape,
-                  load_images, prefetch, quantize, training_batch, training_batches)
+from data import (
+    batch_indices, evaluation_noise, fingerprint, image_shape, load_images, prefetch,
+    training_batch, training_batches)
+from harness.errors import DataError
+from harness.machine import free_bytes
+from jet import dequantize, quantize
 
 
 def test_quantize_inverts_dequantize():
@@ -91,6 +95,21 @@ def test_cifar10_layout(cifar, monkeypatch):
     assert np.array_equal(load_images("cifar10", "test").array, images.array)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar-10-batches-bin", "images of mine"])
+def test_a_set_is_listed_where_it_is_loaded_from(name, cifar, tmp_path, monkeypatch, capsys):
+    folder = cifar.rename(tmp_path / name)
+    for file in (f"data_batch_{number}.bin" for number in range(2, 6)):
+        (folder / file).touch()
+    monkeypatch.chdir(folder)
+    for root in (folder, "."):
+        assert load_images("cifar10", "test", root).array.shape == (10_000, 32, 32, 3)
+        data.main(["list", "--data-root", str(root)])
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert lines["cifar10"].endswith(f"here: {root}"), lines["cifar10"]
+    with pytest.raises(DataError, match="is not there"):
+        load_images("cifar10", "test", tmp_path / "nowhere")
+
+
 def test_cifar10_missing_truncated_or_altered(cifar, tmp_path):
     with pytest.raises(DataError, match="--data-root or JET_DATA"):
         load_images("cifar10", "test")
@@ -143,13 +162,13 @@ def test_npy_of_another_kind_is_refused(tmp_path, array):
     assert "\n" not in str(error.value)
 
 
-def test_pick_is_indexing_of_arrays_and_maps(tmp_path):
+def test_gather_rows_is_indexing_of_arrays_and_maps(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (50, 8, 4, 3), dtype=np.uint8)
     np.save(tmp_path / "array.npy", array)
     indices = np.random.default_rng(1).integers(0, 50, 70)
     for images in (array, np.load(tmp_path / "array.npy", mmap_mode="r"), array[::2], array[:, ::-1]):
         places = indices % len(images)
-        assert np.array_equal(data.pick(images, places).numpy(), images[places])
+        assert np.array_equal(data.gather_rows(images, places).numpy(), images[places])
 
 
 def test_prepared_cifar10_is_found_by_its_name_with_its_parts(cifar, tmp_path, monkeypatch):

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from convert import load_jet, read_tensors
+from convert import load_jet
 from data import load_images, training_batch, training_batches
+from evaluate import evaluate
+from harness.checkpoint import read_tensors
+from harness.place import Place
 from jet import JetConfig
-from train import TrainConfig, evaluate, train
+from train import TrainConfig, train
 
 TESTS = Path(__file__).parent
-MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1, emb_dim=16, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1,
+                  emb_dim=16, num_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder):
     np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:200, ::4, ::4])
-    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=20, lr=1e-2, eval_every=8)
+    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=20,
+                       lr=1e-2, eval_every=8)
 
 
 @pytest.fixture(scope="module")
 def configs(base):
-    """Of every kind; 10 images are not divisible by 4 processes, nor their parts by micro-batches."""
+    """Of every kind; 10 images cannot be cut in 4 equal parts, nor those in micro-batches."""
     switches = dataclasses.replace(MODEL, actnorm=True, invertible_dense=True, block="cnn")
     return {"float32": base, "float64": dataclasses.replace(base, precision="float64"),
             "switches": dataclasses.replace(base, model=switches, precision="float64")}
@@ -41,7 +46,8 @@ def configs(base):
 @pytest.fixture(scope="module")
 def alone(folder, configs):
     """One process: what all others must agree with."""
-    return {name: train(config, folder / "alone" / name, quiet=True) for name, config in configs.items()}
+    return {name: train(config, folder / "alone" / name, quiet=True)
+            for name, config in configs.items()}
 
 
 def launch(folder, processes, jobs, weights):
@@ -51,8 +57,10 @@ def launch(folder, processes, jobs, weights):
     plan = {name: {"config": config.to_dict(), "run_dir": str(folder / name), **more}
             for name, (config, more) in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps(plan))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                           TESTS / "processes.py", folder / "jobs.json", weights], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", str(processes), TESTS / "processes.py",
+                           folder / "jobs.json", weights],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:3000]
     return folder
 
@@ -60,7 +68,7 @@ def launch(folder, processes, jobs, weights):
 @pytest.fixture(scope="module", params=[2, 4])
 def together(request, folder, configs, alone):
     jobs = {name: (config, {}) for name, config in configs.items()}
-    jobs["micro"] = configs["float64"], {"micro_batch": 2}
+    jobs["micro"] = configs["float64"], {"place": {"micro_batch": 2}}
     jobs["half"] = configs["float64"], {"stop_after": 9}
     jobs["first-half"] = configs["float32"], {"stop_after": 9}
     jobs["other"] = dataclasses.replace(configs["float32"], batch_size=request.param - 1), {}
@@ -78,37 +86,43 @@ def losses(run_dir):
 
 def close(one, two, rtol, rtol_evaluation):
     np.testing.assert_allclose(losses(one), losses(two), rtol=rtol)
-    bits = [[row["bits_per_dim"] for row in json.loads((run_dir / "done.json").read_text())["rows"]] for run_dir in (one, two)]
+    rows = (json.loads((run_dir / "done.json").read_text())["rows"] for run_dir in (one, two))
+    bits = [[row["bits_per_dim"] for row in some] for some in rows]
     assert len(bits[0]) == 6
     np.testing.assert_allclose(*bits, rtol=rtol_evaluation)
 
 
 @pytest.mark.parametrize("name, of, rtol, rtol_evaluation", [
-    ("float32", "float32", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10), ("switches", "switches", 1e-10, 1e-10),
-    ("micro", "float64", 1e-10, 1e-10)])
-def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(together, folder, name, of, rtol, rtol_evaluation):
+    ("float32", "float32", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10),
+    ("switches", "switches", 1e-10, 1e-10), ("micro", "float64", 1e-10, 1e-10)])
+def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(
+        together, folder, name, of, rtol, rtol_evaluation):
     close(together / name, folder / "alone" / of, rtol, rtol_evaluation)
 
 
 def test_micro_batches_of_one_process_agree(folder, configs, alone):
-    train(configs["float64"], folder / "micro", micro_batch=3, quiet=True)
+    train(configs["float64"], folder / "micro", quiet=True, place=Place(micro_batch=3))
     close(folder / "micro", folder / "alone/float64", 1e-10, 1e-10)
 
 
 def test_every_process_returns_the_result_and_one_writes(together, alone):
-    results = [json.loads(path.read_text()) for path in sorted(together.glob("float32-rank-*.json"))]
+    notes = sorted(together.glob("float32-rank-*.json"))
+    results = [json.loads(path.read_text()) for path in notes]
     assert len(results) == int(together.name) and all(result == results[0] for result in results)
     assert results[0]["processes"] == len(results) and alone["float32"]["processes"] == 1
     log = (together / "float32/log.txt").read_text()
-    assert log.count("started at step 0") == log.count("finished") == 1 and f"{len(results)} processes of 1 thread" in log
+    assert log.count("started at step 0") == log.count("finished") == 1
+    assert f"{len(results)} processes of 1 thread" in log
 
 
 def test_a_restart_with_as_many_processes_has_the_same_bits(together, folder, configs, alone):
-    """In new processes: gradients must be added up in the order of an unbroken run from the first step on."""
-    launch(folder, int(together.name), {"first-half": (configs["float32"], {})}, folder / "alone/float32")
+    """In new processes: gradients must add up as in an unbroken run from the first step on."""
+    jobs = {"first-half": (configs["float32"], {})}
+    launch(folder, int(together.name), jobs, folder / "alone/float32")
     assert "resumed at step 9" in (together / "first-half/log.txt").read_text()
-    states = [read_tensors(together / name / "checkpoint.pt") for name in ("first-half", "float32")]
-    assert all(torch.equal(states[0]["model"][name], tensor) for name, tensor in states[1]["model"].items())
+    resumed, unbroken = (read_tensors(together / name / "checkpoint.pt")["model"]
+                         for name in ("first-half", "float32"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
     assert np.array_equal(losses(together / "first-half"), losses(together / "float32"))
 
 
@@ -117,20 +131,25 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_processes(together, folde
     assert state["processes"] == int(together.name)
     train(configs["float64"], together / "half", quiet=True)  # goes on alone
     close(together / "half", folder / "alone/float64", 1e-10, 1e-10)
-    ours, theirs = (read_tensors(path / "checkpoint.pt") for path in (together / "half", folder / "alone/float64"))
-    assert ours.keys() == theirs.keys() and ours["model"].keys() == theirs["model"].keys()
-    assert all(tensor.shape == theirs["model"][name].shape for name, tensor in ours["model"].items())
+    shared, alone = (read_tensors(path / "checkpoint.pt")
+                     for path in (together / "half", folder / "alone/float64"))
+    assert shared.keys() == alone.keys() and shared["model"].keys() == alone["model"].keys()
+    assert all(tensor.shape == alone["model"][name].shape
+               for name, tensor in shared["model"].items())
 
 
 def test_evaluation_is_shared_out_image_by_image(together, folder, base, alone):
-    bits = evaluate(load_jet(folder / "alone/float32"), np.load(base.data)[:13], draws=2, batch_size=4, per_image=True)
+    bits = evaluate(load_jet(folder / "alone/float32"), np.load(base.data)[:13], draws=2,
+                    batch_size=4, per_image=True)
     for path in together.glob("bits-rank-*.json"):
         assert json.loads(path.read_text()) == bits["bits_per_dim_per_image"].tolist()
 
 
-@pytest.mark.parametrize("name, message", [("other", "processes for a batch of . images"), ("torn", "checkpoint.pt: empty")])
+@pytest.mark.parametrize("name, message", [
+    ("other", "processes for a batch of . images"), ("torn", "checkpoint.pt: empty")])
 def test_what_one_process_refuses_all_refuse(together, name, message):
-    errors = [json.loads(path.read_text())["error"] for path in together.glob(f"{name}-rank-*.json")]
+    errors = [json.loads(path.read_text())["error"]
+              for path in together.glob(f"{name}-rank-*.json")]
     assert len(errors) == int(together.name)
     for error in errors:
         assert re.search(message, error)
@@ -140,6 +159,7 @@ def test_what_one_process_refuses_all_refuse(together, name, message):
 def test_parts_make_up_the_batch(base, source):
     images = load_images(base.data, "train")
     whole = training_batch(images, 10, 3, 7)
-    parts = [next(training_batches(images, 10, 3, [7], source=source, part=slice(rank * 10 // 3, (rank + 1) * 10 // 3)))
-             for rank in range(3)]
+    slices = [slice(rank * 10 // 3, (rank + 1) * 10 // 3) for rank in range(3)]
+    parts = [next(training_batches(images, 10, 3, [7], source=source, part=part))
+             for part in slices]
     assert torch.equal(torch.cat(parts), whole) and [len(part) for part in parts] == [3, 3, 4]

@@ -1,27 +1,21 @@
 """Figure 4 from a fixture: what is drawn, equal bytes, and what is refused."""
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
+from grid_rows import grid_rows
 
-from experiments import ablate_coupling, sweep
 from paper_figures import figure4, style
-from paper_figures.results_csv import ResultsError, columns
+from paper_figures.results_csv import ResultsError
+
+SPLITS = ["row", "column", "checkerboard", "mix"]
 
 
 def fixture_rows(scale, seeds=(0,)):
-    """Rows as the sweep would write them, with numbers made up from the channel share."""
-    rows = []
-    for seed in seeds:
-        for i, point in enumerate(ablate_coupling.configs(scale)):
-            run = point.run(seed, style.ROOT)
-            share = sweep.channel_share(point.config.model)
-            for split in ("train", "test"):
-                row = dict.fromkeys(columns(figure4.SWEPT), 1) | point.labels
-                rows.append(row | {
-                    "experiment": "ablate_coupling", "scale": scale, "run_id": run.run_id, "seed": seed, "split": split,
-                    "channel_share": share, "bits_per_dim": 5 + (share - 0.8) ** 2 + 0.01 * i + 0.02 * seed,
-                    "dataset": point.config.data, "variant": "v", "num_images": 10_000, "fingerprint": "f"})
-    return pd.DataFrame(rows)
+    return grid_rows("ablate_coupling", scale, seeds)
 
 
 @pytest.fixture
@@ -43,15 +37,16 @@ def texts(figure):
 @pytest.mark.parametrize("scale, ratios", [("smoke", 4), ("small", 6), ("paper", 6)])
 def test_a_line_for_each_split_over_the_realised_shares(save, drawn, scale, ratios):
     rows = fixture_rows(scale)
-    figure4.draw(save(rows))
+    figure4.draw(save(rows.sample(frac=1, random_state=0)))
     (figure, name), = drawn
     axes = figure.axes[0]
-    lines = {line.get_label(): line for line in axes.lines if line.get_label() in figure4.SPLITS}
-    assert name == f"figure4_{scale}" and list(lines) == list(figure4.SPLITS)
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in SPLITS}
+    assert name == f"figure4_{scale}" and list(lines) == SPLITS
     for split, line in lines.items():
-        mine = rows[(rows["split"] == "test") & rows["spatial_split"].str.contains(split)].sort_values("channel_share")
-        assert np.allclose(line.get_xdata(), mine["channel_share"]) and len(mine) == ratios
-        assert np.allclose(line.get_ydata(), mine["bits_per_dim"])
+        points = rows[(rows["split"] == "test") & (rows["spatial_split"] == split)]
+        points = points.sort_values("channel_share")
+        assert np.allclose(line.get_xdata(), points["channel_share"]) and len(points) == ratios
+        assert np.allclose(line.get_ydata(), points["bits_per_dim"])
     assert len({line.get_color() for line in lines.values()}) == len({line.get_marker() for line in lines.values()}) == 4
     text = texts(figure)
     assert scale in text and style.DATASET_TITLES[rows["dataset"][0]] in text and "lower is better" in text
@@ -69,6 +64,29 @@ def test_seeds_are_drawn_as_mean_and_band(save, drawn):
     assert np.isclose(band.max() - line.max(), 0.02) and np.isclose(line.min() - band.min(), 0.02)
 
 
+def test_what_the_csv_holds_is_drawn_whatever_the_grid(save, drawn):
+    """Another grid needs no change here: fewer ratios, and a split that has no look yet."""
+    rows = fixture_rows("small")
+    rows = rows[rows["coupling_ratio"].isin(["4:1", "1:1"])]
+    mix = rows[rows["spatial_split"] == "mix"]
+    rows = pd.concat([mix.assign(spatial_split="diagonal", run_id="d" + mix["run_id"]), rows])
+    figure4.draw(save(rows.assign(grid_points=10)))
+    lines = drawn[0][0].axes[0].lines[:-1]
+    assert [line.get_label() for line in lines] == [*SPLITS, "diagonal"]
+    assert all(len(line.get_xdata()) == 2 for line in lines)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 5
+
+
+def test_nothing_is_left_out_for_want_of_a_look():
+    with pytest.raises(ResultsError, match="no look for c: .* add to paper_figures/style.py"):
+        style.looks(["row", "c", "b", "a"], style.SPLIT_STYLES)
+    assert list(style.looks(["b", "mix", "a", "row", "a"], style.SPLIT_STYLES)) == ["row", "mix", "a", "b"]
+
+
+def test_names_come_in_the_known_order_and_then_by_their_numbers():
+    assert style.ordered(["12x1", "new", "8x2", "b", "8x1", "a"], ("b", "a")) == ["b", "a", "8x1", "8x2", "12x1", "new"]
+
+
 def test_files_are_byte_stable_and_depend_on_the_numbers(save, tmp_path):
     rows = fixture_rows("smoke")
     paths = [figure4.draw(save(rows), tmp_path / name) for name in ("one", "two")]
@@ -79,6 +97,15 @@ def test_files_are_byte_stable_and_depend_on_the_numbers(save, tmp_path):
     assert figure4.draw(save(rows), tmp_path / "three")[1].read_bytes() != paths[0][1].read_bytes()
 
 
+def test_a_users_matplotlibrc_changes_nothing(save, tmp_path):
+    csv = save(fixture_rows("smoke"))
+    (tmp_path / "matplotlibrc").write_text("savefig.bbox: tight\naxes.facecolor: red\nfont.family: serif\n")
+    subprocess.run([sys.executable, figure4.__file__, "--csv", csv, "--out", tmp_path / "theirs"], check=True,
+                   env=os.environ | {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}, capture_output=True)
+    for path in figure4.draw(csv, tmp_path / "ours"):
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
+
+
 def changed(change):
     rows = fixture_rows("smoke", seeds=(0, 1))
     return change(rows)
@@ -86,8 +113,12 @@ def changed(change):
 
 @pytest.mark.parametrize("change, message", [
     (lambda r: r[~((r["coupling_ratio"] == "4:1") & (r["spatial_split"] == "mix") & (r["seed"] == 1))],
-     "1 runs of Figure 4 are missing: 4:1 mix seed 1"),
-    (lambda r: r[r["coupling_ratio"] != "channel-only"], "8 runs of Figure 4 are missing: channel-only row seed 0"),
+     r"1 of 16 points of Figure 4 are missing for seed 1 \(4:1 mix\)"),
+    (lambda r: r[~((r["coupling_ratio"] == "channel-only") & (r["seed"] == 0))],
+     r"4 of 16 points of Figure 4 are missing for seed 0 \(channel-only row, channel-only column"),
+    (lambda r: r[r["coupling_ratio"] != "channel-only"], "4 of 16 points of Figure 4 are missing for seed 0"),
+    (lambda r: r.assign(grid_points=[15, *r["grid_points"][1:]]), "mixes grid_points 15, 16"),
+    (lambda r: r.assign(grid_points=15), "16 points of Figure 4 for seed 0, more than the 15"),
     (lambda r: r[r["split"] == "train"], "has no test rows of the last step"),
     (lambda r: r.assign(step=0), "has no test rows of the last step"),
     (lambda r: r.assign(bits_per_dim=["many", *r["bits_per_dim"][1:]]), "has no number as bits_per_dim"),
@@ -100,7 +131,7 @@ def changed(change):
     (lambda r: r.assign(extra=1), "unknown columns extra"),
     (lambda r: r.drop(columns="variant"), "missing columns variant"),
     (lambda r: r.assign(bits_per_dim=[np.nan, *r["bits_per_dim"][1:]]), "has no number as bits_per_dim"),
-    (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, v"),
+    (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, cifar10-subset"),
     (lambda r: r.assign(scale=["small", *r["scale"][1:]]), "mixes scale small, smoke"),
     (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "measured on different images"),
     (lambda r: r.assign(bits_per_dim=-3.0), "has -3 as bits_per_dim: must be from 0 to 1000"),

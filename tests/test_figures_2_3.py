@@ -1,34 +1,39 @@
 """Figures 2a, 2b and 3 from fixtures: what is drawn, equal bytes, and what is refused."""
-import functools
 import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
-from grid_rows import IMAGES, grid_rows
+from grid_rows import grid_rows
 
-from experiments import ablate_block_depth, compare_vit_cnn, scaling, sweep
 from paper_figures import figure2, figure3, style
-from paper_figures.results_csv import ResultsError, columns
+from paper_figures.results_csv import ResultsError
 
 FIGURES = {
-    "figure2a": (compare_vit_cnn, "compare_vit_cnn", figure2.SWEPT_A, figure2.draw_a, "Figure 2a"),
-    "figure2b": (ablate_block_depth, "ablate_block_depth", figure2.SWEPT_B, figure2.draw_b, "Figure 2b"),
-    "figure3": (scaling, "scaling", figure3.SWEPT, figure3.draw, "Figure 3"),
+    "figure2a": ("compare_vit_cnn", figure2.draw_a, "Figure 2a"),
+    "figure2b": ("ablate_block_depth", figure2.draw_b, "Figure 2b"),
+    "figure3": ("scaling", figure3.draw, "Figure 3"),
 }
+SETS = {  # of Figure 3, in the order of its panels
+    "smoke": ("cifar10-subset-vehicles", "cifar10-subset"), "small": ("cifar10-subset", "cifar10"),
+    "paper": ("imagenet32-oord", "imagenet21k-32-box", "imagenet64-oord", "imagenet21k-64-box")}
+SIZES = {  # of its lines: blocks and width
+    "smoke": ((1, 16), (1, 32)), "small": ((1, 16), (1, 32), (2, 16), (2, 32)),
+    "paper": ((2, 256), (2, 512), (5, 256), (5, 512))}
+DEPTHS = (1, 2, 3, 4, 5, 6)
 
 
 def fixture_rows(name, scale, seeds=(0,)):
-    return grid_rows(FIGURES[name][1], scale, seeds)
+    return grid_rows(FIGURES[name][0], scale, seeds)
 
 
 def draw(name, rows, tmp_path, *out):
     rows.to_csv(tmp_path / "in.csv", index=False)
-    return FIGURES[name][3](tmp_path / "in.csv", *out)
+    return FIGURES[name][1](tmp_path / "in.csv", *out)
 
 
 def main(name, *flags):
-    draws = {experiment: draw for key, (_, experiment, _, draw, _) in FIGURES.items() if key.startswith(name[:7])}
+    draws = {experiment: draw for key, (experiment, draw, _) in FIGURES.items() if key.startswith(name[:7])}
     style.main(f"{name[:7]}.py", "", draws, flags)
 
 
@@ -53,7 +58,8 @@ def check_areas(markers, look, rows, scale_of):
     assert np.allclose(scale_of, scale_of[0])
 
 
-@pytest.mark.parametrize("scale, widths", [("smoke", 2), ("small", 3), ("paper", 4)])
+@pytest.mark.parametrize("scale, widths", [
+    ("smoke", "16, 32"), ("small", "16, 32, 64"), ("paper", "128, 256, 512, 768")])
 def test_figure_2a_has_a_line_for_each_block_over_compute(tmp_path, drawn, scale, widths):
     rows = fixture_rows("figure2a", scale)
     draw("figure2a", rows.sample(frac=1, random_state=0), tmp_path)
@@ -62,11 +68,12 @@ def test_figure_2a_has_a_line_for_each_block_over_compute(tmp_path, drawn, scale
     markers, lines, _ = kinds(axes)
     assert name == f"figure2a_{scale}" and len(markers) == len(lines) == 2
     areas = []
-    for block, dots, line in zip(figure2.BLOCKS, markers, lines):
+    for block, dots, line in zip(("vit", "cnn"), markers, lines):
         mine = rows[(rows["block"] == block) & (rows["split"] == "test")].astype({"train_flops": float})
         mine = mine.sort_values("train_flops")
         look = style.METHOD_STYLES[block]
-        assert np.allclose(values(dots), mine[["train_flops", "bits_per_dim"]]) and len(mine) == widths
+        assert np.allclose(values(dots), mine[["train_flops", "bits_per_dim"]])
+        assert len(mine) == len(widths.split(", "))
         assert np.allclose(line.get_xydata(), values(dots)) and line.get_color() == look["color"]
         check_areas(dots, look, mine, areas)
         assert dots.get_facecolor()[0][3] > 0
@@ -74,7 +81,7 @@ def test_figure_2a_has_a_line_for_each_block_over_compute(tmp_path, drawn, scale
     assert axes.get_xlabel() == "training compute (FLOPs)" and "lower is better" in axes.get_ylabel()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"ViT", "CNN"}
     assert len({look["marker"] for look in style.METHOD_STYLES.values()}) == 2
-    assert f"width {', '.join(map(str, figure2.WIDTHS[scale]))}" in texts(figure)
+    assert f"width {widths}" in texts(figure)
 
 
 @pytest.mark.parametrize("scale", style.SCALES)
@@ -86,14 +93,14 @@ def test_figure_2b_has_bits_and_cost_of_each_depth(tmp_path, drawn, scale):
     (dots,), (line,), _ = kinds(axes)
     mine = rows[rows["split"] == "test"].astype({"train_flops": float})
     assert name == f"figure2b_{scale}" and "lower is better" in axes.get_ylabel()
-    assert np.allclose(values(dots), list(zip(figure2.DEPTHS, mine["bits_per_dim"])))
-    assert np.allclose(line.get_xydata(), values(dots)) and list(axes.get_xticks()) == list(figure2.DEPTHS)
+    assert np.allclose(values(dots), list(zip(DEPTHS, mine["bits_per_dim"])))
+    assert np.allclose(line.get_xydata(), values(dots)) and list(axes.get_xticks()) == list(DEPTHS)
     check_areas(dots, style.METHOD_STYLES["vit"], mine, [])
     top, = axes.child_axes
     unit = int(top.get_xlabel().split("{")[1].split("}")[0])
     costs = [float(label.get_text()) for label in top.get_xticklabels()]
     assert np.allclose(costs, mine["train_flops"] / 10**unit, atol=0.051) and min(costs) >= 1
-    assert list(top.get_xticks()) == list(figure2.DEPTHS)
+    assert list(top.get_xticks()) == list(DEPTHS)
     assert f"{rows['num_couplings'][0]} couplings (width {rows['emb_dim'][0]})" in axes.get_xlabel()
 
 
@@ -105,13 +112,12 @@ def test_figure_3_has_a_panel_for_each_set(tmp_path, drawn, scale, num_panels, n
     (figure, name), = drawn
     assert name == f"figure3_{scale}" and len(figure.axes) == num_panels
     areas, looks = [], []
-    for axes, dataset in zip(figure.axes, figure3.SETS[scale]):
+    for axes, dataset in zip(figure.axes, SETS[scale]):
         markers, lines, _ = kinds(axes)
         assert len(lines) == num_series and len(markers) == 2 * num_series
         assert axes.get_title() == f"{style.DATASET_TITLES[dataset]}\n10,000 test, 2,048 train"
         assert axes.get_xscale() == "log"
-        sizes = itertools.product(*figure3.SIZES[scale][1:])
-        drawn_series = zip(sizes, style.SIZE_STYLES, lines, markers[::2], markers[1::2])
+        drawn_series = zip(SIZES[scale], style.SIZE_STYLES, lines, markers[::2], markers[1::2])
         for (depth, width), look, line, test, train in drawn_series:
             series = rows[(rows["dataset"] == dataset) & (rows["block_depth"] == str(depth))
                           & (rows["emb_dim"] == str(width))].astype({"train_flops": float}).sort_values("train_flops")
@@ -136,7 +142,7 @@ def test_figure_3_has_a_panel_for_each_set(tmp_path, drawn, scale, num_panels, n
 def test_figure_3_joins_test_and_training_images_of_each_model(tmp_path, drawn):
     rows = fixture_rows("figure3", "small")
     draw("figure3", rows, tmp_path)
-    for axes, dataset in zip(drawn[0][0].axes, figure3.SETS["small"]):
+    for axes, dataset in zip(drawn[0][0].axes, SETS["small"]):
         joins = [segment for item in kinds(axes)[2] if item.get_linestyle()[0][1] for segment in item.get_segments()]
         mine = rows[rows["dataset"] == dataset].set_index(["train_flops", "split"])["bits_per_dim"]
         assert len(joins) == 8
@@ -150,7 +156,7 @@ def test_what_every_figure_says(tmp_path, drawn, name, scale):
     rows = fixture_rows(name, scale)
     draw(name, rows, tmp_path)
     figure, text = drawn[0][0], texts(drawn[0][0])
-    assert f"{FIGURES[name][4]}, {scale} scale" in text and "one seed; whiskers: ±1 s.e. over images" in text
+    assert f"{FIGURES[name][2]}, {scale} scale" in text and "one seed; whiskers: ±1 s.e. over images" in text
     assert all(style.DATASET_TITLES[dataset] in text for dataset in rows["dataset"])
     assert "10,000 test" in text and figure.get_size_inches()[0] == style.COLUMN_WIDTH
     assert text.count("not evidence") == (len(figure.axes) if scale == "smoke" else 0)
@@ -212,10 +218,10 @@ def test_files_are_byte_stable_and_depend_on_the_numbers(tmp_path, name):
 
 
 REFUSED = [
-    (lambda r: r.iloc[2:], "1 runs of {} are missing: .* seed 0: complete them by experiments/"),
-    (lambda r: r[r["split"] == "test"], "runs of {} are missing in train"),
+    (lambda r: r.iloc[2:], "1 of .* points of {} are missing for seed 0: complete them by experiments/"),
+    (lambda r: r[r["split"] == "test"], "points of {} are missing in train for seed 0"),
     (lambda r: pd.concat([r, r[:1]]), "is there twice"),
-    (lambda r: pd.concat([r, r[:2].assign(run_id="another")]), "seed 0 is there twice .run another"),
+    (lambda r: pd.concat([r, r[:2].assign(run_id="another")]), "seed 0, split .*, is there twice .run another"),
     (lambda r: r.assign(extra=1), "unknown columns extra"),
     (lambda r: r.drop(columns="train_flops"), "missing columns train_flops"),
     (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, "),
@@ -230,7 +236,7 @@ REFUSED = [
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("change, message", REFUSED)
 def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(tmp_path, drawn, name, change, message):
-    with pytest.raises(ResultsError, match=message.format(FIGURES[name][4])) as error:
+    with pytest.raises(ResultsError, match=message.format(FIGURES[name][2])) as error:
         draw(name, change(fixture_rows(name, "smoke")), tmp_path)
     assert "\n" not in str(error.value) and not drawn
     with pytest.raises(SystemExit) as stop:
@@ -244,8 +250,18 @@ def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(tmp_path, drawn, na
 def test_a_point_that_is_not_in_the_grid_is_refused(tmp_path, name, field, value):
     rows = fixture_rows(name, "smoke")
     more = rows[:2].assign(run_id="stray", **{field: value})
-    with pytest.raises(ResultsError, match=f"run stray is not in {FIGURES[name][4]} at smoke scale"):
+    rows = rows.assign(**{field: rows[field].astype(str)})
+    count = rows["grid_points"][0]
+    with pytest.raises(ResultsError, match=f"{count + 1} points of {FIGURES[name][2]} .*, more than the {count} of"):
         draw(name, pd.concat([rows, more]), tmp_path)
+
+
+def test_figure_3_with_an_odd_number_of_sets_leaves_a_panel_out(tmp_path, drawn):
+    rows = fixture_rows("figure3", "paper")
+    rows = rows[rows["dataset"] != SETS["paper"][-1]]
+    draw("figure3", rows.assign(grid_points=rows["grid_points"] * 3 // 4), tmp_path)
+    assert [axes.get_title().split("\n")[0] for axes in drawn[0][0].axes] == [
+        style.DATASET_TITLES[name] for name in SETS["paper"][:-1]]
 
 
 @pytest.mark.parametrize("name", ["figure2a", "figure2b"])

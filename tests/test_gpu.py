@@ -17,15 +17,20 @@ import numpy as np
 import pytest
 import torch
 
-import train as train_module
 from convert import load_jet, official_weights
 from data import ImageSet, load_images, training_batch, training_batches
+from evaluate import evaluate, measure
+from harness import machine
+from harness.errors import TrainingError
+from harness.machine import compile_couplings, networks_in
+from harness.memory import fit_memory
+from harness.place import Place
 from jet import Coupling, Jet, JetConfig, bits_per_dim
+from recipe import DTYPES, TrainConfig, make_optimizer, make_step, training_step
 from test_no_host import SWITCHES
 from test_parity import golden, nchw, without_key_bias  # golden: a fixture, each official file
 from test_train import checkpoint, same_bits
-from train import (DTYPES, TrainConfig, TrainingError, evaluate, make_optimizer, make_step, measure,
-                   networks_in, train, training_step)
+from train import train
 
 DEVICE = os.environ.get("JET_TEST_DEVICE", "cuda")
 CUDA = DEVICE.startswith("cuda")
@@ -62,7 +67,7 @@ def photos(height=8, width=8):
 
 @pytest.fixture(autouse=True)
 def full_float32():
-    with train_module._full_float32():
+    with machine.full_float32():
         yield
 
 
@@ -276,9 +281,9 @@ def test_batches_have_the_same_bits_from_every_source():
                          [({}, "float32"), ({}, "bfloat16"), (ALL, "float32")])
 def test_a_resumed_run_has_the_same_bits(tmp_path, saved, changes, precision):
     config = settings(precision, changes, data=saved, total_steps=4)
-    whole, parts = (functools.partial(train, config, tmp_path / name, device=DEVICE, quiet=True)
-                    for name in ("whole", "parts"))
-    done = whole(checkpoint_every_s=0)
+    whole, parts = (functools.partial(train, config, tmp_path / name, place=Place(device=DEVICE),
+                                      quiet=True) for name in ("whole", "parts"))
+    done = whole(place=Place(device=DEVICE, checkpoint_every_s=0))
     assert done["device"] == torch.device(DEVICE).type
     assert parts(stop_after=2) == {"step": 2}
     assert parts()["bits_per_dim"] == done["bits_per_dim"]
@@ -287,11 +292,12 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, saved, changes, precision):
 
 def test_checkpoints_go_to_another_device_and_back(tmp_path, saved):
     config = settings(data=saved, total_steps=6)
-    done = train(config, tmp_path / "run", device=DEVICE, quiet=True)
+    done = train(config, tmp_path / "run", place=Place(device=DEVICE), quiet=True)
     on_cpu = evaluate(load_jet(tmp_path / "run"), photos())
     assert abs(on_cpu["bits_per_dim"] - done["bits_per_dim"]) <= 1e-5
     for number, device in enumerate(("cpu", DEVICE, "cpu"), 1):
-        moved = train(config, tmp_path / "moved", stop_after=2 * number, device=device, quiet=True)
+        moved = train(config, tmp_path / "moved", stop_after=2 * number, quiet=True,
+                      place=Place(device=device))
     log = (tmp_path / "moved/log.txt").read_text()
     assert re.findall(r"(?:started|resumed) at step (\d)", log) == ["0", "2", "4"]
     assert abs(moved["bits_per_dim"] - done["bits_per_dim"]) < 0.05  # a GPU draws other noise
@@ -306,8 +312,8 @@ def test_a_full_gpu_is_one_line(tmp_path, saved):
     try:
         with pytest.raises(TrainingError, match="out of memory .*--checkpoint-activations on, or a "
                                                 "--micro-batch below") as error:
-            train(config, tmp_path / "run", device=DEVICE, quiet=True, micro_batch=2 ** 16,
-                  checkpoint_activations="off")
+            train(config, tmp_path / "run", quiet=True, place=Place(
+                device=DEVICE, micro_batch=2 ** 16, checkpoint_activations="off"))
         assert "\n" not in str(error.value)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.)
@@ -322,7 +328,7 @@ def test_a_step_takes_the_memory_that_was_planned(precision, recompute):
                                   "block_depth": 2, "emb_dim": 128}, batch_size=128)
     jet, x = random_jet(config), batch(config)
     optimizer = make_optimizer(jet.parameters(), config)
-    _, line = train_module.fit_memory(jet, optimizer, config, recompute, 128, 2 ** 50)
+    _, line = fit_memory(jet, optimizer, config, recompute, 128, 2 ** 50)
     training_step(jet, optimizer, x, 0, config)  # makes workspaces, too
     optimizer.zero_grad()
     torch.cuda.reset_peak_memory_stats()
@@ -418,7 +424,7 @@ def test_compiled_couplings_take_the_same_steps(monkeypatch):
     torch._dynamo.reset()
     try:
         for graph in (False, True) if CUDA else (False,):
-            train_module.compile_couplings(jet := random_jet(config))
+            compile_couplings(jet := random_jet(config))
             compiled, _ = steps(config, 6, jet=jet, graph=graph, compiled=True)
             assert max(relative(compiled, eager)) <= 1e-4
     finally:
@@ -442,9 +448,9 @@ def test_a_graph_takes_the_same_steps(changes, precision, bound):
 @cuda_only("graphs")
 def test_a_run_as_a_graph_ends_and_resumes_as_an_eager_one(tmp_path, saved):
     config = settings(data=saved, total_steps=8)
-    plain = train(config, tmp_path / "plain", device=DEVICE, quiet=True)
-    runs = [functools.partial(train, config, tmp_path / name, device=DEVICE, graph=True, quiet=True)
-            for name in ("whole", "parts")]
+    plain = train(config, tmp_path / "plain", place=Place(device=DEVICE), quiet=True)
+    runs = [functools.partial(train, config, tmp_path / name, quiet=True,
+                              place=Place(device=DEVICE, graph=True)) for name in ("whole", "parts")]
     assert runs[1](stop_after=4) == {"step": 4}
     for run in runs:
         assert abs(run()["bits_per_dim"] - plain["bits_per_dim"]) <= 1e-4

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import quantize
-from jet import SPATIAL_SPLITS, Jet, JetConfig, bits_per_dim, forward_flops, spatial_order
+from jet import quantize
+from harness.flops import forward_flops
+from jet import Jet, JetConfig, SPATIAL_SPLITS, bits_per_dim, spatial_order
 
 TINY = JetConfig(image_size=(8, 4), channels=1, patch_size=2, num_couplings=3, block_depth=1, emb_dim=8, num_heads=2)
 SQUARE = dataclasses.replace(TINY, image_size=4, channels=2, patch_size=1)  # also 32 dimensions

@@ -14,9 +14,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train as train_module
+import evaluate
+import recipe
+from evaluate import measure
+from harness.machine import networks_in
 from jet import ActNorm, Coupling, Jet, JetConfig
-from train import DTYPES, TrainConfig, make_optimizer, measure, networks_in, training_step
+from recipe import DTYPES, TrainConfig, make_optimizer, training_step
 
 MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
                   emb_dim=8, num_heads=2)
@@ -136,10 +139,10 @@ def score_and_invert(config, device):
 
     def spy(net_out, *arguments):
         answers.append(net_out)
-        results = Coupling._affine(coupling, net_out, *arguments)
+        results = Coupling.affine(coupling, net_out, *arguments)
         assert {result.dtype for result in results} == {dtype}  # whatever the network's is
         return results
-    coupling._affine = spy
+    coupling.affine = spy
     with no_values(device):
         place(jet, device)
         pixels, noise, x = images(config, device)
@@ -219,9 +222,9 @@ def move(tensor):
 
 CPU_TENSOR = torch.ones(1)
 faults = pytest.mark.parametrize("fault", [read, mix, move])
-PLACES = {"log-det": (Coupling, "_affine"), "bits/dim": (train_module, "bits_per_dim"),
-          "inverse": (Coupling, "inverse"), "initialize": (ActNorm, "initialize"),
-          "clipping": (torch.nn.utils, "clip_grad_norm_")}
+PLACES = {"log-det": ("affine", Coupling), "bits/dim": ("bits_per_dim", recipe, evaluate),
+          "inverse": ("inverse", Coupling), "initialize": ("initialize", ActNorm),
+          "clipping": ("clip_grad_norm_", torch.nn.utils)}
 MESSAGE = ("called on meta tensors|_local_scalar_dense|makes a tensor on cpu|"
            "expected device meta|to be on the same device|convert all Tensors to FakeTensors")
 
@@ -230,14 +233,15 @@ MESSAGE = ("called on meta tensors|_local_scalar_dense|makes a tensor on cpu|"
 def spoil(monkeypatch):
     """Let what a function returns last, or else what it was given, pass through a fault."""
     def put(where, fault):
-        owner, name = PLACES[where]
+        name, *owners = PLACES[where]
 
-        def spoilt(*arguments, original=getattr(owner, name)):
+        def spoilt(*arguments, original=getattr(owners[0], name)):
             result = original(*arguments)
             if isinstance(result, tuple):
                 return (*result[:-1], fault(result[-1]))
             return fault(arguments[1] if result is None else result)
-        monkeypatch.setattr(owner, name, spoilt)
+        for owner in owners:
+            monkeypatch.setattr(owner, name, spoilt)
     return put
 
 

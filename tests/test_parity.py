@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from convert import load_jet, official_weights
-from data import dequantize
+from jet import dequantize
 from jet import JetConfig, bits_per_dim
-from train import TrainConfig, make_optimizer, schedule, training_step
+from recipe import make_optimizer, schedule, training_step
+from train import TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = sorted(path.stem for path in GOLDEN.glob("*.npz") if "port" not in path.stem)

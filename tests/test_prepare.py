@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import data
-import prepare
-from data import DataError, KnownSet, fingerprint, load_images
+from data import KnownSet, fingerprint, load_images
+from harness.errors import DataError
 
 IMAGES = {split: load_images("cifar10-subset", split).array[:6] for split in data.SPLITS}
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
 def run(capsys, *arguments):
     """(exit code, what was printed, what was printed as an error)."""
     try:
-        prepare.main([str(argument) for argument in arguments])
+        data.main([str(argument) for argument in arguments])
         code = 0
     except SystemExit as end:
         code = end.code

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import prepare
-from data import DataError, load_images
+import data
+from data import load_images
+from harness.errors import DataError
+from images import prepare
 from test_prepare import run
 from test_sources import TEST, TRAIN, binary_cifar, encoded, write_tree
 
-PROGRAM = Path(prepare.__file__).with_name("data.py")
+PROGRAM = Path(data.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_an_end_at_any_step_goes_on_with_the_same_bytes(photos, tmp_path, capsys
         calls[0], end[0] = 0, number
         out = tmp_path / str(number)
         with pytest.raises(Stop):
-            prepare.main([str(argument) for argument in (*arguments, "--out", out)])
+            data.main([str(argument) for argument in (*arguments, "--out", out)])
         if not (out / "manifest.json").exists():
             with pytest.raises(DataError):
                 load_images(out, "train")
@@ -152,12 +154,26 @@ def test_a_source_that_changed_is_refused(tmp_path, capsys):
     assert "does not have the" in skipped[1]["reason"]
 
 
+def test_what_was_written_after_the_last_save_is_cut_off(tmp_path, capsys):
+    files = {f"{number:03d}.png": encoded(TRAIN[number]) for number in range(100)}
+    source = write_tree(tmp_path / "photos", {**files, "095.png": b"no image"})
+    arguments = ("prepare", "photos", "--source", source, "--size", 32, "--workers", 1, "--out")
+    assert run(capsys, *arguments, tmp_path / "whole", "--skip-corrupt")[0] == 0
+    assert "095.png" in run(capsys, *arguments, tmp_path / "set")[2]
+    for kind in ("", "_digests"):
+        with open(tmp_path / "set" / "partial" / f"train{kind}.npy", "ab") as file:
+            assert file.tell() > 128
+            file.write(b"torn")
+    assert run(capsys, *arguments, tmp_path / "set", "--skip-corrupt")[0] == 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """A prepared set with every kind of file."""
     folder = tmp_path_factory.mktemp("cifar")
     source = write_tree(folder / "source", binary_cifar())
-    prepare.main(["prepare", "cifar10", "--incomplete", "--source", str(source), "--out", str(folder / "set")])
+    data.main(["prepare", "cifar10", "--incomplete", "--source", str(source), "--out", str(folder / "set")])
     return folder / "set"
 
 

@@ -1,4 +1,5 @@
 """RESULTS.md and the command that redraws everything: each number from a CSV, and each verdict by its rule."""
+import importlib
 import json
 import math
 
@@ -98,7 +99,7 @@ def test_vit_and_cnn_are_compared_at_equal_compute(results):
     def on_lines(rows):  # a CNN's bits/dim fall by 0.2 per factor of e in compute, a ViT's are 0.05 above that
         return rows.assign(bits_per_dim=8 - 0.2 * np.log(rows["train_flops"]) + 0.05 * (rows["block"] == "vit"))
     change(results, "compare_vit_cnn", on_lines)
-    rows = final_test_rows(results / "compare_vit_cnn_small.csv", "compare_vit_cnn", figure2.SWEPT_A, figure2.GRID_A, "")
+    rows = final_test_rows(results / "compare_vit_cnn_small.csv", "compare_vit_cnn", figure2.SWEPT_A, "")
     found = results_page.vit_against_cnn(rows, 0.0)
     assert len(found) >= 2 and all(np.isclose(one.value, 0.05) and one.verdict == "disagrees" for one in found)
 
@@ -119,10 +120,27 @@ def test_the_claims_have_the_right_signs(results):
         for item in results_page.ITEMS:
             if item.differences and item.title.split(":")[0] not in ("Figure 4", "Table 2a", "Table 2b"):
                 follow(sign)[item.experiment].to_csv(results / f"{item.experiment}_small.csv", index=False)
-                rows = results_page.final_rows(results / f"{item.experiment}_small.csv", item.experiment, item.swept,
-                                               item.grid, "", item.varying)
+                rows = item.rows(results / f"{item.experiment}_small.csv")
                 found = [one.verdict for one in item.differences(rows, 0.0) if one.wanted]
                 assert found and set(found) == {verdict}, item.title
+
+
+def test_an_item_reads_what_its_experiment_writes():
+    for item in results_page.ITEMS:
+        experiment = importlib.import_module(f"experiments.{item.experiment}").EXPERIMENT
+        assert (item.swept, item.varying) == (experiment.swept, experiment.varying), item.title
+
+
+def test_a_comparison_without_both_sides_is_left_out(results):
+    """A grid may be another: the page says what its CSV holds."""
+    change(results, "ablate_block_depth", lambda rows: rows[rows["block_depth"] != 3].assign(grid_points=5))
+    change(results, "ablate_coupling", lambda rows: rows[rows["coupling_ratio"] != "4:1"].assign(grid_points=20))
+    change(results, "compare_vit_cnn", lambda rows: rows[rows["block"] == "vit"].assign(grid_points=3))
+    text = page(results)
+    assert [line.split("|")[1].strip() for line in section(text, "Figure 2b").splitlines() if line.startswith("| depth")] == [
+        "depth 2 - depth 1", "depth 4 - depth 2", "depth 5 - depth 4", "depth 5 - depth 1", "depth 6 - depth 5"]
+    assert "Of 4 comparisons" in section(text, "Figure 2b")
+    assert "| bits/dim |" not in section(text, "Figure 4") + section(text, "Figure 2a")
 
 
 def test_saturation_is_told(results):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import kernels
-from experiments import roofline
-from experiments.sweep import GPU_PEAKS, num_parameters
-from jet import Jet, JetConfig, forward_flops
+from experiments import ablate_coupling, roofline
+from harness.flops import forward_flops, num_parameters
+from jet import Jet, JetConfig
+from sweeps.plan import GPU_PEAKS
 
 CONFIGS = {size: config for size, (config, _, _) in roofline.STEPS.items()} | {
     "oblong": JetConfig(image_size=(16, 24), patch_size=2, num_couplings=7, block_depth=3,
@@ -72,6 +73,10 @@ def test_bytes_of_a_small_jet_are_those_of_its_arrays():
     assert {name: parts[name].bytes for name in expected} == expected
 
 
+def test_the_medium_size_is_that_of_the_ablations():
+    assert CONFIGS["medium"] == ablate_coupling.BASE["medium"].model
+
+
 # ---- launches
 
 TINY = JetConfig(image_size=8, num_couplings=7, block_depth=2, emb_dim=32, num_heads=2)
@@ -107,7 +112,7 @@ def test_counting_sees_pytorchs_kernels_and_no_views():
     x = torch.zeros(2, 16)
     launches = roofline.Launches()
     with launches:
-        assert not kernels.fit(x, 16)
+        assert not kernels.supports(x)
         torch.empty_like(x.view(4, 8).T)
         assert launches.counts == Counter()
         x + 1

@@ -1,4 +1,5 @@
 """A run folder: claims, two whole checkpoints, what is told, and stopping on request."""
+import dataclasses
 import json
 import os
 import signal
@@ -11,22 +12,30 @@ import numpy as np
 import pytest
 import torch
 
-import run_folder
-import train as train_module
-from convert import CheckpointError, read_tensors
+import evaluate
+import recipe
 from data import load_images
+from harness import claim as claim_module, run_folder
+from harness.checkpoint import read_checkpoint, read_tensors, save_checkpoint
+from harness.claim import Claim, process_started, read_claim, this_machine
+from harness.errors import BusyError, CheckpointError, TrainingError
+from harness.files import remove_leftovers, write_atomically
+from harness.machine import ROOT
+from harness.place import Place
+from harness.run_folder import RunLog, is_running, read_error, read_progress
+from harness.signals import Signals
 from jet import JetConfig
-from run_folder import (BusyError, Claim, RunLog, TrainingError, is_running, read_checkpoint, read_claim, read_error,
-                        read_progress, remove_leftovers, save_checkpoint, write_atomically)
-from train import Requests, TrainConfig, train
+from train import TrainConfig, train
 
-MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
+                  emb_dim=8, num_heads=2)
 
 
 @pytest.fixture
 def config(tmp_path):
     np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
-    return TrainConfig(model=MODEL, data=str(tmp_path / "images.npy"), batch_size=8, total_steps=6, lr=1e-2)
+    return TrainConfig(model=MODEL, data=str(tmp_path / "images.npy"), batch_size=8, total_steps=6,
+                       lr=1e-2)
 
 
 @pytest.fixture
@@ -37,9 +46,19 @@ def whole(tmp_path, config):
 
 
 def same_weights(run_dir, state):
-    ours = read_tensors(run_dir / "checkpoint.pt")
-    return ours["step"] == state["step"] and all(torch.equal(ours["model"][name], state["model"][name])
-                                                 for name in state["model"])
+    saved = read_tensors(run_dir / "checkpoint.pt")
+    return saved["step"] == state["step"] and all(
+        torch.equal(saved["model"][name], tensor) for name, tensor in state["model"].items())
+
+
+def steps_of_metrics(run_dir):
+    lines = (run_dir / "metrics.csv").read_text().split()[1:]
+    return [int(line.split(",")[0]) for line in lines]
+
+
+def steps_of_checkpoints(run_dir):
+    return [read_tensors(run_dir / name)["step"]
+            for name in ("checkpoint.pt", "checkpoint-previous.pt")]
 
 
 def held(folder, **changes):
@@ -47,8 +66,8 @@ def held(folder, **changes):
     folder.mkdir(exist_ok=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    claim = {"host": "elsewhere", "pid": dead.pid, "machine": run_folder._machine(), "started": 1, "job": None,
-             "token": "x"} | changes
+    claim = {"host": "elsewhere", "pid": dead.pid, "machine": this_machine(), "started": 1,
+             "job": None, "token": "x"} | changes
     (folder / "claim.json").write_text(json.dumps(claim))
     return folder
 
@@ -59,7 +78,8 @@ def test_a_living_process_keeps_its_claim_and_leaves_nothing(tmp_path):
     first, second = Claim(tmp_path), Claim(tmp_path)
     first.take()
     assert is_running(tmp_path)
-    with pytest.raises(BusyError, match=rf"another process is at this run \(process {os.getpid()} on .*wait for it"):
+    message = rf"another process is at this run \(process {os.getpid()} on .*wait for it"
+    with pytest.raises(BusyError, match=message):
         second.take()
     second.release()  # of what was never taken: nothing
     first.check()
@@ -72,8 +92,10 @@ def test_a_living_process_keeps_its_claim_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("changes, age_s, taken", [
     ({}, 0, True),  # a process of this machine that is not there
     ({"pid": os.getpid(), "started": 1}, 0, True),  # its number belongs to another process by now
-    ({"pid": os.getpid(), "started": run_folder._process_started(os.getpid())}, 1e6, False),  # it lives, if silently
-    ({"machine": "another"}, 0, False), ({"machine": "another"}, 45, False), ({"machine": "another"}, 75, True),
+    # it lives, if silently
+    ({"pid": os.getpid(), "started": process_started(os.getpid())}, 1e6, False),
+    ({"machine": "another"}, 0, False), ({"machine": "another"}, 45, False),
+    ({"machine": "another"}, 75, True),
     ({"machine": None}, 0, False), ({"machine": None}, 75, True)])
 def test_a_claim_is_taken_over_from_the_dead_alone(tmp_path, changes, age_s, taken):
     held(tmp_path, **changes)
@@ -132,7 +154,7 @@ def test_a_claim_is_waited_for(tmp_path):
 
 
 def test_the_heartbeat_keeps_a_claim_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(claim_module, "HEARTBEAT_S", 0.02)
     claim = Claim(tmp_path)
     claim.take()
     os.utime(tmp_path / "claim.json", (1, 1))
@@ -145,31 +167,34 @@ def test_the_heartbeat_keeps_a_claim_fresh(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["taken", "gone"])
 def test_a_process_that_lost_its_claim_writes_no_more(tmp_path, config, monkeypatch, loss):
-    def lose(*arguments, original=train_module.training_step):
+    def lose(*arguments, original=recipe.training_step):
         if arguments[3] == 3:
             (tmp_path / "run/claim.json").unlink()
             if loss == "taken":
                 held(tmp_path / "run", machine="another")
         return original(*arguments)
+    def checkpoints():
+        return {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")}
     train(config, tmp_path / "run", stop_after=2, quiet=True)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")}
-    monkeypatch.setattr(train_module, "training_step", lose)
-    with pytest.raises(BusyError, match="taken over by another process .* nothing more was written"):
+    before = checkpoints()
+    monkeypatch.setattr(recipe, "training_step", lose)
+    message = "taken over by another process .* nothing more was written"
+    with pytest.raises(BusyError, match=message):
         train(config, tmp_path / "run", quiet=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")} == before
-    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123")
+    assert checkpoints() == before and steps_of_metrics(tmp_path / "run") == [1, 2, 3]
     assert (tmp_path / "run/claim.json").exists() == (loss == "taken")  # it is not ours to remove
     assert "failed" not in (tmp_path / "run/log.txt").read_text()
     assert not (tmp_path / "run/error.txt").exists() and not (tmp_path / "run/done.json").exists()
 
 
-def test_a_run_that_another_process_has_finished_meanwhile_is_not_done_again(tmp_path, config, monkeypatch):
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_done_again(tmp_path, config,
+                                                                             monkeypatch):
     def other(self, wait_s, original=Claim.take):
         monkeypatch.undo()
         train(config, tmp_path / "run", quiet=True)
         original(self, wait_s)
     monkeypatch.setattr(Claim, "take", other)
-    monkeypatch.setattr(train_module, "save_checkpoint", None)
+    monkeypatch.setattr(run_folder, "save_checkpoint", None)
     assert train(config, tmp_path / "run", quiet=True)["num_images"] == 40
     assert (tmp_path / "run/log.txt").read_text().count("finished") == 1
 
@@ -183,8 +208,7 @@ def state(step):
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, state(step))
-    assert read_tensors(tmp_path / "checkpoint.pt")["step"] == 3
-    assert read_tensors(tmp_path / "checkpoint-previous.pt")["step"] == 2
+    assert steps_of_checkpoints(tmp_path) == [3, 2]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -192,15 +216,18 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, share):
     for step in (1, 2):
         save_checkpoint(tmp_path, state(step))
-    content, told = bytearray((tmp_path / "checkpoint.pt").read_bytes()), []
+    content, lines = bytearray((tmp_path / "checkpoint.pt").read_bytes()), []
     if share == "flipped":
         content[len(content) // 2] ^= 1
-    (tmp_path / "checkpoint.pt").write_bytes(content if share == "flipped" else content[:int(share * len(content))])
-    path, saved = read_checkpoint(tmp_path, told.append)
+    else:
+        del content[int(share * len(content)):]
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    path, saved = read_checkpoint(tmp_path, lines.append)
     assert saved["step"] == 1 and path.name == "checkpoint-previous.pt"
-    assert len(told) == 1 and "going on from checkpoint-previous.pt, step 1" in told[0] and "\n" not in told[0]
+    assert len(lines) == 1 and "\n" not in lines[0]
+    assert "going on from checkpoint-previous.pt, step 1" in lines[0]
     save_checkpoint(tmp_path, state(2))  # must not put the torn one in the place of the whole one
-    assert [read_tensors(tmp_path / name)["step"] for name in ("checkpoint.pt", "checkpoint-previous.pt")] == [2, 1]
+    assert steps_of_checkpoints(tmp_path) == [2, 1]
 
 
 def test_a_missing_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
@@ -208,8 +235,8 @@ def test_a_missing_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
     for step in (1, 2):
         save_checkpoint(tmp_path, state(step))
     (tmp_path / "checkpoint.pt").unlink()
-    told = []
-    assert read_checkpoint(tmp_path, told.append)[1]["step"] == 1 and "missing" in told[0]
+    lines = []
+    assert read_checkpoint(tmp_path, lines.append)[1]["step"] == 1 and "missing" in lines[0]
 
 
 def test_without_a_whole_checkpoint_it_is_an_error(tmp_path):
@@ -231,29 +258,35 @@ def test_a_checkpoint_that_cannot_be_read_back_takes_no_place(tmp_path, monkeypa
         original(content, file)
         file.truncate(file.tell() // 2)
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(TrainingError, match="checkpoint of step 3 was not saved .what was read back"):
+    message = "checkpoint of step 3 was not saved .what was read back"
+    with pytest.raises(TrainingError, match=message):
         save_checkpoint(tmp_path, state(3))
-    assert [read_tensors(tmp_path / name)["step"] for name in ("checkpoint.pt", "checkpoint-previous.pt")] == [2, 1]
+    assert steps_of_checkpoints(tmp_path) == [2, 1]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_with_the_same_bits(tmp_path, config, whole, capsys):
-    train(config, tmp_path / "run", stop_after=4, checkpoint_every_s=0, quiet=True)
-    (tmp_path / "run/checkpoint.pt").write_bytes((tmp_path / "run/checkpoint.pt").read_bytes()[:5000])
+def test_a_run_goes_on_from_the_checkpoint_before_with_the_same_bits(tmp_path, config, whole,
+                                                                     capsys):
+    train(config, tmp_path / "run", stop_after=4, quiet=True, place=Place(checkpoint_every_s=0))
+    newest = tmp_path / "run/checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
     train(config, tmp_path / "run", quiet=True)
     assert same_weights(tmp_path / "run", whole)
     for text in (capsys.readouterr().err, (tmp_path / "run/log.txt").read_text()):
         assert "going on from checkpoint-previous.pt, step 3" in text
     assert "resumed at step 3" in (tmp_path / "run/log.txt").read_text()
-    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123456")
+    assert steps_of_metrics(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
 # ---- what is told
 
 def test_a_file_is_whole_whatever_writes_it_at_once(tmp_path):
     texts = [str(number) * 100_000 for number in range(4)]
-    threads = [threading.Thread(target=lambda text=text: [write_atomically(tmp_path / "file", text) for _ in range(20)])
-               for text in texts]
+
+    def write(text):
+        for _ in range(20):
+            write_atomically(tmp_path / "file", text)
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -275,7 +308,7 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path, config):
 def test_an_error_is_left_in_the_folder_until_the_next_attempt(tmp_path, config, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("of\nits own")
-    monkeypatch.setattr(train_module, "training_step", broken)
+    monkeypatch.setattr(recipe, "training_step", broken)
     with pytest.raises(RuntimeError):
         train(config, tmp_path / "run", quiet=True)
     assert read_error(tmp_path / "run") == "RuntimeError: of its own"
@@ -295,21 +328,25 @@ def test_a_torn_log_goes_on_with_a_line_of_its_own(tmp_path):
 
 def test_progress_is_the_last_whole_line(tmp_path):
     assert read_progress(tmp_path) == (0, 0.0, 0.0)
-    (tmp_path / "metrics.csv").write_text("step,images_seen,bits_per_dim,grad_norm,lr,seconds\n1,8,7.5,1,1,0.5\n2,16,7.4,1,1,0")
+    (tmp_path / "metrics.csv").write_text("step,images_seen,bits_per_dim,grad_norm,lr,seconds\n"
+                                          "1,8,7.5,1,1,0.5\n2,16,7.4,1,1,0")
     assert read_progress(tmp_path) == (1, 7.5, 0.5)
 
 
 def test_lines_of_metrics_are_put_in_order_and_missing_ones_told(tmp_path):
     row = "{},8,7.5,1,1,0.5\n".format
-    (tmp_path / "metrics.csv").write_text("header\n" + "".join(map(row, (1, 2, 3, 5, 2, 3, "²", 9))))
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("header\n" + "".join(map(row, (1, 2, 3, 5, 2, 3, "²", 9))))
     RunLog(tmp_path).begin(step=6)
-    assert (tmp_path / "metrics.csv").read_text() == run_folder.METRICS_COLUMNS + "\n" + "".join(map(row, (1, 2, 3, 5)))
+    assert metrics.read_text() == "".join(
+        [run_folder.METRICS_COLUMNS + "\n", *map(row, (1, 2, 3, 5))])
     log = (tmp_path / "log.txt").read_text()
-    assert "metrics.csv: 1 torn lines dropped" in log and "metrics.csv: 2 of the lines up to step 6 are missing" in log
+    assert "metrics.csv: 1 torn lines dropped" in log
+    assert "metrics.csv: 2 of the lines up to step 6 are missing" in log
 
 
 def test_a_heartbeat_does_not_keep_the_claim_of_another_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(claim_module, "HEARTBEAT_S", 0.01)
     claim = Claim(tmp_path)
     claim.take()
     held(tmp_path, machine="another")
@@ -323,38 +360,41 @@ def test_a_heartbeat_does_not_keep_the_claim_of_another_fresh(tmp_path, monkeypa
 def test_a_folder_that_cannot_be_one_is_one_line(tmp_path, config):
     (tmp_path / "run").write_text("a file")
     assert not is_running(tmp_path / "run") and read_progress(tmp_path / "run") == (0, 0.0, 0.0)
-    with pytest.raises(TrainingError, match="cannot be a run folder .*: mend that, or choose another"):
+    message = "cannot be a run folder .*: fix that, or choose another"
+    with pytest.raises(TrainingError, match=message):
         train(config, tmp_path / "run", quiet=True)
 
 
 def test_metrics_hold_each_step_once_and_the_log_start_restart_and_end(tmp_path, config):
     train(config, tmp_path / "run", stop_after=3, quiet=True)
     train(config, tmp_path / "run", quiet=True)
-    assert [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().split()[1:]] == list("123456")
+    assert steps_of_metrics(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     text = (tmp_path / "run/log.txt").read_text()
-    words = [word for word in ("started at step 0: 1 process of 1 thread on ", "stopped at step 3", "resumed at step 3",
-                               "finished: ") if word in text]
-    assert len(words) == 4 and [text.index(word) for word in words] == sorted(text.index(word) for word in words)
+    places = [text.index(words) for words in (
+        "started at step 0: 1 process of 1 thread on ", "stopped at step 3", "resumed at step 3",
+        "finished: ")]
+    assert places == sorted(places)
 
 
 # ---- stopping on request
 
 def signalled(monkeypatch, number, at):
     """This process gets a signal in the training step `at`."""
-    def step(*arguments, original=train_module.training_step):
+    def step(*arguments, original=recipe.training_step):
         if arguments[3] == at:
             os.kill(os.getpid(), number)
         return original(*arguments)
-    monkeypatch.setattr(train_module, "training_step", step)
+    monkeypatch.setattr(recipe, "training_step", step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, monkeypatch, whole, number, capfd):
+def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, monkeypatch, whole,
+                                                             number, capfd):
     signalled(monkeypatch, number, at=2)
     before = signal.getsignal(number)
-    with Requests().on() as requests:
-        assert train(config, tmp_path / "run", requests=requests, quiet=True) == {"step": 3}
-    assert requests.stop and signal.getsignal(number) is before
+    with Signals().on() as signals:
+        assert train(config, tmp_path / "run", signals=signals, quiet=True) == {"step": 3}
+    assert signals.stop and signal.getsignal(number) is before
     assert f"{number.name}: stopping with a checkpoint after this step" in capfd.readouterr().err
     assert read_tensors(tmp_path / "run/checkpoint.pt")["step"] == 3
     monkeypatch.undo()
@@ -363,40 +403,43 @@ def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, m
 
 
 def test_a_second_interrupt_ends_at_once():
-    with Requests(quiet=True).on(), pytest.raises(KeyboardInterrupt):
+    with Signals(quiet=True).on(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_to_save_saves_and_goes_on(tmp_path, config, monkeypatch, whole):
     signalled(monkeypatch, signal.SIGTERM, at=2)
-    with Requests().on(stop=(), save=[signal.SIGTERM]) as requests:
-        train(config, tmp_path / "run", requests=requests, quiet=True)
-    assert same_weights(tmp_path / "run", whole) and not requests.save
+    with Signals().on(stop=(), save=[signal.SIGTERM]) as signals:
+        train(config, tmp_path / "run", signals=signals, quiet=True)
+    assert same_weights(tmp_path / "run", whole) and not signals.save
     assert read_tensors(tmp_path / "run/checkpoint-previous.pt")["step"] == 3
     assert "saved at step 3: a signal came" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize("eval_every, step", [(2, 2), (0, 6)])
-def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypatch, eval_every, step):
-    config = train_module.dataclasses.replace(config, eval_every=eval_every)
+def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypatch, eval_every,
+                                                      step):
+    config = dataclasses.replace(config, eval_every=eval_every)
     rows = train(config, tmp_path / "whole-rows", quiet=True)["rows"]
-    requests = Requests()
+    signals = Signals()
 
-    def stop(*arguments, original=train_module.evaluation_noise):
-        requests.stop = True  # in the first batch, of the train rows: the test rows begin no more
+    def stop(*arguments, original=evaluate.evaluation_noise):
+        signals.stop = True  # in the first batch, of the train rows: the test rows begin no more
         return original(*arguments)
-    monkeypatch.setattr(train_module, "evaluation_noise", stop)
-    assert train(config, tmp_path / "run", requests=requests, quiet=True) == {"step": step}
+    monkeypatch.setattr(evaluate, "evaluation_noise", stop)
+    assert train(config, tmp_path / "run", signals=signals, quiet=True) == {"step": step}
     monkeypatch.undo()
     assert train(config, tmp_path / "run", quiet=True)["rows"] == rows
 
 
 def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, whole):
-    command = [sys.executable, train_module.ROOT / "train.py", "--data", config.data, "--batch_size", "8", "--total_steps",
-               "3000", "--model.num_couplings", "2", "--model.block_depth", "1", "--model.emb_dim", "8",
-               "--model.num_heads", "2", "--model.kinds", "channels", "spatial", "--run-dir", tmp_path / "run"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = [sys.executable, ROOT / "train.py", "--data", config.data, "--batch_size", "8",
+               "--total_steps", "3000", "--model.num_couplings", "2", "--model.block_depth", "1",
+               "--model.emb_dim", "8", "--model.num_heads", "2", "--model.kinds", "channels",
+               "spatial", "--run-dir", tmp_path / "run"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               text=True)
     end = time.monotonic() + 60
     while read_progress(tmp_path / "run")[0] < 1:
         assert running.poll() is None and time.monotonic() < end
@@ -405,4 +448,5 @@ def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, con
     error = running.communicate(timeout=60)[1]
     step = read_tensors(tmp_path / "run/checkpoint.pt")["step"]
     assert running.returncode == 1 and 0 < step < 3000
-    assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n") and "Traceback" not in error
+    assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n")
+    assert "Traceback" not in error

@@ -1,6 +1,7 @@
-"""Runs on a cluster. Those marked slurm need a real one: two nodes that share this machine's files and processes.
+"""Runs on a cluster. Those marked slurm need a real one.
 
-.ci/slurm_cluster brings one up; `python -m pytest -m slurm` runs these alone.
+It has two nodes that share this machine's files and processes. .ci/slurm_cluster brings one up;
+`python -m pytest -m slurm` runs these alone.
 """
 import concurrent.futures
 import contextlib
@@ -19,30 +20,34 @@ import pandas as pd
 import pytest
 import torch
 
-from convert import read_tensors
-from experiments import cluster, sweep
-from run_folder import read_claim, read_progress
+from harness.checkpoint import read_tensors
+from harness.claim import read_claim
+from harness.run_folder import read_progress
+from sweeps import cluster, sweep
+from sweeps.grid import make_runs
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 import tiny_experiment
 
-SMALL, LIMIT_S = ("--scale", "small"), 240  # for one thing to happen; on idle cores all of it takes less
+SMALL = ("--scale", "small")
+LIMIT_S = 240  # for one thing to happen; on idle cores all of it takes less
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SUBMIT = ("--cluster", "slurm", "--allow-dirty", "--threads", "1", "--checkpoint-every-s", "1")
 
 
 def command(folder, *flags, root=TESTS.parent):
-    return [sys.executable, root / "tests/tiny_experiment.py", "--runs-dir", folder / "runs", "--results-dir",
-            folder / "results", "--figures-dir", folder / "figures", *flags]
+    return [sys.executable, root / "tests/tiny_experiment.py", "--runs-dir", folder / "runs",
+            "--results-dir", folder / "results", "--figures-dir", folder / "figures", *flags]
 
 
 def tiny(folder, *flags, code=0, **options):
     """What a command of the experiment prints, in a process of its own, as a user would run it."""
-    done = subprocess.run(command(folder, *flags, **options), cwd=folder, env=ONE_THREAD, capture_output=True,
-                          text=True, timeout=LIMIT_S)
-    assert done.returncode == code, f"{' '.join(flags)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
+    done = subprocess.run(command(folder, *flags, **options), cwd=folder, env=ONE_THREAD,
+                          capture_output=True, text=True, timeout=LIMIT_S)
+    said = done.stdout + done.stderr
+    assert done.returncode == code, f"{' '.join(flags)}: exit code {done.returncode}\n{said}"
+    return said
 
 
 def slurm(*words, timeout=60):
@@ -50,7 +55,8 @@ def slurm(*words, timeout=60):
 
 
 def run_of(folder, scale="small", point=0):
-    return tiny_experiment.configs(scale)[point].run(0, folder / f"runs/tiny_experiment_{scale}")
+    folder = folder / f"runs/tiny_experiment_{scale}"
+    return make_runs(tiny_experiment.EXPERIMENT, scale, [0], folder)[point]
 
 
 def run_folder(*run):
@@ -68,7 +74,8 @@ def wait_until(what, condition):
 
 def training(run):
     """The process of a run that is in the middle of its training, with a checkpoint."""
-    wait_until(f"{run} trains", lambda: read_progress(run)[0] > 500 and (run / "checkpoint.pt").exists())
+    wait_until(f"{run} trains",
+               lambda: read_progress(run)[0] > 500 and (run / "checkpoint.pt").exists())
     claim = read_claim(run)
     assert claim["host"] == socket.gethostname(), f"{run} is on another machine, {claim['host']}"
     assert not (run / "done.json").exists(), "over before it could be disturbed"
@@ -76,7 +83,10 @@ def training(run):
 
 
 def hold(run):
-    """Have it stand still in the middle of its training, until Slurm signals: it sends a SIGCONT with each signal."""
+    """Have it stand still in the middle of its training, until Slurm signals.
+
+    Slurm sends a SIGCONT with each signal.
+    """
     os.kill(training(run), signal.SIGSTOP)
 
 
@@ -93,7 +103,8 @@ def assert_same(run, other):
     def flat(value, name=""):
         if not isinstance(value, dict):
             return {name: value}
-        return {key: item for word in value for key, item in flat(value[word], f"{name}.{word}").items()}
+        return {key: item for word in value
+                for key, item in flat(value[word], f"{name}.{word}").items()}
 
     one, two = (flat(read_tensors(folder / "checkpoint.pt")) for folder in (run, other))
     tensors = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
@@ -101,7 +112,8 @@ def assert_same(run, other):
     assert [name for name in tensors if not torch.equal(one[name], two[name])] == []
     assert all(one[name] == two[name] for name in one.keys() - tensors - {".seconds"})
     assert done(run)["rows"] == done(other)["rows"]
-    lines = [[line.split(",")[:5] for line in (folder / "metrics.csv").read_text().splitlines()] for folder in (run, other)]
+    texts = [(folder / "metrics.csv").read_text() for folder in (run, other)]
+    lines = [[line.split(",")[:5] for line in text.splitlines()] for text in texts]
     assert lines[0] == lines[1] and len(lines[0]) == 4001
 
 
@@ -113,11 +125,12 @@ def done(run):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder for all runs here, on a machine with a Slurm; whatever they leave in its queue is cancelled."""
+    """A folder for all runs here, on a machine with a Slurm, which is left with an empty queue."""
     try:
         slurm("sinfo", "--noheader", timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = "there is no sinfo on the PATH" if isinstance(error, FileNotFoundError) else "sinfo gets no answer"
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = "there is no sinfo on the PATH" if is_missing else "sinfo gets no answer"
         pytest.skip(f"no Slurm here: {reason}")
     base = tmp_path_factory.mktemp("slurm")
     yield base
@@ -142,7 +155,8 @@ def urgent(base):
 def local(base):
     """The same runs without Slurm and unbroken, begun now: a function that waits for them."""
     flags = ("--threads", "1")
-    runs = [subprocess.Popen(command(base / "local", *more), env=ONE_THREAD, stdout=subprocess.DEVNULL)
+    runs = [subprocess.Popen(command(base / "local", *more), env=ONE_THREAD,
+                             stdout=subprocess.DEVNULL)
             for more in ((*flags, *SMALL), (*flags, "--seeds", "2"))]
 
     def wait():
@@ -164,7 +178,8 @@ def killed(folder):
 
 def lost_by_slurm(folder):
     tiny(folder, *SMALL, *SUBMIT)
-    parent = int(Path(f"/proc/{training(run_folder(folder))}/stat").read_text().rpartition(")")[2].split()[1])
+    stat = Path(f"/proc/{training(run_folder(folder))}/stat").read_text()
+    parent = int(stat.rpartition(")")[2].split()[1])
     name = Path(f"/proc/{parent}/cmdline").read_text()
     assert name.startswith("slurmstepd"), name
     os.kill(parent, signal.SIGKILL)
@@ -183,11 +198,14 @@ def cancelled(folder):
     hold(run := run_folder(folder))
     said = tiny(folder, *SMALL, "--cancel")
     wait_until("the run is told", lambda: "saved at step" in log(run))
-    with contextlib.suppress(ProcessLookupError):  # else it may be over before Slurm kills it, which gives it time
+    # else it may be over before Slurm kills it, which gives it time
+    with contextlib.suppress(ProcessLookupError):
         os.kill(read_claim(run)["pid"], signal.SIGSTOP)
     job = json.loads((run / "job.json").read_text())
-    wait_until("the job has ended", lambda: not slurm("squeue", "--noheader", f"--name={job['name']}"))
-    wait_until("Slurm's accounts know", lambda: "CANCELLED" in slurm("sacct", "-nX", "-j", job["job"], "-o", "state%20"))
+    wait_until("the job has ended",
+               lambda: not slurm("squeue", "--noheader", f"--name={job['name']}"))
+    wait_until("Slurm's accounts know",
+               lambda: "CANCELLED" in slurm("sacct", "-nX", "-j", job["job"], "-o", "state%20"))
     status = tiny(folder, *SMALL, "--status")
     again = tiny(folder, *SMALL, *SUBMIT)
     tiny(folder, *SMALL, "--wait")
@@ -217,9 +235,9 @@ def failing(folder):
     (other / "config.json").unlink()
     (damaged / "checkpoint.pt").unlink()
     again = tiny(folder, *SUBMIT)
-    mended = tiny(folder, "--wait")
+    fixed = tiny(folder, "--wait")
     assert (run_folder(folder, "smoke", 2) / "done.json").stat().st_mtime_ns == finished
-    return waited, status, again, mended
+    return waited, status, again, fixed
 
 
 def whole_sweep(folder):
@@ -229,11 +247,13 @@ def whole_sweep(folder):
     second = tiny(folder, *flags, *SUBMIT, "--max-parallel", "2")
     job = json.loads((run_folder(folder, "smoke") / "job.json").read_text())
     throttle = slurm("scontrol", "show", "job", job["job"].split("_")[0])
-    running, wait = [], subprocess.Popen(command(folder, *flags, "--wait"), env=ONE_THREAD, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    running, wait = [], subprocess.Popen(command(folder, *flags, "--wait"), env=ONE_THREAD,
+                                         text=True, stdout=subprocess.PIPE,
+                                         stderr=subprocess.DEVNULL)
+    squeue = ("squeue", "-h", "--array", "--states=running", f"--name={job['name']}")
     try:
         while wait.poll() is None:
-            running.append(len(slurm("squeue", "-h", "--array", "--states=running", f"--name={job['name']}").splitlines()))
+            running.append(len(slurm(*squeue).splitlines()))
             time.sleep(0.5)
     finally:
         wait.kill()
@@ -258,11 +278,11 @@ def two_processes_on_a_node(folder):
 
 @pytest.fixture(scope="module")
 def happened(base):
-    """A function that waits for one of the above, which are begun now: (folder, what it returned)."""
+    """A function that waits for one of the above, begun now: (folder, what it returned)."""
     futures = {}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for function in (out_of_time, killed, cancelled, lost_by_slurm, whole_sweep, failing, edited, chained, two_nodes,
-                         two_processes_on_a_node):
+        for function in (out_of_time, killed, cancelled, lost_by_slurm, whole_sweep, failing,
+                         edited, chained, two_nodes, two_processes_on_a_node):
             (base / function.__name__).mkdir()
             futures[function] = pool.submit(function, base / function.__name__)
         yield lambda function: (base / function.__name__, futures[function].result(3 * LIMIT_S))
@@ -277,7 +297,8 @@ def test_a_preempted_run_goes_on_at_the_same_step_to_the_same_bits(base, urgent,
     folder.mkdir()
     tiny(folder, *SMALL, *SUBMIT)
     hold(run)
-    slurm("sbatch", "--partition", urgent, "--nodes", "2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 5")
+    slurm("sbatch", "--partition", urgent, "--nodes", "2", "--exclusive", "--output=/dev/null",
+          "--wrap", "sleep 5")
     wait_until("the run is preempted", lambda: re.search(r"(stopped|saved) at step", log(run)))
     assert "1 running" in (status := tiny(folder, *SMALL, "--status")) or "1 queued" in status
     tiny(folder, *SMALL, "--wait")
@@ -327,7 +348,8 @@ def test_a_sweep_on_slurm_gives_the_csv_of_a_local_one(happened, local):
     folder, (first, second, status, throttle, running, collected) = happened(whole_sweep)
     assert "submitted 6 runs" in first and "at most 2 at a time" in first
     assert "nothing to submit" in second
-    assert re.search(r"6 runs: .*(queued|running)", status) and not re.search(r"\d (new|failed|stopped)", status), status
+    assert re.search(r"6 runs: .*(queued|running)", status), status
+    assert not re.search(r"\d (new|failed|stopped)", status), status
     assert "ArrayTaskThrottle=2" in throttle and max(running) <= 2
     csv = "results/tiny_experiment_smoke.csv"
     assert collected.count(str(folder / csv)) == 2  # written, and drawn
@@ -340,25 +362,29 @@ def test_a_sweep_on_slurm_gives_the_csv_of_a_local_one(happened, local):
 @pytest.mark.slurm
 def test_runs_that_begin_with_another_s_weights_wait_for_it(happened):
     folder, (submitted, collected) = happened(chained)
-    assert re.search(r"submitted 4 runs as job \d+, \d+, ", submitted) and "4 runs: 4 done" in collected
+    assert re.search(r"submitted 4 runs as job \d+, \d+, ", submitted)
+    assert "4 runs: 4 done" in collected
     first = json.loads((run_of(folder, "medium").folder / "job.json").read_text())["job"]
     scripts = [path.read_text() for path in folder.glob("runs/*/slurm/[0-9]*_submission.sh")]
-    assert sum(f"#SBATCH --dependency=afterany:{first}\n" in script for script in scripts) == 1 and len(scripts) == 2
+    waiting = [script for script in scripts if f"#SBATCH --dependency=afterany:{first}\n" in script]
+    assert len(waiting) == 1 and len(scripts) == 2
     rows = pd.read_csv(folder / "results/tiny_experiment_medium.csv").set_index("heads")
     assert rows.loc["as-it-is", "bits_per_dim"].tolist() == rows.loc["1", "bits_per_dim"].tolist()
 
 
 @pytest.mark.slurm
-def test_a_run_that_raises_fails_alone_and_is_submitted_again_when_it_is_mended(happened):
-    folder, (waited, status, again, mended) = happened(failing)
+def test_a_run_that_raises_fails_alone_and_is_submitted_again_when_it_is_fixed(happened):
+    folder, (waited, status, again, fixed) = happened(failing)
     for text in waited, status:
         assert "3 runs: 1 done, 2 failed" in text
         for point, reason in enumerate(("lr was 0.5 and is now 0.01", "checkpoint.pt")):
             run = run_of(folder, "smoke", point)
-            line, = [line for line in text.splitlines() if line.startswith(f"failed: {run.label}: ")]
-            assert reason in line and str(run.folder / "log.txt") in line and (run.folder / "log.txt").exists()
+            line, = [line for line in text.splitlines()
+                     if line.startswith(f"failed: {run.label}: ")]
+            assert reason in line and str(run.folder / "log.txt") in line
+            assert (run.folder / "log.txt").exists()
     assert "submitted 2 runs" in again
-    assert "3 runs: 3 done" in mended
+    assert "3 runs: 3 done" in fixed
 
 
 @pytest.mark.slurm
@@ -369,7 +395,8 @@ def test_a_job_runs_the_code_that_was_submitted_not_what_it_was_edited_to(happen
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("placed, nodes", [(two_nodes, 2), (two_processes_on_a_node, 1)], ids=["two nodes", "one node"])
+@pytest.mark.parametrize("placed, nodes", [(two_nodes, 2), (two_processes_on_a_node, 1)],
+                         ids=["two nodes", "one node"])
 def test_two_processes_compute_what_one_does(placed, nodes, happened, local):
     folder, _ = happened(placed)
     run, one = (run_folder(path, "smoke") for path in (folder, local()))
@@ -377,11 +404,13 @@ def test_two_processes_compute_what_one_does(placed, nodes, happened, local):
     assert f"NumNodes={nodes} " in slurm("scontrol", "show", "job", job)
     assert done(run)["processes"] == 2 and done(one)["processes"] == 1
     assert [line["step"] for line in done(run)["rows"]] == [12, 12]
-    ours, theirs = (pd.read_csv(path / "metrics.csv") for path in (run, one))
-    assert ours["step"].tolist() == list(range(1, 13))
-    assert ours["bits_per_dim"].to_numpy() == pytest.approx(theirs["bits_per_dim"].to_numpy(), rel=1e-5)
+    of_two, of_one = (pd.read_csv(path / "metrics.csv") for path in (run, one))
+    assert of_two["step"].tolist() == list(range(1, 13))
+    bits = of_one["bits_per_dim"].to_numpy()
+    assert of_two["bits_per_dim"].to_numpy() == pytest.approx(bits, rel=1e-5)
     for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"):
-        assert [row[name] for row in done(run)["rows"]] == pytest.approx([row[name] for row in done(one)["rows"]], rel=1e-6)
+        numbers = [row[name] for row in done(one)["rows"]]
+        assert [row[name] for row in done(run)["rows"]] == pytest.approx(numbers, rel=1e-6)
 
 
 @pytest.mark.slurm
@@ -397,7 +426,7 @@ def test_what_sbatch_refuses_is_one_line_and_nothing_is_left_behind(base):
 # ---- without a Slurm
 
 def run(folder, *flags):
-    sweep.main("tiny_experiment", "", tiny_experiment.configs, tiny_experiment.SWEPT, tiny_experiment.draw, [
+    sweep.main(tiny_experiment.EXPERIMENT, [
         "--runs-dir", str(folder / "runs"), "--results-dir", str(folder / "results"),
         "--figures-dir", str(folder / "figures"), *flags])
 
@@ -417,20 +446,26 @@ def test_without_slurm_nothing_is_run_locally_instead(tmp_path, monkeypatch, cap
     assert "no sbatch on the PATH" in refusal(tmp_path, capsys, *SUBMIT)
 
 
+def version(monkeypatch, commit, is_dirty):
+    code = {"git_commit": commit, "git_dirty": is_dirty}
+    monkeypatch.setattr(cluster, "code_version", lambda: code)
+
+
 def test_changes_that_are_not_committed_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "check_slurm", lambda: None)
-    monkeypatch.setattr(cluster, "git_commit", lambda: ("0123456789abcdef", "dirty"))
+    version(monkeypatch, "0123456789abcdef", True)
     assert "commit them, or give --allow-dirty" in refusal(tmp_path, capsys, "--cluster", "slurm")
     assert cluster.copy_code(tmp_path, allow_dirty=True).name.startswith("0123456789ab-dirty-")
 
 
 def test_a_copy_of_the_code_is_made_once_for_each_state_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "git_commit", lambda: ("0123456789abcdef", "clean"))
+    version(monkeypatch, "0123456789abcdef", False)
     copy = cluster.copy_code(tmp_path, allow_dirty=False)
-    assert cluster.copy_code(tmp_path, allow_dirty=False) == copy and list(tmp_path.iterdir()) == [copy]
+    assert cluster.copy_code(tmp_path, allow_dirty=False) == copy
+    assert list(tmp_path.iterdir()) == [copy]
     assert (copy / "train.py").read_bytes() == (TESTS.parent / "train.py").read_bytes()
     assert json.loads((copy / ".commit.json").read_text()) == ["0123456789abcdef", "clean"]
-    monkeypatch.setattr(cluster, "git_commit", lambda: ("", ""))
+    version(monkeypatch, "", None)
     with pytest.raises(cluster.ClusterError, match="is no git checkout"):
         cluster.copy_code(tmp_path, allow_dirty=True)
 
@@ -441,23 +476,26 @@ def test_a_copy_of_the_code_is_made_once_for_each_state_of_it(tmp_path, monkeypa
     (["--cluster", "slurm", "--slurm", "array=1"], "--slurm array=1: array is set"),
     (["--cluster", "slurm", "--slurm", "time=5"], "--slurm time=5: time is set"),
     (["--cluster", "slurm", "--slurm", "signal-delay-s=soon"], "must be a number of seconds"),
-    (["--cluster", "slurm", "--timeout-min", "1", "--slurm", "signal_delay_s=60"], "must be below the time limit"),
+    (["--cluster", "slurm", "--timeout-min", "1", "--slurm", "signal_delay_s=60"],
+     "must be below the time limit"),
     (["--cluster", "slurm", "--nodes", "0"], "--nodes 0: must be above 0"),
     (["--cluster", "slurm", "--jobs", "2"], "--jobs 2: only with --cluster local")])
-def test_a_users_mistake_is_one_line_and_submits_nothing(flags, message, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line_and_submits_nothing(
+        flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "submit", None)
     assert message in refusal(tmp_path, capsys, *flags)
 
 
 def test_dry_run_tells_cost_and_settings_and_submits_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    run(tmp_path, "--cluster", "slurm", "--dry-run", "--scale", "small", "--seeds", "3", "--images-per-s", "100",
-        "--partition", "big", "--gpus-per-node", "4", "--nodes", "2", "--timeout-min", "60", "--max-parallel", "2",
-        "--slurm", "exclude=node7")
+    run(tmp_path, "--cluster", "slurm", "--dry-run", "--scale", "small", "--seeds", "3",
+        "--images-per-s", "100", "--partition", "big", "--gpus-per-node", "4", "--nodes", "2",
+        "--timeout-min", "60", "--max-parallel", "2", "--slurm", "exclude=node7")
     out = capsys.readouterr().out
     assert "0.267 GPU-hours to go" in out  # 3 runs of 4,000 steps of 8 images
     settings = out.splitlines()[-1].split()
     assert settings[0] == "sbatch" and {
-        "--partition=big", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=1", "--time=60",
-        "--signal=USR2@120", "--requeue", "--exclude=node7", "--array=0-2%2"} == set(settings[1:])
+        "--partition=big", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4",
+        "--cpus-per-task=1", "--time=60", "--signal=USR2@120", "--requeue",
+        "--exclude=node7", "--array=0-2%2"} == set(settings[1:])
     assert list(tmp_path.iterdir()) == []

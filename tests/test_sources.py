@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prepare
-import sources
 from data import load_images
+from harness.errors import DataError
+from images.batches import Batch, Batches
+from images.decode import BadImage, decode
+from images.download import download
 from test_prepare import run
 
 CIFAR = {split: load_images("cifar10-subset", split) for split in ("train", "test")}
@@ -84,7 +86,7 @@ def test_box_is_the_mean_of_the_area_rounded_after_rows_and_columns():
     pixels = np.zeros((4, 6, 3), np.uint8)  # the square is the columns 1 to 4
     pixels[:, 1:5, 0] = [[10, 20, 0, 1], [30, 41, 0, 0], [255, 255, 7, 7], [255, 255, 7, 8]]
     pixels[:, [0, 5]] = 99
-    array, enlarged = sources.decode(encoded(pixels), 2, "box")
+    array, enlarged = decode(encoded(pixels), 2, "box")
     # rows: 15 and 35.5 -> 36, 0.5 -> 1 and 0; 255 and 255, 7 and 7.5 -> 8; columns: 25.5 -> 26, 0.5 -> 1; 255, 7.5 -> 8
     assert array[..., 0].tolist() == [[26, 1], [255, 8]] and not enlarged
     assert array[..., 1:].tolist() == np.zeros((2, 2, 2)).tolist()
@@ -93,8 +95,8 @@ def test_box_is_the_mean_of_the_area_rounded_after_rows_and_columns():
 def test_crop_leaves_the_odd_pixel_at_the_right_and_bottom():
     pixels = np.zeros((2, 5, 3), np.uint8)
     pixels[..., 0] = [[1, 2, 3, 4, 5]] * 2
-    assert sources.decode(encoded(pixels), 2, "box")[0][..., 0].tolist() == [[2, 3]] * 2
-    assert sources.decode(encoded(np.swapaxes(pixels, 0, 1)), 2, "box")[0][..., 0].tolist() == [[2, 2], [3, 3]]
+    assert decode(encoded(pixels), 2, "box")[0][..., 0].tolist() == [[2, 3]] * 2
+    assert decode(encoded(np.swapaxes(pixels, 0, 1)), 2, "box")[0][..., 0].tolist() == [[2, 2], [3, 3]]
 
 
 @pytest.mark.parametrize("resample, kernel, support", [
@@ -107,7 +109,7 @@ def test_filters_are_their_formulas_stretched_over_the_area(resample, kernel, su
     weights = np.where(distance < support, kernel(distance), 0)
     wanted = (weights / weights.sum(1, keepdims=True) @ row).clip(0, 255)
     pixels = np.repeat(np.repeat(row.astype(np.uint8)[None, :, None], 8, 0), 3, 2)
-    array, _ = sources.decode(encoded(pixels), 4, resample)
+    array, _ = decode(encoded(pixels), 4, resample)
     assert np.abs(array[0, :, 0] - wanted).max() <= 0.51  # rounded
     assert (array == array[0, :, :1]).all()
 
@@ -117,7 +119,7 @@ def test_filters_are_their_formulas_stretched_over_the_area(resample, kernel, su
 def test_other_kinds_become_rgb_as_pillow_does_it(mode, kind):
     image = Image.fromarray(TRAIN[0]).convert(mode)
     content = encoded(image, kind, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
-    assert np.array_equal(sources.decode(content, 32)[0], np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+    assert np.array_equal(decode(content, 32)[0], np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def png16():
@@ -159,16 +161,16 @@ BAD_IMAGES = {
 
 @pytest.mark.parametrize("reason", BAD_IMAGES)
 def test_images_that_cannot_be_taken_are_refused(reason):
-    with pytest.raises(sources.BadImage) as error:
-        sources.decode(BAD_IMAGES[reason], 32)
+    with pytest.raises(BadImage) as error:
+        decode(BAD_IMAGES[reason], 32)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
 def test_small_images_are_enlarged_only_when_asked():
     content = encoded(TRAIN[0])
-    with pytest.raises(sources.BadImage, match="smaller than 64x64: --enlarge-small"):
-        sources.decode(content, 64, "lanczos")
-    array, enlarged = sources.decode(content, 64, "lanczos", enlarge=True)
+    with pytest.raises(BadImage, match="smaller than 64x64: --enlarge-small"):
+        decode(content, 64, "lanczos")
+    array, enlarged = decode(content, 64, "lanczos", enlarge=True)
     assert enlarged and np.array_equal(array, resized(content, 64, Image.Resampling.LANCZOS))
 
 
@@ -276,18 +278,18 @@ def test_a_download_goes_on_where_it_broke_off(ranges, server, tmp_path, capsys)
 
 def test_a_download_that_is_not_what_it_should_be_is_refused(server, tmp_path):
     server.content = b"other bytes"
-    with pytest.raises(sources.DataError, match="has SHA-256 .* it was removed"):
-        sources.download(f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x", "0" * 64, tell=lambda line: None)
+    with pytest.raises(DataError, match="has SHA-256 .* it was removed"):
+        download(f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x", "0" * 64, tell=lambda line: None)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.part").exists()
 
 
 def test_a_file_that_changed_on_the_server_is_fetched_anew(server, tmp_path):
     server.content, server.limit = bytes(1000), 100
     url, path = f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x"
-    with pytest.raises(sources.DataError):
-        sources.download(url, path, tell=lambda line: None)
+    with pytest.raises(DataError):
+        download(url, path, tell=lambda line: None)
     server.content, server.limit, server.tag = b"n" * 700, 2 ** 30, '"b"'
-    sources.download(url, path, tell=lambda line: None)
+    download(url, path, tell=lambda line: None)
     assert path.read_bytes() == b"n" * 700
 
 
@@ -528,8 +530,8 @@ def test_damage_that_decodes_is_found_by_checksums(tmp_path, capsys):
     png, refused = encoded(TRAIN[0]), 0
     for place in range(len(png) - 200, len(png)):  # Pillow stops reading where the last row is full
         try:
-            assert np.array_equal(sources.decode(altered(png, place), 32)[0], TRAIN[0]), place
-        except sources.BadImage:
+            assert np.array_equal(decode(altered(png, place), 32)[0], TRAIN[0]), place
+        except BadImage:
             refused += 1
     assert refused > 150
     path = tmp_path / "photos.zip"
@@ -555,8 +557,8 @@ def test_encrypted_zips_are_refused(tmp_path, capsys):
 def test_batches_go_on_from_any_image(start, tmp_path):
     rows = np.random.default_rng(0).integers(0, 256, (1100, 1 + 12), dtype=np.uint8)
     rows.tofile(tmp_path / "rows")
-    batches = sources.Batches({"train": [sources.Batch(str(tmp_path / "rows"), 0, 700, 1, None),
-                                         sources.Batch(str(tmp_path / "rows"), 700 * 13, 400, 1, None)]}, 2)
+    batches = Batches({"train": [Batch(str(tmp_path / "rows"), 0, 700, 1, None),
+                                         Batch(str(tmp_path / "rows"), 700 * 13, 400, 1, None)]}, 2)
     done = [read(piece, 2, None, False) for read, piece in batches.pieces("train", start)]
     wanted = rows[start:, 1:].reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1)
     assert b"".join(pixels for pixels, *_ in done) == wanted.tobytes()

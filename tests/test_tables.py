@@ -1,5 +1,4 @@
 """The tables from fixtures: which number is in which cell, what is beside what, and what is refused."""
-import functools
 import json
 import re
 
@@ -8,16 +7,21 @@ import pandas as pd
 import pytest
 from grid_rows import grid_rows
 
-from experiments import ablate_coupling, ablate_layers, ablate_splits, main_results, sweep
-from paper_figures import figure4, style, tables
-from paper_figures.results_csv import ResultsError, columns
+from experiments import main_results
+from harness.flops import train_flops
+from paper_figures import reported as published_numbers
+from paper_figures import style, table_files, tables
+from paper_figures.results_csv import ResultsError
+from sweeps import plan
 
 TABLES = {
-    "ablate_coupling": (ablate_coupling, figure4.SWEPT, tables.draw_figure4, "table_figure4"),
-    "ablate_splits": (ablate_splits, tables.SPLITS_SWEPT, tables.draw_splits, "table2a"),
-    "ablate_layers": (ablate_layers, tables.LAYERS_SWEPT, tables.draw_layers, "table2b"),
-    "main_results": (main_results, tables.MAIN_SWEPT, tables.draw_main, "main_table"),
+    "ablate_coupling": (tables.draw_figure4, "table_figure4"),
+    "ablate_splits": (tables.draw_splits, "table2a"),
+    "ablate_layers": (tables.draw_layers, "table2b"),
+    "main_results": (tables.draw_main, "main_table"),
 }
+RATIOS = {"smoke": ("channel-only", "4:1", "1:1", "spatial-only"),  # of Figure 4
+          "small": ("channel-only", "8:1", "4:1", "2:1", "1:1", "spatial-only")}
 TARGETS = "ImageNet-1k 64x64 / oord / elbo"
 UNKNOWN = "Variant unknown: never compared"
 
@@ -34,8 +38,8 @@ def write(tmp_path, monkeypatch):
     def draw(rows, folder="out"):
         experiment, scale = rows.iloc[0][["experiment", "scale"]]
         rows.to_csv(tmp_path / "in.csv", index=False)
-        paths = TABLES[experiment][2](tmp_path / "in.csv", tmp_path / folder)
-        assert [path.name for path in paths] == [f"{TABLES[experiment][3]}_{scale}.{kind}" for kind in ("md", "tex")]
+        paths = TABLES[experiment][0](tmp_path / "in.csv", tmp_path / folder)
+        assert [path.name for path in paths] == [f"{TABLES[experiment][1]}_{scale}.{kind}" for kind in ("md", "tex")]
         return [path.read_text() for path in paths]
     return draw
 
@@ -53,10 +57,10 @@ def sections(text):
 
 def reported(**changes):
     """The text of a reported.csv with one row of these values."""
-    row = dict.fromkeys(tables.REPORTED_COLUMNS, "") | {
+    row = dict.fromkeys(published_numbers.COLUMNS, "") | {
         "model": "M", "year": "2020", "dataset": "cifar10", "variant": "cifar10", "bits_per_dim": "3.10",
         "dequantization": "uniform", "bound": "elbo", "source": "somewhere"} | changes
-    return ",".join(tables.REPORTED_COLUMNS) + "\n" + ",".join(row.values()) + "\n"
+    return ",".join(published_numbers.COLUMNS) + "\n" + ",".join(row.values()) + "\n"
 
 
 def test_table_2a_has_each_number_in_its_cell(write):
@@ -65,8 +69,8 @@ def test_table_2a_has_each_number_in_its_cell(write):
     grid, costs = sections(text).values()
     assert [row["couplings"].split(" (ch")[0] for row in grid] == [
         "channel couplings alone", "spatial couplings alone", "4:1 (official)"]
-    for row, ratio in zip(grid, tables.RATIOS):
-        for mode in tables.MODES:
+    for row, ratio in zip(grid, ("channel-only", "spatial-only", "4:1")):
+        for mode in ("pairing", "masking"):
             mine = rows[(rows["coupling_ratio"] == ratio) & (rows["split_mode"] == mode) & (rows["split"] == "test")].iloc[0]
             assert row[mode] == f"{mine['bits_per_dim']:.4f} ± {mine['bits_per_dim_se']:.4f}"
             cost, = [cost for cost in costs if mine["run_id"] in cost["Source"]]
@@ -93,16 +97,17 @@ def test_table_2b_has_no_cap_where_layers_add_to_the_log_det(write):
                                                       "8:1; checkerboard = mix"])])
 def test_figure_4_as_a_table_marks_a_run_that_stands_for_several(write, scale, shared):
     rows = fixture_rows("ablate_coupling", scale)
-    text, _ = write(rows)
+    text, _ = write(rows.sample(frac=1, random_state=0))
     grid, costs = sections(text).values()
-    assert len(grid) == len(figure4.ratios(scale)) and len(costs) == rows["run_id"].nunique()
-    for row, ratio in zip(grid, figure4.ratios(scale)):
-        for split in figure4.SPLITS:
-            here = (rows["coupling_ratio"] == ratio) & rows["spatial_split"].str.contains(split)
-            mine = rows[here & (rows["split"] == "test")]
-            assert row[split].split()[0] == f"{mine['bits_per_dim'].item():.4f}"
-            assert row[split].endswith("†") == ("|" in mine["spatial_split"].item())
-            assert f"(channel share {mine['channel_share'].item():.3f})" in row["channel : spatial"]
+    test = rows[rows["split"] == "test"]
+    assert len(grid) == len(RATIOS[scale]) and len(costs) == rows["run_id"].nunique() < len(test)
+    for row, ratio in zip(grid, RATIOS[scale]):
+        assert list(row)[1:-1] == ["row", "column", "checkerboard", "mix"]
+        for split in list(row)[1:-1]:
+            point = test[(test["coupling_ratio"] == ratio) & (test["spatial_split"] == split)].iloc[0]
+            assert row[split].split()[0] == f"{point['bits_per_dim']:.4f}"
+            assert row[split].endswith("†") == ((test["run_id"] == point["run_id"]).sum() > 1)
+            assert f"(channel share {point['channel_share']:.3f})" in row["channel : spatial"]
     assert f"their couplings are the same: {' / '.join(shared)}.\n" in text
 
 
@@ -130,7 +135,8 @@ def test_a_saturated_run_says_that_its_number_says_little(write, share, saturate
 def test_published_numbers_have_their_digits_and_only_what_can_be_compared_beside_them(write, scale):
     found = sections(write(fixture_rows("main_results", scale))[0])
     published = tables.read_reported(tables.REPORTED)
-    assert sum(len(rows) for rows in found.values()) == len(published) + len(tables.MAIN_GRID[scale]) + 2 * (scale != "paper")
+    ours = len(main_results.configs(scale)) + (0 if scale == "paper" else 2)
+    assert sum(len(rows) for rows in found.values()) == len(published) + ours
     assert list(found)[-1] == UNKNOWN
     for row in published:
         title, rows = next((title, rows) for title, rows in found.items() for cells in rows if cells["Source"] == row["source"]
@@ -185,10 +191,9 @@ def test_what_was_not_run_says_why(write):
     assert "61 GPU-hours of an H100, both computed" in ours[0]["Note"]
     for (size, training, name), (flops, hours) in tables.PAPER_COST.items():
         config, = [point.config for point in main_results.configs("paper")
-                   if tuple(point.labels.values()) == (size, training, name)]
-        computed = sweep.train_flops(config)
-        assert float(flops) == pytest.approx(computed, rel=5e-3)
-        assert hours == round(computed / sweep.GPU_SHARE / sweep.GPU_PEAKS["bfloat16"] / 3600)
+                   if tuple(point.values(tables.MAIN_SWEPT).values()) == (size, training, name)]
+        assert float(flops) == pytest.approx(train_flops(config), rel=5e-3)
+        assert hours == round(plan.gpu_hours(train_flops(config), "bfloat16"))
 
 
 @pytest.mark.parametrize("experiment", TABLES)
@@ -212,21 +217,22 @@ def test_no_cell_is_empty_and_both_files_say_the_same(write, experiment):
 
 
 def test_latex_and_markdown_escape_what_they_would_read():
-    part = tables.Part(header=("a", "b"), rows=[("[1] 5 % & a_b #2 $x$ {y} ~^\\", "p|q <3 ± †"), ("ours: me", "–")])
-    text = tables.latex("50 %", [part])
+    part = table_files.Part(header=("a", "b"), rows=[("[1] 5 % & a_b #2 $x$ {y} ~^\\", "p|q <3 ± †"), ("ours: me", "–")])
+    text = table_files.latex("50 %", [part])
     assert (r"{[}1] 5 \% \& a\_\allowbreak{}b \#2 \$x\$ \{y\} \textasciitilde{}\textasciicircum{}\textbackslash{} & "
             r"p\textbar{}q $<$3 $\pm$ \textdagger{} \tabularnewline") in text
     assert r"\textbf{ours: me} & --" in text and r"\caption{50 \%}" in text
-    assert r"| p\|q <3 ± † |" in tables.markdown("", [part]) and "| **ours: me** | – |" in tables.markdown("", [part])
+    text = table_files.markdown("", [part])
+    assert r"| p\|q <3 ± † |" in text and "| **ours: me** | – |" in text
 
 
 @pytest.mark.parametrize("experiment", TABLES)
 def test_equal_rows_are_equal_bytes_in_any_order(write, experiment):
     rows = fixture_rows(experiment, "small", seeds=(0, 1))
     first = write(rows, "one")
-    assert first == write(rows.iloc[::-1], "two")
+    assert first == write(rows.iloc[::-1], "two") == write(rows.sample(frac=1, random_state=0), "three")
     rows["bits_per_dim"] += 0.1
-    assert first[0] != write(rows, "three")[0]
+    assert first[0] != write(rows, "four")[0]
 
 
 @pytest.mark.parametrize("experiment", TABLES)
@@ -237,7 +243,7 @@ def test_equal_rows_are_equal_bytes_in_any_order(write, experiment):
     (lambda r: r.assign(logdet_cap_share=np.inf), "has no number as logdet_cap_share")])
 def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(tmp_path, experiment, change, message):
     change(fixture_rows(experiment)).to_csv(tmp_path / "in.csv", index=False)
-    draws = {name: draw for name, (_, _, draw, _) in TABLES.items()}
+    draws = {name: draw for name, (draw, _) in TABLES.items()}
     with pytest.raises(SystemExit, match=message) as stop:
         style.main("tables.py", "", draws, ["--csv", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out")])
     assert stop.value.code.startswith("tables.py: error: ") and "\n" not in stop.value.code and not (tmp_path / "out").exists()
@@ -303,6 +309,6 @@ def test_a_damaged_shipped_model_is_refused_in_one_line(write, text):
 
 def test_the_command_line_writes_the_tables(tmp_path, capsys, write):
     write(fixture_rows("ablate_layers"))
-    style.main("tables.py", "", {name: draw for name, (_, _, draw, _) in TABLES.items()},
+    style.main("tables.py", "", {name: draw for name, (draw, _) in TABLES.items()},
                ["--csv", str(tmp_path / "in.csv"), "--out", str(tmp_path)])
     assert capsys.readouterr().out.split() == [str(tmp_path / f"table2b_smoke.{kind}") for kind in ("md", "tex")]

@@ -1,7 +1,9 @@
-"""Measuring speed: rows and their arithmetic, the comparison, the trace, the bars, and the tables of computed costs."""
+"""Measuring speed: rows and their arithmetic, the comparison, the trace, the bars, computed costs."""
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,13 +13,18 @@ import pandas as pd
 import pytest
 import torch
 
+import kernels
+import recipe
 from experiments import cost_table, throughput, throughput_cases, throughput_checks
-from jet import Jet, JetConfig, forward_flops
+from harness import memory
+from harness.flops import forward_flops, train_flops
+from jet import Jet, JetConfig
 from paper_figures import style
 from paper_figures import throughput as figure
 from paper_figures.results_csv import ResultsError
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("harness", "kernels", "images", "kernels.c")  # that a checkout's train.py needs
 TINY = {"image_size": 32, "patch_size": 8, "num_couplings": 5, "block_depth": 1, "emb_dim": 8, "num_heads": 2}
 
 
@@ -26,7 +33,7 @@ def run(monkeypatch, tmp_path):
     """The command line on tiny sizes, with a matrix product of 1 GFLOP/s; returns the CSV's rows as text."""
     for size in ("S", "M"):
         monkeypatch.setitem(throughput.SIZES, size, TINY)
-    monkeypatch.setattr(throughput, "matmul_rate", lambda device, precision: lambda: 1e9)
+    monkeypatch.setattr(throughput, "product_timer", lambda device, precision: lambda: 1e9)
     monkeypatch.setattr(throughput.gc, "collect", lambda: None)  # a fifth of a second each
     monkeypatch.setattr(style, "save", lambda drawing, name, out_dir: [out_dir / f"{name}.png"])
 
@@ -99,14 +106,14 @@ def test_ratios_are_of_images_per_second_round_by_round():
     assert ours["flops_per_s"] == 3 * forward_flops(config.model) * 32 and ours["step_seconds_q75"] == 3
 
 
-def test_matmul_rate_counts_two_flops_a_multiply_add(monkeypatch):
+def test_the_matrix_product_counts_two_flops_a_multiply_add(monkeypatch):
     monkeypatch.setattr(throughput, "seconds_of", lambda step, device, repeats: 0.5 * repeats)
-    assert throughput.matmul_rate(torch.device("cpu"), "float32")() == 2 * 1536 ** 3 / 0.5
+    assert throughput.product_timer(torch.device("cpu"), "float32")() == 2 * 1536 ** 3 / 0.5
 
 
 def test_steps_alternate_and_the_best_product_counts(monkeypatch):
     calls, rates = [], iter(range(100))
-    monkeypatch.setattr(throughput, "matmul_rate", lambda *_: lambda: calls.append("product") or next(rates) % 5)
+    monkeypatch.setattr(throughput, "product_timer", lambda *_: lambda: calls.append("product") or next(rates) % 5)
     makers = {name: lambda name=name: lambda: calls.append(name) for name in ("ours", "theirs")}
     flags = types.SimpleNamespace(device=torch.device("cpu"), steps=2)
     numbers, best = throughput.measure(makers, types.SimpleNamespace(precision="float32"), flags)
@@ -134,21 +141,64 @@ def test_the_port_is_measured_beside_us(run, port):
 def test_another_checkout_is_measured_beside_us(run, tmp_path, monkeypatch):
     monkeypatch.setenv("JET_KERNELS", "torch")
     before = tmp_path / "before"
-    before.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, before)
-    with open(before / "train.py", "a") as file:
+    shutil.copytree(ROOT, before, ignore=lambda folder, names: [
+        name for name in names if not name.endswith(".py") and name not in ROOMS])
+    with open(before / "recipe.py", "a") as file:
         file.write("\nSTEPS = 0\n_step = training_step\n\n\ndef training_step(*arguments):\n"
                    "    global STEPS\n    STEPS += 1\n    return _step(*arguments)\n")
+    for name in ("harness.pace", "train"):  # what we have not imported yet is not taken from there later
+        monkeypatch.delitem(sys.modules, name, raising=False)
     modules, made = dict(sys.modules), []
     real = throughput_cases.other_checkout
     monkeypatch.setattr(throughput_cases, "other_checkout", lambda folder: made.append(real(folder)) or made[0])
     rows = run("--what", "train", "--against", str(before))
     assert list(rows["implementation"]) == ["ours", "before"] and set(rows["against"]) == {"before"}
-    theirs, = made
-    assert Path(theirs.jet.__file__).parent == before and theirs.train.STEPS == 5
-    assert all(sys.modules[name] is modules[name] for name in ("jet", "train", "data", "convert"))
+    other, = made
+    assert Path(other.jet.__file__).parent == before and other.recipe.STEPS == 5
+    assert Path(other.accelerate.__code__.co_filename).parent == before / "kernels"
+    assert all(sys.modules[name] is modules[name] for name in ("jet", "recipe", "data", "harness.machine", "kernels"))
     assert str(before) not in sys.path
+    assert not [name for name, module in sys.modules.items() if str(before) in str(getattr(module, "__file__", ""))]
+
+
+OLD_TRAIN = """
+import torch
+from jet import bits_per_dim
+STEPS = 0
+
+def git_commit():
+    return "abcdef0123456789", "dirty"
+
+def make_optimizer(parameters, config):
+    return torch.optim.SGD(parameters, 1e-3)
+
+def training_step(model, optimizer, x, step, config):
+    global STEPS
+    STEPS += 1
+    bits_per_dim(*model(x)).mean().backward()
+"""
+
+
+def test_a_checkout_of_before_there_was_a_recipe_is_measured_with_the_step_of_its_train(run, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "jet.py", tmp_path)
+    (tmp_path / "train.py").write_text(OLD_TRAIN)
+    made, real = [], throughput_cases.other_checkout
+    monkeypatch.setattr(throughput_cases, "other_checkout", lambda folder: made.append(real(folder)) or made[0])
+    rows = run("--what", "train", "--against", str(tmp_path))
+    assert list(rows["against"]) == ["abcdef0123-dirty"] * 2 and list(rows["git_dirty"])[1] == "True"
+    assert made[0].recipe.STEPS == 5 and Path(made[0].recipe.__file__) == tmp_path / "train.py"
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C kernels here")
+def test_our_speed_is_that_of_the_c_kernels_where_they_serve(run, monkeypatch):
+    monkeypatch.setitem(throughput.SIZES, "S", TINY | {"emb_dim": 16})
+    served = []
+    monkeypatch.setattr(kernels, "vit_block", lambda *arguments, real=kernels.vit_block: served.append(1) or real(*arguments))
+    for size, flags, name in (("S", (), "C"), ("M", (), "torch"), ("S", ("--precision", "bfloat16"), "")):
+        served.clear()
+        rows = run("--what", "train", "--sizes", size, *flags)
+        row, = rows[(rows["size"] == size) & (rows["precision"] == (flags or ("float32",))[-1])].itertuples()
+        assert row.kernels == name and bool(served) == (name == "C")
 
 
 def test_images_of_other_sizes_are_random():
@@ -175,7 +225,7 @@ def test_a_batch_that_does_not_fit_is_halved():
 
 def test_the_search_for_a_batch_begins_near_what_fits(monkeypatch):
     monkeypatch.setattr(throughput, "free_bytes", lambda device: 100e6)
-    monkeypatch.setattr(throughput.train, "activation_bytes", lambda jet, precision: 2e6)  # of two couplings
+    monkeypatch.setattr(throughput, "activation_bytes", lambda jet, precision: 2e6)  # of two couplings
     flags = types.SimpleNamespace(device=torch.device("cpu"), checkpoint_activations=False, precision="bfloat16", compile=False)
     monkeypatch.setitem(throughput.SIZES, "32x2", TINY | {"num_couplings": 4})
     assert throughput.hopeful_batch("32x2", flags) == 32  # 25 fit by this
@@ -239,8 +289,8 @@ def test_what_has_no_row_is_noted_as_json(run, tmp_path, capsys):
 
 def test_modes_are_measured_beside_eager(run, monkeypatch, tmp_path, capsys):
     # As if compiling and recording were there: what is tested is who is compared with whom.
-    monkeypatch.setattr(throughput.train, "pick_device", lambda device, graph=False: torch.device("cpu"))
-    monkeypatch.setattr(throughput.train, "compile_couplings", lambda model: None)
+    monkeypatch.setattr(throughput, "pick_device", lambda device, graph=False: torch.device("cpu"))
+    monkeypatch.setattr(throughput_cases, "compile_couplings", lambda model: None)
     monkeypatch.setattr(throughput_cases, "_graphed", lambda model, config: throughput_cases._eager(
         throughput_cases.OURS, model, config))
     run("--what", "train")
@@ -256,10 +306,10 @@ def test_modes_are_measured_beside_eager(run, monkeypatch, tmp_path, capsys):
 
 def test_a_graph_gets_the_optimizer_and_the_step_made_for_it(monkeypatch):
     made = []
-    monkeypatch.setattr(throughput.train, "make_optimizer", lambda parameters, config, graph=False: made.append(graph))
-    monkeypatch.setattr(throughput.train, "make_step", lambda model, optimizer, config, micro_batch=None, graph=False:
+    monkeypatch.setattr(recipe, "make_optimizer", lambda parameters, config, graph=False: made.append(graph))
+    monkeypatch.setattr(recipe, "make_step", lambda model, optimizer, config, micro_batch=None, graph=False:
                         made.append(graph) or (lambda x, number: made.append((number, x.requires_grad))))
-    monkeypatch.setattr(throughput.train, "compile_couplings", lambda model: made.append("compiled"))
+    monkeypatch.setattr(throughput_cases, "compile_couplings", lambda model: made.append("compiled"))
     monkeypatch.setitem(throughput.SIZES, "S", TINY)
     flags = types.SimpleNamespace(device=torch.device("cpu"), checkpoint_activations=False)
     config = throughput.size_config("S", 2, "float32")
@@ -392,8 +442,8 @@ def test_an_incomplete_csv_is_refused(spoil, message, tmp_path):
 # ---- computed costs
 
 def test_autograd_keeps_as_many_bytes_for_each_image():
-    config = JetConfig(**TINY)
-    one, two, three = (cost_table.saved_bytes(config, "float32", n) for n in (1, 2, 3))
+    jet = Jet(JetConfig(**TINY))
+    one, two, three = (memory.kept_bytes(jet, "float32", n) for n in (1, 2, 3))
     assert three - two == two - one > 0
     # A block of width E keeps 16 values a token and unit of E (norms, q, k, v, attention, MLP), the last norm 2.
     wide = JetConfig(**TINY | {"patch_size": 4, "emb_dim": 256, "kinds": ("channels", "spatial")})
@@ -402,22 +452,60 @@ def test_autograd_keeps_as_many_bytes_for_each_image():
     assert 2 * values < cost_table.coupling_bytes(wide, "bfloat16") < cost_table.coupling_bytes(wide, "float32")
 
 
+def test_bytes_counted_without_values_are_those_of_a_jet():
+    config = JetConfig(**TINY)
+    for precision in cost_table.PRECISIONS:
+        counted = memory.activation_bytes(Jet(config), precision)
+        assert cost_table.coupling_bytes(config, precision) == counted / config.num_couplings
+
+
 def test_memory_by_hand():
     config = JetConfig()  # 256 tokens of 48 values, width 512, 32 couplings
-    assert cost_table.fixed_bytes(config, "float32") == 207_177_216 * 16
-    assert cost_table.fixed_bytes(config, "bfloat16") == 207_177_216 * 18
+    assert memory.fixed_bytes(207_177_216, "float32") == 207_177_216 * 16
+    assert memory.fixed_bytes(207_177_216, "bfloat16") == 207_177_216 * 18
+    assert memory.fixed_bytes(10, "float64", numbers=3) == 10 * 3 * 8
     work = 2 * 256 * 2048 * 4
-    assert cost_table.image_bytes(config, "float32", False, 1000) == 32 * 1000 + work
-    assert cost_table.image_bytes(config, "float32", True, 1000) == 32 * 4 * 256 * 48 + 1000 + work
+    assert memory.image_bytes(config, "float32", False, 1000) == 32 * 1000 + work
+    assert memory.image_bytes(config, "float32", True, 1000) == 32 * 4 * 256 * 48 + 1000 + work
+    assert memory.image_bytes(config, "bfloat16", True, 1000) == 32 * 4 * 256 * 48 + 1000 + work / 2
+    switches = JetConfig(actnorm=True, invertible_dense=True)
+    assert memory.image_bytes(switches, "float32", True, 1000) == 3 * 32 * 4 * 256 * 48 + 1000 + work
     assert cost_table.largest_batch(24, 3e9, 1e9) == 20 and cost_table.largest_batch(24, 30e9, 1e9) == 0
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be read here")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_takes_the_memory_that_is_planned(recompute):
+    """In a process of its own. Three quarters of the free memory are planned with."""
+    code = """if True:
+        import sys
+        import torch
+        from harness import memory
+        from jet import Jet, JetConfig
+        from recipe import TrainConfig, make_optimizer, training_step
+        torch.set_num_threads(1)
+        config = TrainConfig(batch_size=64, model=JetConfig(
+            image_size=32, patch_size=2, num_couplings=4, block_depth=1, emb_dim=128, num_heads=2))
+        jet = Jet(config.model)
+        optimizer = make_optimizer(jet.parameters(), config)
+        x = torch.rand(64, 3, 32, 32)
+        _, line = memory.fit_memory(jet, optimizer, config, sys.argv[1], 64, 2 ** 40)
+        peak = memory.watch_memory(torch.device("cpu"))
+        training_step(jet, optimizer, x, 0, config)
+        print(peak(), line.split()[4])
+    """
+    done = subprocess.run([sys.executable, "-c", code, "on" if recompute else "off"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    taken, planned = map(float, done.stdout.split())
+    assert planned / 2 <= taken <= planned / 0.75, (taken, planned)
 
 
 def test_checkpointing_makes_depth_nearly_free():
     base = JetConfig()
     per_coupling = 17e6  # bytes an image, float32, about
-    deep, shallow = (cost_table.image_bytes(JetConfig(num_couplings=n), "float32", True, per_coupling)
+    deep, shallow = (memory.image_bytes(JetConfig(num_couplings=n), "float32", True, per_coupling)
                      for n in (64, 16))
-    assert deep / shallow < 1.25 < cost_table.image_bytes(base, "float32", False, per_coupling) / shallow
+    assert deep / shallow < 1.25 < memory.image_bytes(base, "float32", False, per_coupling) / shallow
 
 
 def test_traffic_by_hand(monkeypatch):
@@ -445,21 +533,21 @@ def test_a_step_by_hand(monkeypatch):
 def test_figure_4_costs_what_its_runs_cost():
     runs = cost_table.paper_runs()
     assert len(runs["main table, 32x2"]) == 1 and len(runs["Figure 4 (`ablate_coupling`)"]) == 21
-    flops, = map(cost_table.train_flops, runs["main table, 32x2"])
+    flops, = map(train_flops, runs["main table, 32x2"])
     assert flops == pytest.approx(8.6e19, rel=0.01)
 
 
 def test_the_tables_tell_measured_from_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(cost_table, "coupling_bytes", lambda config, precision: 1e7)
-    text = cost_table.tables(tmp_path)
+    text = cost_table.page(tmp_path)
     assert text.count("computed, not measured") == 3 and "40% (assumed)" in text and "no GPU was measured" in text
     assert "396 TFLOP/s computed" in text and "TFLOP/s measured" not in text
     gpu = fixture_rows(("32x2",), against="").assign(
         device="cuda", hardware="NVIDIA H100 80GB HBM3", precision="bfloat16", batch_size=256, device_memory_gib=79.1,
         flops_per_s=500e12, images_per_s=1480)
     _csv(gpu, "throughput_cuda.csv", tmp_path)
-    row, = [line for line in cost_table.tables(tmp_path).splitlines() if line.startswith("| 32x2 | bfloat16 | no |")]
+    row, = [line for line in cost_table.page(tmp_path).splitlines() if line.startswith("| 32x2 | bfloat16 | no |")]
     assert "| 256 measured |" in row and row.endswith("| 1,480 measured (NVIDIA H100 80GB HBM3) |")
-    hours = [line for line in cost_table.tables(tmp_path).splitlines() if "TFLOP/s" in line and line.startswith("| ")]
+    hours = [line for line in cost_table.page(tmp_path).splitlines() if "TFLOP/s" in line and line.startswith("| ")]
     assert sum("500 TFLOP/s measured" in line for line in hours) == len(hours) - 1  # 64x5 is computed still
     assert all(line.count("|") == 8 for line in hours)

@@ -19,12 +19,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data as data_module
-import graphs
+import evaluate as evaluate_module
+import recipe
+from harness import advice as advice_module
+from harness import graphs, machine, memory, pace
+from harness.flops import train_flops
+from harness.place import Place
 import train as train_module
-from convert import CheckpointError, load_jet, read_tensors
-from data import dequantize, evaluation_noise, load_images, training_batch
+from convert import load_jet
+from harness.checkpoint import read_tensors
+from harness.errors import CheckpointError
+from data import evaluation_noise, load_images, training_batch
+from jet import dequantize
 from jet import Coupling, Jet, JetConfig, bits_per_dim
-from train import NonFiniteError, TrainConfig, TrainingError, evaluate, schedule, train
+from evaluate import evaluate
+from harness.errors import NonFiniteError, TrainingError
+from recipe import schedule
+from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
@@ -72,7 +83,7 @@ def test_four_steps_are_two_and_two_more(tmp_path, config, changes):
 
 def test_a_finished_run_returns_at_once(tmp_path, config, monkeypatch):
     done = train(config, tmp_path / "run", quiet=True)
-    monkeypatch.setattr(train_module, "training_step", None)
+    monkeypatch.setattr(recipe, "training_step", None)
     assert train(config, tmp_path / "run", quiet=True) == done
     assert done["num_images"] == 40 and done["rows"][-1]["split"] == "test" and done["threads"] == 1
     assert done["bits_per_dim"] == done["rows"][-1]["bits_per_dim"]
@@ -107,8 +118,8 @@ def test_a_step_follows_warmup_fraction_and_clip_norm(config):
         torch.manual_seed(0)
         jet = Jet(MODEL)
         before = jet.couplings[0].net.final_proj.bias.detach().clone()
-        optimizer = train_module.make_optimizer(jet.parameters(), settings)
-        train_module.training_step(jet, optimizer, x, step, settings)
+        optimizer = recipe.make_optimizer(jet.parameters(), settings)
+        recipe.training_step(jet, optimizer, x, step, settings)
         return optimizer.param_groups[0]["lr"], (jet.couplings[0].net.final_proj.bias - before).abs().max().item()
 
     assert change(2, warmup_fraction=0.5)[0] == pytest.approx(config.lr * 2 / 5)
@@ -166,11 +177,11 @@ def test_a_run_that_could_not_start_leaves_its_folder_unclaimed(tmp_path, config
 
 
 def test_a_second_process_on_a_run_folder_is_refused(tmp_path, config, monkeypatch):
-    def second(*arguments, original=train_module.training_step):
+    def second(*arguments, original=recipe.training_step):
         with pytest.raises(TrainingError, match="another process is at this run"):
             train(config, tmp_path / "run", quiet=True)
         return original(*arguments)
-    monkeypatch.setattr(train_module, "training_step", second)
+    monkeypatch.setattr(recipe, "training_step", second)
     assert train(config, tmp_path / "run", stop_after=1, quiet=True) == {"step": 1}
 
 
@@ -218,6 +229,49 @@ def test_changed_images_are_refused(tmp_path, config):
     np.save(config.data, 255 - np.load(config.data))
     with pytest.raises(TrainingError, match="training images have changed"):
         train(config, tmp_path / "run", quiet=True)
+    again = dataclasses.replace(config, lr=config.lr)  # as another process finds it
+    with pytest.raises(TrainingError, match="data was '.*images.npy .*' and is now '.*images.npy"):
+        train(again, tmp_path / "run", quiet=True)
+
+
+def test_an_array_at_two_paths_is_one_run(tmp_path, config):
+    """Images enter a run's name by what they are, never by where they lie."""
+    train(config, tmp_path / "run", stop_after=2, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    moved = os.rename(config.data, tmp_path / "elsewhere/pictures.npy") or tmp_path / "elsewhere/pictures.npy"
+    other = dataclasses.replace(config, data=str(moved))
+    assert other.hash == config.hash
+    whole = train(other, tmp_path / "whole", quiet=True)
+    assert train(other, tmp_path / "run", quiet=True)["rows"] == whole["rows"]
+    np.save(moved, 255 - np.load(moved))
+    assert dataclasses.replace(other, lr=other.lr).hash != config.hash
+
+
+def test_equal_couplings_are_one_run_however_they_are_written(config):
+    def named(**changes):
+        return dataclasses.replace(config, model=dataclasses.replace(MODEL, **changes)).hash
+    assert named(kinds=("channels",) * 8 + ("spatial",)) == named(kinds=("channels",), spatial_splits=("vstripes",))
+    assert named(kinds=("channels", "spatial")) == named(kinds=("channels", "spatial", "channels"))
+    assert named(kinds=("spatial",)) != named(kinds=("channels",))
+    assert named(block="cnn", num_heads=4) == named(block="cnn") != named()
+
+
+def test_a_new_field_with_a_default_renames_no_run(config):
+    """What the fields of today's names are made of stays: only what differs from a default counts."""
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(TrainConfig):
+        new_field: float = 0.5
+    later = Later(**vars(TrainConfig(lr=1e-3, model=config.model)) | {})
+    assert later.hash == TrainConfig(lr=1e-3, model=config.model).hash
+    assert dataclasses.replace(later, new_field=0.6).hash != later.hash
+
+
+@pytest.mark.parametrize("changes, name", [
+    ({}, "5e5fbf8b21"), ({"lr": 1e-3}, "f6b6139b6f"), ({"data": "cifar10", "seed": 3, "precision": "bfloat16"}, "d0a5f09be9"),
+    ({"data": "cifar10-subset", "model": JetConfig(image_size=32, block="cnn", num_couplings=6)}, "d659fd86eb")])
+def test_names_of_runs_stay_for_ever(changes, name):
+    """Where this fails, run folders and CSVs of others lose their names: raise recipe.HASH_FORMAT, knowingly."""
+    assert TrainConfig(**changes).hash == name
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -228,7 +282,7 @@ def test_a_run_that_is_not_finite_stops_before_it_updates(tmp_path, config, monk
     def broken(z, logdet):
         return bits_per_dim(z, logdet) * math.nan if what == "loss" else bits_per_dim(z, logdet).abs().sqrt() * 0 + (
             z.flatten(1).sum(1) * 0).sqrt()
-    monkeypatch.setattr(train_module, "bits_per_dim", broken)
+    monkeypatch.setattr(recipe, "bits_per_dim", broken)
     with pytest.raises(NonFiniteError, match=r"not finite at step 2: loss \S+ bits/dim, gradient norm nan, lr 0.0075"):
         train(config, tmp_path / "run", quiet=True)
     assert same_bits(checkpoint(tmp_path / "run"), before)
@@ -242,7 +296,7 @@ def stepper(config, dtype=torch.float32):
         for parameter in jet.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     x = training_batch(load_images(config.data, "train"), 16, 0, 0).to(dtype)
-    return jet, train_module.make_optimizer(jet.parameters(), config), x
+    return jet, recipe.make_optimizer(jet.parameters(), config), x
 
 
 def test_a_step_reads_nothing_back_from_the_device(config):
@@ -254,7 +308,7 @@ def test_a_step_reads_nothing_back_from_the_device(config):
             return func(*args, **(kwargs or {}))
     jet, optimizer, x = stepper(config)
     with Reads() as reads:
-        loss, grad_norm = train_module.training_step(jet, optimizer, x, 1, config, 5)
+        loss, grad_norm = recipe.training_step(jet, optimizer, x, 1, config, 5)
         assert reads.count == 0 and loss.shape == grad_norm.shape == () and not loss.requires_grad
         assert float(loss) > 0 and reads.count == 1  # the counter counts
 
@@ -264,7 +318,7 @@ def test_a_step_reads_nothing_back_from_the_device(config):
 def test_nothing_is_updated_from_a_bad_step_on(config, monkeypatch, good_steps, bad):
     jet, optimizer, x = stepper(config)
     for step in range(good_steps):
-        assert math.isfinite(train_module.training_step(jet, optimizer, x, step + 1, config)[0])
+        assert math.isfinite(recipe.training_step(jet, optimizer, x, step + 1, config)[0])
     before = {name: tensor.clone() for name, tensor in jet.state_dict().items()}
     states = [{name: tensor.clone() for name, tensor in optimizer.state[parameter].items()} or
               {name: torch.zeros_like(tensor) for name, tensor in
@@ -273,10 +327,10 @@ def test_nothing_is_updated_from_a_bad_step_on(config, monkeypatch, good_steps, 
     broken = (lambda z, logdet: bits_per_dim(z, logdet) * math.nan) if bad == "loss" else (
         lambda z, logdet: bits_per_dim(z, logdet) + (z.flatten(1).sum(1) * 0).sqrt())
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "bits_per_dim", broken)
-        loss, grad_norm = train_module.training_step(jet, optimizer, x, 3, config)
+        patch.setattr(recipe, "bits_per_dim", broken)
+        loss, grad_norm = recipe.training_step(jet, optimizer, x, 3, config)
     assert math.isnan(grad_norm) and math.isnan(loss) == (bad == "loss")
-    assert math.isfinite(train_module.training_step(jet, optimizer, x, 3, config)[1])  # a good one changes nothing, too
+    assert math.isfinite(recipe.training_step(jet, optimizer, x, 3, config)[1])  # a good one changes nothing, too
     assert same_bits(dict(jet.state_dict()), before)
     for parameter, state in zip(jet.parameters(), states):
         assert same_bits(optimizer.state[parameter], state)
@@ -285,7 +339,7 @@ def test_nothing_is_updated_from_a_bad_step_on(config, monkeypatch, good_steps, 
 
 def clock(monkeypatch, tick):
     """The training loop sees a clock that goes on by tick seconds whenever it is read."""
-    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=functools.partial(
+    monkeypatch.setattr(pace, "time", types.SimpleNamespace(monotonic=functools.partial(
         next, itertools.count(0, tick))))
 
 
@@ -294,13 +348,13 @@ def test_a_bad_step_between_reads_is_named_and_never_saved(tmp_path, config, mon
     calls, lengths = itertools.count(), []
     clock(monkeypatch, 1e-3)
 
-    def broken(z, logdet):  # four calls count activations before the first step
-        return bits_per_dim(z, logdet) * (math.nan if next(calls) == bad_step + 4 else 1)
+    def broken(z, logdet):
+        return bits_per_dim(z, logdet) * (math.nan if next(calls) == bad_step else 1)
 
     def read(pending, config, original=train_module.read_steps):
         lengths.append(len(pending))
         return original(pending, config)
-    monkeypatch.setattr(train_module, "bits_per_dim", broken)
+    monkeypatch.setattr(recipe, "bits_per_dim", broken)
     monkeypatch.setattr(train_module, "read_steps", read)
     config = dataclasses.replace(config, total_steps=20)
     with pytest.raises(NonFiniteError, match=rf"not finite at step {bad_step}: loss nan bits/dim, gradient norm nan"):
@@ -321,13 +375,13 @@ def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monk
         return original(pending, config)
     monkeypatch.setattr(train_module, "read_steps", read)
     config = dataclasses.replace(config, total_steps=25)
-    done = train(config, tmp_path / "run", quiet=True, checkpoint_every_s=1e9)
+    done = train(config, tmp_path / "run", quiet=True, place=Place(checkpoint_every_s=1e9))
     assert seen == lengths if lengths else 1 < max(seen) < 9
     rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
     assert [(row[0], row[1]) for row in rows] == [(str(step), str(16 * step)) for step in range(1, 26)]
     assert float(rows[9][4]) == config.lr * schedule(9, 25) and float(rows[24][5]) == round(done["train_seconds"], 3)
     monkeypatch.undo()
-    train(config, tmp_path / "other", quiet=True, checkpoint_every_s=0)  # is read at every step
+    train(config, tmp_path / "other", quiet=True, place=Place(checkpoint_every_s=0))  # is read at every step
     assert [row[:5] for row in rows] == [line.split(",")[:5] for line in
                                          (tmp_path / "other/metrics.csv").read_text().splitlines()[1:]]
 
@@ -335,7 +389,7 @@ def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monk
 @pytest.mark.parametrize("size", [1, 5, 8, 16, 99])
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(config, size):
     config = dataclasses.replace(config, clip_norm=1e9)  # a tiny one would hide a wrong sum
-    whole, pieces = ([*train_module.training_step(jet, optimizer, x, 1, config, micro_batch)] +
+    whole, pieces = ([*recipe.training_step(jet, optimizer, x, 1, config, micro_batch)] +
                      [parameter.grad for parameter in jet.parameters()]
                      for micro_batch in (None, size) for jet, optimizer, x in [stepper(config, torch.float64)])
     assert len(whole) == len(pieces) > 30
@@ -346,14 +400,14 @@ def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(config, size):
 def test_pieces_are_no_larger_than_asked_and_a_resumed_run_keeps_their_size(tmp_path, config, monkeypatch):
     sizes = []
 
-    def step(model, *arguments, original=train_module.training_step, **settings):
+    def step(model, *arguments, original=recipe.training_step, **settings):
         with monkeypatch.context() as patch:
             patch.setattr(Jet, "forward", lambda self, x, forward=Jet.forward: sizes.append(len(x)) or forward(self, x))
             return original(model, *arguments, **settings)
-    monkeypatch.setattr(train_module, "training_step", step)
-    whole = train(config, tmp_path / "whole", micro_batch=5, quiet=True)
+    monkeypatch.setattr(recipe, "training_step", step)
+    whole = train(config, tmp_path / "whole", quiet=True, place=Place(micro_batch=5))
     assert sizes == [5, 5, 5, 1] * 4 and whole["micro_batch"] == 5
-    train(config, tmp_path / "parts", stop_after=2, micro_batch=5, quiet=True)
+    train(config, tmp_path / "parts", stop_after=2, quiet=True, place=Place(micro_batch=5))
     train(config, tmp_path / "parts", quiet=True)
     assert sizes == [5, 5, 5, 1] * 8
     assert same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
@@ -368,7 +422,7 @@ def test_pieces_are_no_larger_than_asked_and_a_resumed_run_keeps_their_size(tmp_
 @pytest.mark.parametrize("changes", [{}, {"actnorm": True, "invertible_dense": True}], ids=["plain", "switches"])
 def test_recomputed_activations_are_the_same_bits(tmp_path, config, changes):
     config = dataclasses.replace(config, model=dataclasses.replace(MODEL, **changes))
-    done = {switch: train(config, tmp_path / switch, checkpoint_activations=switch, quiet=True)
+    done = {switch: train(config, tmp_path / switch, quiet=True, place=Place(checkpoint_activations=switch))
             for switch in ("on", "off")}
     assert [done[switch]["checkpoint_activations"] for switch in ("on", "off")] == [True, False]
     assert same_bits(checkpoint(tmp_path / "on"), checkpoint(tmp_path / "off"))
@@ -379,7 +433,7 @@ def test_activation_bytes_count_what_backward_needs():
     def count(precision="float32", recompute=False, **changes):
         jet = Jet(dataclasses.replace(MODEL, emb_dim=32, **changes))
         jet.checkpoint_activations = recompute
-        return train_module.activation_bytes(jet, precision)
+        return memory.activation_bytes(jet, precision)
     image = 3 * 8 * 8 * 4
     assert count(recompute=True) == MODEL.num_couplings * 1.5 * image  # of two couplings: their inputs, and z
     assert count(recompute=True, block_depth=4) == count(recompute=True)
@@ -391,7 +445,7 @@ def test_activation_bytes_count_what_backward_needs():
 
 def test_what_does_not_fit_is_recomputed_first_then_cut(config):
     jet, optimizer, _ = stepper(config)
-    fit = functools.partial(train_module.fit_memory, jet, optimizer, config)
+    fit = functools.partial(memory.fit_memory, jet, optimizer, config)
     chosen, lines = [], []
     for free in np.geomspace(1e7, 1e4, 80):
         size, line = fit("auto", None, free)
@@ -412,7 +466,7 @@ def test_what_does_not_fit_is_recomputed_first_then_cut(config):
 def test_a_full_gpu_is_one_line(tmp_path, config, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
-    monkeypatch.setattr(train_module, "training_step", full)
+    monkeypatch.setattr(recipe, "training_step", full)
     with pytest.raises(TrainingError, match="out of memory .*--checkpoint-activations on, or a --micro-batch") as error:
         train(config, tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
@@ -421,20 +475,20 @@ def test_a_full_gpu_is_one_line(tmp_path, config, monkeypatch):
 @pytest.mark.parametrize("recompute", ["on", "off"])
 def test_equal_couplings_are_compiled_once(tmp_path, config, monkeypatch, recompute):
     from torch._dynamo.utils import counters
-    graphs = []
+    counts = []
 
-    def step(*arguments, original=train_module.training_step):
+    def step(*arguments, original=recipe.training_step):
         result = original(*arguments)
-        graphs.append(counters["stats"]["unique_graphs"])
+        counts.append(counters["stats"]["unique_graphs"])
         return result
     monkeypatch.setattr(Coupling, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
-    monkeypatch.setattr(train_module, "training_step", step)
+    monkeypatch.setattr(recipe, "training_step", step)
     config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_couplings=6))
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     try:
-        compiled = train(config, tmp_path / "compiled", compile=True, checkpoint_activations=recompute, quiet=True)
-        assert [count - before for count in graphs] == [2] * 4  # channels and spatial
+        compiled = train(config, tmp_path / "compiled", quiet=True, place=Place(compile=True, checkpoint_activations=recompute))
+        assert [count - before for count in counts] == [2] * 4  # channels and spatial
         assert 0 < compiled["first_step_seconds"] < 600
         assert "first step: " in (text := (tmp_path / "compiled/log.txt").read_text()) and "with compilation" in text
     finally:
@@ -468,7 +522,7 @@ def test_adamw_decays_as_the_official_recipe():
     for lr in (1e-4, 1e-2):
         config = TrainConfig(total_steps=10, lr=lr, weight_decay=0.01)
         parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-        optimizer, expected = train_module.make_optimizer([parameter], config), 1.0
+        optimizer, expected = recipe.make_optimizer([parameter], config), 1.0
         for step in range(10):
             optimizer.param_groups[0]["lr"] = lr * schedule(step, 10)
             parameter.grad = torch.zeros_like(parameter)
@@ -522,7 +576,7 @@ def test_evaluation_is_the_mean_over_images_with_its_standard_error(jet, photos)
 
 def test_evaluation_with_a_thread_ahead_is_the_same(jet, photos, monkeypatch):
     plain = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
-    monkeypatch.setattr(train_module, "prefetch",
+    monkeypatch.setattr(evaluate_module, "prefetch",
                         lambda function, items, ahead: data_module.prefetch(function, items, 3))
     threaded = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
     assert np.array_equal(plain.pop("bits_per_dim_per_image"), threaded.pop("bits_per_dim_per_image"))
@@ -543,8 +597,8 @@ def test_evaluation_takes_the_largest_power_of_two_that_fits_half_of_a_gpu(jet, 
     for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 50), ("max_memory_allocated", 850)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     for free, size in ((2e9, 1024), (2 * 1023 * 100, 512), (2 * 512 * 100, 512), (1000, 4), (0, 1)):
-        monkeypatch.setattr(train_module, "free_bytes", lambda device: free)
-        assert train_module._batch_that_fits(jet, (8, 8, 3), next(jet.parameters())) == size
+        monkeypatch.setattr(evaluate_module, "free_bytes", lambda device: free)
+        assert evaluate_module._batch_that_fits(jet, (8, 8, 3), next(jet.parameters())) == size
 
 
 def test_evaluation_of_a_uniform_density_is_8_bits(photos):
@@ -634,8 +688,8 @@ def test_help_shows_every_field_with_its_default(capsys):
     (["--model.emb_dim", "30"], "emb_dim=30: must be divisible by num_heads=8"),
     (["--batch_size", "many"], "invalid int value: 'many'"),
     (["--lr", "-1"], "lr=-1.0: must be a finite number above 0"),
-    (["--threads", "0"], "threads=0: must be from 1 to 1024"),
-    (["--micro-batch", "0"], "micro_batch=0: must be 1 or more"),
+    (["--threads", "0"], "threads=0: must be a whole number, 1 or more"),
+    (["--micro-batch", "0"], "micro_batch=0: must be a whole number, 1 or more"),
     (["--checkpoint-activations", "maybe"], "invalid choice: 'maybe'"),
     (["--device", "mps"], "device 'mps': must be auto, cpu or cuda"),
     (["--device", "tpu"], "device 'tpu': must be auto, cpu or cuda"),
@@ -653,7 +707,7 @@ def test_cuda_that_is_not_there_is_an_error():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(TrainingError, match="sees no GPU here"):
-        train_module.pick_device("cuda")
+        machine.pick_device("cuda")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be read here")
@@ -664,7 +718,9 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
         import sys
         import train
         from jet import JetConfig
-        def peak(*arguments, real=train.training_step):
+        import recipe
+        from harness.place import Place
+        def peak(*arguments, real=recipe.training_step):
             memory = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
             before = memory("VmRSS")
             open("/proc/self/clear_refs", "w").write("5")
@@ -672,10 +728,10 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
             gradients_and_moments = 3 * sum(parameter.nbytes for parameter in arguments[0].parameters())
             print(memory("VmHWM") - before - gradients_and_moments)
             return result
-        train.training_step = peak
+        recipe.training_step = peak
         config = train.TrainConfig(data=sys.argv[1], batch_size=32, total_steps=1, model=JetConfig(
             image_size=32, num_couplings=int(sys.argv[2]), emb_dim=128, num_heads=4))
-        train.train(config, sys.argv[3], checkpoint_activations="on", quiet=True)
+        train.train(config, sys.argv[3], quiet=True, place=Place(checkpoint_activations="on"))
     """
     few, many = (int(subprocess.run([sys.executable, "-c", code, tmp_path / "images.npy", str(couplings),
                                      tmp_path / str(couplings)], cwd=ROOT, capture_output=True, text=True).stdout)
@@ -684,29 +740,29 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
 
 
 def test_a_recipe_of_more_than_a_day_says_so_before_its_first_step(tmp_path, config, monkeypatch, capsys):
-    monkeypatch.setattr(train_module, "matmul_rate", lambda: 1e8)
+    monkeypatch.setattr(advice_module, "matmul_rate", lambda: 1e8)
     long = dataclasses.replace(config, total_steps=10 ** 9)
-    days = train_module.train_flops(long) / 5e7 / 86_400
+    days = train_flops(long) / 5e7 / 86_400
     with pytest.raises(SystemExit):  # before step 1 is what counts
-        monkeypatch.setattr(train_module, "training_step", lambda *arguments: sys.exit())
+        monkeypatch.setattr(recipe, "training_step", lambda *arguments: sys.exit())
         train(long, tmp_path / "long")
     said = capsys.readouterr().err
     assert f"about {days:,.0f} days on this CPU" in said and "1,000,000,000 steps of 16 images" in said
-    assert f"{train_module.train_flops(long):.2g} FLOPs" in said
-    assert train_module.advice(dataclasses.replace(config, total_steps=100), torch.device("cpu")) == []
-    assert train_module.advice(long, torch.device("cuda")) == []
+    assert f"{train_flops(long):.2g} FLOPs" in said
+    assert advice_module.advice(dataclasses.replace(config, total_steps=100), torch.device("cpu")) == []
+    assert advice_module.advice(long, torch.device("cuda")) == []
 
 
 def test_bfloat16_on_a_cpu_says_in_one_line_that_float32_is_faster(config):
     rounded = dataclasses.replace(config, precision="bfloat16")
-    line, = train_module.advice(rounded, torch.device("cpu"))
+    line, = advice_module.advice(rounded, torch.device("cpu"))
     assert "slower than float32" in line and "\n" not in line
-    assert train_module.advice(config, torch.device("cpu")) == []
+    assert advice_module.advice(config, torch.device("cpu")) == []
 
 
 def test_a_graph_needs_a_gpu(tmp_path, config):
     with pytest.raises(TrainingError, match="needs a GPU and one process, and the device is cpu"):
-        train(config, tmp_path / "run", device="cpu", graph=True)
+        train(config, tmp_path / "run", place=Place(device="cpu", graph=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -727,8 +783,8 @@ def test_a_recorded_step_is_the_step(config, monkeypatch):
     for graph in (False, True):
         torch.manual_seed(0)
         jet = Jet(config.model).double()  # else the noise of key biases, whose gradient is 0, is all that differs
-        optimizer = train_module.make_optimizer(jet.parameters(), config, graph)
-        step = train_module.make_step(jet, optimizer, config, graph=graph)
+        optimizer = recipe.make_optimizer(jet.parameters(), config, graph)
+        step = recipe.make_step(jet, optimizer, config, graph=graph)
         batches = [training_batch(images, config.batch_size, 0, number).double() for number in range(6)]
         batches[5] = batches[5] * float("nan")  # nothing is updated from it on
         results = [step(x, number) for number, x in enumerate(batches + batches[:1], 1)]

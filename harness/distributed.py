@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 train.py ...
 
-torchrun (or a Slurm job of experiments/cluster.py) tells each process its rank; the first one, of rank 0, alone
-reads and writes files. With one process every function here does nothing, or what its name says at once.
+torchrun (or a Slurm job of sweeps/cluster.py) tells each process its rank; the first one, of rank
+0, alone reads and writes files. With one process every function here does nothing, or what its name
+says at once.
 """
 import atexit
 import datetime
@@ -19,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 def start():
     """Join the other processes where the environment names any; later calls do nothing.
 
-    The timeout bounds how long a process waits for one that was lost without a word; the first may take minutes
-    to write a large checkpoint while others wait.
+    The timeout bounds how long a process waits for one that was lost without a word; the first may
+    take minutes to write a large checkpoint while others wait.
     """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -32,8 +33,9 @@ def start():
 def leave():
     """Part from the other processes, when all is done.
 
-    gloo's threads must have ended before Python does: one that drops the last reference to a tensor after that
-    aborts the process. DistributedDataParallel, which is in reference cycles, keeps them alive.
+    gloo's threads must have ended before Python does: one that drops the last reference to a tensor
+    after that aborts the process. DistributedDataParallel, which is in reference cycles, keeps them
+    alive.
     """
     if dist.is_initialized():
         gc.collect()
@@ -66,7 +68,7 @@ def part(n):
 
 
 def agree(*values):
-    """The largest of each number over the processes: equal in all of them, and with no wait for a GPU."""
+    """The largest of each number over the processes: equal in all, and with no wait for a GPU."""
     if size() == 1:
         return values
     largest = torch.tensor(values, dtype=torch.float64)
@@ -93,7 +95,7 @@ def from_first(function, *arguments):
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        outcome[1].told = rank() > 0  # the first process tells it
+        outcome[1].is_shown_elsewhere = rank() > 0  # by the first process
         raise outcome[1]
     return outcome[0]
 
@@ -107,21 +109,24 @@ def from_all(value):
 
 
 def wrap(jet):
-    """The Jet with gradients that are means over the processes, and the first one's weights in all of them."""
+    """The Jet with the first process's weights in all, and gradients that are means over them."""
     if size() == 1:
         return jet
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of broadcast_buffers; ours are constants
+    # the warning is of broadcast_buffers, and ours are constants
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return DistributedDataParallel(jet, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def copy_moments(optimizer):
-    """The first process's Adam moments, if it has any, in all of them; weights are DistributedDataParallel's."""
-    if size() == 1 or not agree(bool(optimizer.state))[0]:
+    """The first process's Adam moments, if it has any, in all of them.
+
+    Weights are DistributedDataParallel's business.
+    """
+    if size() == 1 or not agree(len(optimizer.state))[0]:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for name, like in (("step", torch.zeros((), device=parameter.device)), ("exp_avg", parameter),
-                               ("exp_avg_sq", parameter)):
+            state, count = optimizer.state[parameter], torch.zeros((), device=parameter.device)
+            for name, like in (("step", count), ("exp_avg", parameter), ("exp_avg_sq", parameter)):
                 state.setdefault(name, torch.zeros_like(like, requires_grad=False))
                 dist.broadcast(state[name], 0)

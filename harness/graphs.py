@@ -1,7 +1,8 @@
 """A function of one tensor as a CUDA graph: recorded once, then replayed by one launch.
 
-Small Jets are bound by launches on a GPU: a training step is thousands of kernels, each shorter than the host needs
-to start the next. A graph starts all of them at once. Source: PyTorch's notes on CUDA graphs.
+Small Jets are bound by launches on a GPU: a training step is thousands of kernels, each shorter
+than the host needs to start the next. A graph starts all of them at once. Source: PyTorch's notes
+on CUDA graphs.
 """
 import torch
 
@@ -9,10 +10,11 @@ import torch
 class Graphed:
     """function(x) -> a tuple of tensors, recorded at its third call and replayed from then on.
 
-    All that it does must happen on the device: shapes stay the same, and what it reads beside x (weights, moments, a
-    learning rate) are tensors that are changed in place. The first calls run it as it is, on a stream of their own, so
-    that whatever is made once (moments, compiled code, workspaces) is there before the recording; recording runs
-    nothing, so every call counts once. prepare: called before each of these calls and before the recording.
+    All that it does must happen on the device: shapes stay the same, and what it reads beside x
+    (weights, moments, a learning rate) are tensors that are changed in place. The first calls run
+    it as it is, on a stream of their own, so that whatever is made once (moments, compiled code,
+    workspaces) is there before the recording; recording runs nothing, so every call counts once.
+    prepare: called before each of these calls and before the recording.
     Raises ValueError for a tensor of another shape than the one recorded.
     """
     EAGER_CALLS = 2
@@ -31,7 +33,8 @@ class Graphed:
             self.prepare()
             self.replay, self.outputs = record(self.function, self.x)
         if x.shape != self.x.shape:
-            raise ValueError(f"a CUDA graph of a tensor of shape {tuple(self.x.shape)}, not {tuple(x.shape)}")
+            raise ValueError(f"a CUDA graph of a tensor of shape {tuple(self.x.shape)}, not "
+                             f"{tuple(x.shape)}")
         with torch.no_grad():
             self.x.copy_(x)
         self.replay()
@@ -47,7 +50,7 @@ class Graphed:
 
 
 def record(function, x):
-    """(a function that runs again what function(x) does, the tensors that it writes its results into)."""
+    """(a function that runs what function(x) does again, the tensors that its results are in)."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: the thread that makes batches ahead may pin memory meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -1,0 +1,89 @@
+"""One line of an audit, and what all checks share.
+
+A check looks at a model and images, and yields Checks. A model is a Jet, or any torch module with
+forward(x) -> (z, logdet) and inverse(z) -> (x, logdet) like one: prior N(0, I), x as dequantize
+makes it, float (B, C, H, W), logdet (B,) in nats.
+"""
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from harness.errors import UserError
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "FAIL", "n/a"
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
+BAR = functools.partial(tqdm, leave=False, dynamic_ncols=True,
+                        bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} "
+                                   "[{elapsed}, {remaining} left]")
+
+
+class AuditError(UserError):
+    """A request that cannot be audited, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of an audit."""
+    section: str
+    name: str
+    value: float | str | None
+    tolerance: str  # what is allowed, in words
+    result: str
+    text: str  # what it means
+    drift: float | str = 0.0  # a later audit may differ by so much
+
+
+def check(section, name, value, holds, tolerance, text, drift=0.0):
+    """A Check; holds: True, False or None (not applicable)."""
+    result = NOT_APPLICABLE
+    if holds is not None:
+        result = PASS if holds else FAIL
+    if isinstance(value, float) and not math.isfinite(value):
+        value, result = str(value), FAIL
+    return Check(section=section, name=name, value=value, tolerance=tolerance, result=result,
+                 text=text, drift=drift)
+
+
+def at_precision(model, name):
+    """A copy of the model in a precision, the type of its weights, and the context to run it in.
+
+    bfloat16: in the networks alone, under autocast.
+    """
+    dtype, context = PRECISIONS[name], contextlib.nullcontext()
+    if name == "bfloat16":
+        context = torch.autocast(device_of(model).type, torch.bfloat16)
+    return copy.deepcopy(model).to(dtype), dtype, context
+
+
+def attempt(function):
+    """A result, or the error that stands for it: a model need not run in every precision."""
+    try:
+        return function()
+    except (RuntimeError, ValueError, UserError) as error:
+        return error
+
+
+def counted(number, noun):
+    """"1 draw", "4 draws"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def device_of(model):
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def largest_of(values):
+    """The largest of some numbers, nan where one is; 0 of none."""
+    return float(np.max([float(value) for value in values], initial=0.0))
+
+
+def dequantized(pixels, noise, dtype=torch.float64):
+    """x = -1 + (u8 + u) / 127.5, from the formula alone: float (B, C, H, W)."""
+    levels = torch.from_numpy(np.array(pixels, float)) + torch.as_tensor(noise).double()
+    return (-1 + levels / 127.5).permute(0, 3, 1, 2).to(dtype)

@@ -1,0 +1,203 @@
+"""Estimate and precision: the number itself, its error and its parts.
+
+The likelihood is computed twice: by evaluate.py, as all numbers of this repository are, and here
+from the formulas, in float64, with nothing shared but the network and the noise.
+"""
+import functools
+import math
+
+import numpy as np
+import torch
+
+import evaluate as evaluator
+from audit.checks import BAR, at_precision, attempt, check, counted, dequantized, device_of
+from data import evaluation_noise, fingerprint
+from harness.errors import short
+from jet import Jet
+
+line = functools.partial(check, "Estimate")
+
+
+@torch.no_grad()
+def bits_table(model, array, seed, draws, batch_size=64):
+    """From the formulas, in float64, {"bits", "square" (bits/dim), "logdet" (nats): (draws, N)}."""
+    model, dtype, _ = at_precision(model, "float64")
+    rows = {name: np.empty((draws, len(array))) for name in ("square", "logdet")}
+    dims = array[0].size
+    with BAR(total=draws * len(array), desc="likelihood in float64") as bar:
+        for draw in range(draws):
+            for start in range(0, len(array), batch_size):
+                pixels = np.array(array[start:start + batch_size])
+                indices = range(start, start + len(pixels))
+                noise = evaluation_noise(indices, pixels.shape[1:], seed, draw)
+                z, logdet = model(dequantized(pixels, noise, dtype).to(device_of(model)))
+                part = draw, slice(start, start + len(pixels))
+                squares = z.square().flatten(1).sum(1).cpu()
+                rows["square"][part] = squares / 2 / dims / math.log(2)
+                rows["logdet"][part] = logdet.cpu()
+                bar.update(len(pixels))
+    rows["bits"] = (rows["square"] + math.log2(2 * math.pi) / 2 + math.log2(127.5)
+                    - rows["logdet"] / dims / math.log(2))
+    return rows
+
+
+def importance_weighted(bits, K, dims):
+    """Bits/dim (N,) by the importance-weighted bound of K of the draws (R, N), mean over groups.
+
+    -log2 of the mean of K densities over K: a bound between that of one draw and the image's true
+    code length (Burda et al. 2016). The largest term is taken out of the sum, so that nothing
+    under- or overflows.
+    """
+    nats = -bits[:len(bits) // K * K].reshape(-1, K, bits.shape[1]) * dims * math.log(2)
+    top = nats.max(1, keepdims=True)
+    log_mean = top[:, 0] + np.log(np.exp(nats - top).mean(1))
+    return -(log_mean / dims / math.log(2)).mean(0)
+
+
+def estimate(model, images, seed, draws, iw):
+    """All that the likelihood is measured with: the repository's way, and from the formulas."""
+    array = images.array
+    rows = bits_table(model, array, seed, max(draws, iw))
+    bits = rows["bits"]
+    model32 = at_precision(model, "float32")[0]
+    evaluate = functools.partial(evaluator.evaluate, model32, images, seed, per_image=True)
+    noise_se = math.nan
+    if draws > 1:
+        noise_se = float(np.sqrt((bits[:draws].var(0, ddof=1) / draws).sum()) / len(array))
+    return {"rows": rows, "ours": evaluate(draws), "float32": evaluate(),
+            "bfloat16": attempt(lambda: evaluate(precision="bfloat16")), "noise_se": noise_se,
+            "draws": draws, "iw": iw, "dims": array[0].size, "seed": seed, "num_images": len(array)}
+
+
+def check_estimate(model, images, measured, recorded, scales):
+    """recorded: done.json of the weights' run, or None. scales: all that the couplings apply."""
+    ours = measured["ours"]
+    value, per_image = ours["bits_per_dim"], ours["bits_per_dim_per_image"]
+    yield line("bits/dim", value, math.isfinite(value), "finite",
+               f"+- {ours['bits_per_dim_se']:.4f} over images, +- {measured['noise_se']:.5f} over "
+               f"noise; {counted(measured['draws'], 'draw')} of uniform noise an image: an upper "
+               "bound", 1e-4)
+    is_mean = abs(per_image.mean() - value) < 1e-9
+    yield line("every image once", ours["num_images"],
+               is_mean and ours["num_images"] == len(images.array) == len(per_image),
+               f"{len(images.array):,}", "the mean is over all images, whatever the batches")
+    yield from check_noise(images, measured)
+    yield from check_terms(measured)
+    yield from check_scales(model, measured, scales)
+    yield from check_importance_weights(measured)
+    if recorded:
+        yield check_recorded(images, measured, recorded)
+
+
+def check_noise(images, measured):
+    """Whether the noise is uniform, and whether levels with their noise leave no gaps."""
+    indices = range(min(64, len(images.array)))
+    noise = evaluation_noise(indices, images.array.shape[1:], measured["seed"], 0).numpy().ravel()
+    off = max(abs(noise.mean() - 0.5) * math.sqrt(12 * len(noise)),
+              abs(noise.var() - 1 / 12) * math.sqrt(180 * len(noise)))
+    yield line("noise", float(off), off < 5 and noise.min() >= 0 and noise.max() < 1, "below 5",
+               f"from {noise.min():.4f} to {noise.max():.4f}; mean and variance against 1/2 and "
+               "1/12, in standard errors")
+    levels = torch.arange(256, dtype=torch.uint8)
+    low, high = (evaluator.dequantize(levels, torch.full((256,), u, dtype=torch.float64))
+                 for u in (0.0, 1.0))
+    gap = max((low[1:] - high[:-1]).abs().max().item(), abs(low[0].item() + 1))
+    yield line("levels of grey", gap, gap < 1e-9, "below 1e-9", "the 256 levels, with their noise, "
+               "tile -1 to 1 + 1/127.5: no gaps, no overlaps")
+
+
+def check_terms(measured):
+    """The number against the one from the formulas, as a mean and image by image."""
+    rows, draws, ours = measured["rows"], measured["draws"], measured["ours"]
+    own, per_image = rows["bits"][:draws].mean(0), ours["bits_per_dim_per_image"]
+    logdet = rows["logdet"][:draws].mean() / measured["dims"] / math.log(2)
+    terms = {"squares of z": rows["square"][:draws].mean(),
+             "log2(2 pi) / 2": math.log2(2 * math.pi) / 2, "log2(127.5)": math.log2(127.5),
+             "log-det": -logdet}
+    text = " + ".join(f"{term} {number:.4f}" for term, number in terms.items())
+    yield line("sum of its terms", float(own.mean()), abs(own.mean() - ours["bits_per_dim"]) < 2e-4,
+               "bits/dim, to 0.0002", f"{text}; computed again in float64, from the formulas", 1e-6)
+    # A fault of the evaluator may hide in the mean: image by image it cannot.
+    worst = math.inf
+    if len(own) == len(per_image):
+        worst = float(np.abs(own - per_image).max())
+    yield line("image by image", worst, worst < 2e-3, "below 0.002",
+               "largest difference of one image between the two computations, bits/dim", 1e-3)
+
+
+def check_scales(model, measured, scales):
+    """What the couplings make of their scales, and whether more couplings are needed."""
+    if isinstance(model, Jet) and not (model.config.actnorm or model.config.invertible_dense):
+        share = float(measured["rows"]["logdet"].mean() / model.config.logdet_cap_nats)
+        text = "share of what the couplings can reach"
+        if share >= 0.9:
+            text += "; SATURATED: more couplings are needed"
+        yield line("log-det / cap", share, share <= 1, "at most 1", text, 1e-4)
+    else:
+        yield line("log-det / cap", None, None, "at most 1", "these layers have no cap")
+    if scales:
+        smallest, largest, limit = min(scales), max(scales), model.config.scale_factor
+        yield line("smallest scale", smallest, smallest > 1e-6, "above 1e-6",
+                   "the inverse divides by it", 1e-4)
+        yield line("largest scale", largest, largest <= limit * (1 + 1e-6), f"at most {limit:g}",
+                   "as applied, measured by moving x2", 1e-4)
+
+
+def check_importance_weights(measured):
+    """The bound with K = 1, 2, 4, ... draws."""
+    before, K = math.inf, 1
+    while K <= measured["iw"]:
+        bits = importance_weighted(measured["rows"]["bits"], K, measured["dims"])
+        value, error = float(bits.mean()), math.nan
+        if len(bits) > 1:
+            error = float(bits.std(ddof=1) / math.sqrt(len(bits)))
+        yield line(f"importance-weighted, K = {K}", value, value <= before + 1e-9,
+                   "falls with K" if K > 1 else "the bound above",
+                   f"+- {error:.4f} over images; {measured['iw'] // K} groups of draws", 1e-6)
+        before, K = value, 2 * K
+
+
+def check_recorded(images, measured, recorded):
+    """The number against the one that the weights' run recorded."""
+    ours = measured["ours"]
+    is_same = recorded["test_fingerprint"] == fingerprint(images.array)
+    is_part = images.split == "test" and (is_same or images.name == f"{recorded['dataset']}-subset")
+    difference = ours["bits_per_dim"] - recorded["bits_per_dim"]
+    error = 4 * math.hypot(ours["bits_per_dim_se"], recorded["bits_per_dim_se"])
+    if is_same:  # but for the noise
+        error = measured["noise_se"] if measured["draws"] > 1 else ours["bits_per_dim_se"]
+        error = 1e-3 + 4 * error
+    text = (f"its done.json has {recorded['bits_per_dim']:.4f} on {recorded['num_images']:,} "
+            f"images of {recorded['dataset']}")
+    holds = abs(difference) <= error
+    if not is_part:
+        difference, holds, text = None, None, f"{text}: not these"
+    elif not is_same:
+        text += ", of which these are a part"
+    return line("as recorded by its run", difference, holds, f"within {error:.4f}", text, 1e-4)
+
+
+def check_precision(measured):
+    """bits/dim on the same images and noise in each precision."""
+    line = functools.partial(check, "Precision")
+    exact = measured["rows"]["bits"][0]
+    yield line("float64", float(exact.mean()), True, "the reference", "bits/dim, one draw an image",
+               1e-6)
+    for precision, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        result = measured[precision]
+        if isinstance(result, Exception):
+            yield line(precision, None, None, "", f"the model does not run so ({short(result)})")
+            continue
+        value, bits = result["bits_per_dim"], result["bits_per_dim_per_image"]
+        difference, text = value - exact.mean(), "other images"
+        if len(bits) == len(exact):
+            text = f"differs by {difference:+.2g}; worst image {np.abs(bits - exact).max():.2g}"
+        yield line(precision, value, abs(difference) < tolerance,
+                   f"within {tolerance:g} of float64", text, tolerance / 2)
+
+
+def precision_error(measured):
+    """The largest difference between precisions, bits/dim: part of the verdict's error."""
+    exact = measured["rows"]["bits"][0].mean()
+    return max(abs(measured[name]["bits_per_dim"] - exact) for name in ("float32", "bfloat16")
+               if isinstance(measured[name], dict))

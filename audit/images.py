@@ -1,0 +1,82 @@
+"""Data: which images are audited, and whether each counts once."""
+import functools
+import hashlib
+
+import numpy as np
+
+from audit.checks import BAR, check
+from data import FINGERPRINTS, SETS, fingerprint
+
+REPEATED_SHARE = 0.001  # of the images; of 512, none
+line = functools.partial(check, "Data")
+
+
+def check_data(images, other_split, recorded):
+    """images: ImageSet. other_split: that of the set's other split, or None. recorded: what the
+    weights' run says of its own data (its done.json), or None."""
+    yield from check_identity(images)
+    yield from check_repeated(images, other_split)
+    if recorded:
+        is_trained = recorded["train_fingerprint"] == fingerprint(images.array)
+        is_variant = (are_related(recorded["dataset"], images.name)
+                      and recorded["variant"] != images.variant)
+        name, text = "what it was trained on", "as the run's done.json has it"
+        if is_trained:
+            text += ": THE SAME IMAGES"
+        elif is_variant:
+            text += ": ANOTHER VARIANT"
+        yield line(name, f"{recorded['dataset']}, variant {recorded['variant']}",
+                   not (is_trained or is_variant), "not these images, nor another variant of them",
+                   text)
+
+
+def check_identity(images):
+    array, name, split = images.array, images.name, images.split
+    known = SETS.get(name)
+    has_shape = known and known.shape == array.shape[1:] and known.variant == images.variant
+    yield line("set and variant", f"{name}, variant {images.variant}, {split}", has_shape,
+               "a known set has its shape and variant",
+               "a number of another variant, or of other images, is another number")
+    count = known.counts[split] if known else None
+    yield line("images", len(array), None if count is None else len(array) == count,
+               "all" if count is None else f"{count:,} in all",
+               "a missing batch or a doubled one shows here")
+    found = fingerprint(array)
+    names = [f"{other} {part}" for (other, part), value in FINGERPRINTS.items() if value == found]
+    expected = FINGERPRINTS.get((name, split), images.known_fingerprint)
+    holds, text = None, "SHA-256 of the pixels; nothing to compare with"
+    if expected:
+        holds, text = expected == found, "SHA-256 of the pixels, as recorded when the set was made"
+    if names:
+        text = f"these are the images of {names[0]}"
+        if f"{name} {split}" not in names:
+            holds = False
+    yield line("fingerprint", found, holds, expected or "not known", text)
+
+
+def check_repeated(images, other_split):
+    digests = _digests(images, "repeated images")
+    repeated = len(digests) - len(set(digests))
+    allowed = int(REPEATED_SHARE * len(digests))
+    yield line("repeated images", repeated, repeated <= allowed, f"at most {allowed}",
+               "an image that comes twice counts twice, and makes the standard error too small")
+    if other_split is None:
+        yield line("images of both splits", None, None, "none",
+                   "there is no other split to compare with")
+        return
+    others = set(_digests(other_split, "images of both splits"))
+    both = sum(digest in others for digest in digests)
+    yield line("images of both splits", both, both <= allowed,
+               f"at most {allowed} of {len(digests):,}",
+               f"exact copies among the {len(other_split.array):,} images of {other_split.name} "
+               f"{other_split.split}: what was trained on is no test")
+
+
+def _digests(images, progress):
+    return [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+            for image in BAR(images.array, progress)]
+
+
+def are_related(one, two):
+    """Whether two names are variants of one set, like imagenet64-oord and imagenet64-chrabaszcz."""
+    return one != two and one.startswith("imagenet") and one.split("-")[0] == two.split("-")[0]

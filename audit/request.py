@@ -1,0 +1,98 @@
+"""What is asked of an audit: the model, the images, how, and against which claim."""
+import dataclasses
+from pathlib import Path
+
+from audit.checks import AuditError
+from data import SPLITS
+from harness.flags import ArgumentParser, add_setting_flags, model_fields
+from harness.machine import ROOT
+from jet import JetConfig, check_settings, setting
+
+DEFAULT_MODEL = ROOT / "assets/jet_cifar10"
+RECORDED = ("checkpoint", "adapter", "data", "split", "num_images", "draws", "iw", "jacobians",
+            "codelength", "claim", "claim_from", "claim_data", "eval_seed", "threads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Each is a flag of audit_bpd.py. Raises AuditError that names field, value and rule."""
+    checkpoint: str | None = setting(
+        None, "a run folder or weight file (default: assets/jet_cifar10)", kind=str)
+    adapter: str | None = setting(
+        None, "instead: a Python file with forward(x) and inverse(z); it is run", kind=str)
+    data: str = setting("cifar10-subset", "image set, prepared folder or .npy file")
+    data_root: str | None = setting(None, "holds the image sets (default: $JET_DATA)", kind=str)
+    split: str = setting("test", "which images of the set", SPLITS)
+    num_images: int | None = setting(None, "the first so many images (default: all)", minimum=2,
+                                     kind=int)
+    claim: str | None = setting(
+        None, "bits/dim with the digits that were published, like 3.66", kind=str)
+    claim_from: str | None = setting(
+        None, "the claim of this model of results/reported.csv", kind=str)
+    claim_data: str | None = setting(
+        None, "what the claim is of, like imagenet64-oord (default: the audited images)", kind=str)
+    draws: int = setting(4, "noise draws an image")
+    iw: int = setting(8, "largest K of the importance-weighted bound")
+    jacobians: int = setting(1, "images whose whole Jacobian is taken", minimum=0)
+    codelength: int | None = setting(
+        None, "images that are really compressed (default: up to 512, by cost)", minimum=0,
+        kind=int)
+    eval_seed: int = setting(0, "of the noise", minimum=0)
+    device: str = setting("auto", "auto, cpu or cuda")
+    threads: int = setting(1, "CPU threads; more need idle cores")
+    model: dict = dataclasses.field(default_factory=dict)  # JetConfig fields, for load_jet
+
+    def __post_init__(self):
+        try:
+            check_settings(self)
+        except ValueError as error:
+            raise AuditError(str(error)) from None
+        if self.adapter and self.checkpoint:
+            raise AuditError("--adapter and --checkpoint: give one of them")
+        if not self.adapter and not self.checkpoint:
+            object.__setattr__(self, "checkpoint", str(DEFAULT_MODEL))
+
+    @classmethod
+    def from_flags(cls, flags):
+        """flags: those that were given, a dict."""
+        given = {name: flags[name] for name in cls.__dataclass_fields__ if name in flags}
+        return cls(**given, model=model_fields(flags))
+
+    @classmethod
+    def from_settings(cls, settings, flags):
+        """That of a certificate again; flags may say where its model and images are now."""
+        known = {name: settings.get(name) for name in RECORDED}
+        known |= {"adapter": None, "checkpoint": None}
+        if "adapter" not in flags:
+            known["checkpoint"] = str(ROOT / str(settings["checkpoint"]))
+            parser = ArgumentParser(prog="audit_bpd.py")
+            add_setting_flags(parser, JetConfig, "model.")
+            recorded = vars(parser.parse_args(list(map(str, settings["model_flags"]))))
+            known["model"] = model_fields(flags) or model_fields(recorded)
+        places = ("adapter", "checkpoint", "data", "data_root", "device")
+        return cls(**known | {name: flags[name] for name in places if name in flags})
+
+    def to_settings(self):
+        """The part of it that a certificate records."""
+        settings = {name: getattr(self, name) for name in RECORDED}
+        for name in ("checkpoint", "adapter"):
+            if settings[name]:
+                settings[name] = relative_path(settings[name])
+        return settings | {"model_flags": self.model_arguments()}
+
+    def model_arguments(self):
+        """The JetConfig fields, as command lines have them."""
+        arguments = []
+        for name, value in self.model.items():
+            if isinstance(value, bool):
+                arguments.append(f"--model.{name}" if value else f"--no-model.{name}")
+            else:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                arguments += [f"--model.{name}", *map(str, values)]
+        return arguments
+
+
+def relative_path(path):
+    """A path as others can use it: relative to the repository where it is inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,131 @@
+"""Asymmetric numeral systems (rANS, Duda 2013) for many symbols at once.
+
+The written bits are a stack of 32-bit words below a row of 64-bit states, the lanes, which numpy
+moves together. Every operation has an exact inverse; what was done is undone in reverse order.
+"""
+import numpy as np
+
+from harness.errors import UserError
+
+LOWEST = 30  # between two operations a lane is in [2^30, 2^62)
+
+
+class CodecError(UserError, ValueError):
+    """A file that cannot be decoded, or images that cannot be encoded, in one line."""
+
+
+class Coder:
+    """The state of the entropy coder. Lanes are int64 in [2^30, 2^62); words are 32 bits each.
+
+    borrow: an encoder that runs out of words takes more from nowhere, and counts them.
+    """
+
+    def __init__(self, words=(), num_lanes=0, borrow=False):
+        self._words = np.zeros(max(1024, 2 * len(words)), np.uint32)
+        self._words[:len(words)] = words
+        self.num_words = self.low_water = len(words)
+        self.lanes = np.zeros(0, np.int64)
+        self.fill_bits = 0.0  # a lane holds a fraction of a bit before its first symbol
+        self.borrow, self.borrowed = borrow, 0
+        self.set_lanes(num_lanes)
+
+    @property
+    def words(self):
+        return self._words[:self.num_words]
+
+    @property
+    def bits(self):
+        """The information held, in bits."""
+        return 32 * self.num_words + float(np.log2(self.lanes.astype(float)).sum())
+
+    def put(self, values):
+        """Push the low 32 bits of each value."""
+        end = self.num_words + len(values)
+        if end > len(self._words):
+            self._words = np.concatenate([self._words, np.zeros(end, np.uint32)])
+        self._words[self.num_words:end] = values & 0xffffffff
+        self.num_words = end
+
+    def take(self, count):
+        """Pop so many words, in the order in which put got them."""
+        if count > self.num_words:
+            if not self.borrow:
+                raise CodecError("the data end too early: they do not fit these weights")
+            missing = count - self.num_words
+            generator = np.random.default_rng([missing, self.borrowed])
+            fresh = generator.integers(0, 2 ** 32, missing, np.uint32)
+            self._words = np.concatenate([fresh, self._words])
+            self.num_words += missing
+            self.borrowed += missing
+        self.num_words -= count
+        self.low_water = min(self.low_water, self.num_words)
+        return self._words[self.num_words:self.num_words + count].astype(np.int64)
+
+    def set_lanes(self, count):
+        """More lanes begin with a word of the stack each; lanes that are given up return theirs."""
+        if count > len(self.lanes):
+            fresh = 2 ** 32 | self.take(count - len(self.lanes))
+            self.lanes = np.concatenate([self.lanes, fresh])
+            self.fill_bits += float((np.log2(fresh) - 32).sum())
+        elif count < len(self.lanes):
+            if (self.lanes[count:] >> 32 != 1).any():
+                raise CodecError("the data are not what was encoded: they do not fit these weights")
+            self.put(self.lanes[count:])
+            self.lanes = self.lanes[:count].copy()
+
+    def rows(self, count):
+        """The slices of `count` values that are coded together, a lane for each."""
+        width = len(self.lanes)
+        return [slice(start, min(start + width, count)) for start in range(0, count, width)]
+
+    def shrink(self, x, bounds):
+        """Lanes above their bound move their low half to the stack."""
+        is_high = x > bounds
+        if is_high.any():
+            self.put(x[is_high])
+            x[is_high] >>= 32
+
+    def grow(self, x, bounds):
+        """Lanes below their bound take a word from the stack."""
+        is_low = x < bounds
+        if count := int(np.count_nonzero(is_low)):
+            x[is_low] = x[is_low] << 32 | self.take(count)
+
+    def push_bits(self, values, num_bits):
+        """Push values below 2^num_bits (num_bits up to 30), an array of any length."""
+        for row in self.rows(len(values)):
+            x = self.lanes[:row.stop - row.start]
+            self.shrink(x, (1 << 62 - num_bits) - 1)
+            x[:] = x << num_bits | values[row]
+
+    def pop_bits(self, count, num_bits):
+        """The inverse of push_bits: `count` values."""
+        values = np.empty(count, np.int64)
+        for row in reversed(self.rows(count)):
+            x = self.lanes[:row.stop - row.start]
+            values[row] = x & (1 << num_bits) - 1
+            x >>= num_bits
+            self.grow(x, 1 << LOWEST)
+        return values
+
+    def rescale(self, x, values, p, shift):
+        """values * p / 2^shift, rounded by a u that is popped; its low bits are pushed.
+
+        x: as many lanes as values; p at most 2^(shift + 1).
+        """
+        low = p << LOWEST - shift
+        self.shrink(x, (low - 1 << 32) + 0xffffffff)
+        self.grow(x, low)
+        quotient, u = np.divmod(x, p)
+        values = values * p + u
+        x[:] = quotient << shift | values & (1 << shift) - 1
+        return values >> shift
+
+    def unscale(self, x, values, p, shift):
+        """The inverse of rescale."""
+        values = values << shift | x & (1 << shift) - 1
+        values, u = np.divmod(values, p)
+        x[:] = (x >> shift) * p + u
+        self.shrink(x, (1 << 62) - 1)
+        self.grow(x, 1 << LOWEST)
+        return values

@@ -1,0 +1,36 @@
+"""FLOPs and parameters, computed from a configuration."""
+import dataclasses
+import functools
+
+import torch
+
+from jet import Jet
+
+
+def forward_flops(config):
+    """FLOPs of one image's forward pass: products and convolutions, a multiply-add is two."""
+    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
+    in_dim, out_dim = (D, 2 * D) if config.split_mode == "masking" else (D // 2, D)
+    if config.block == "vit":  # qkv, out, MLP: 4 + 8 matrices of E x E; scores and their use
+        block = 2 * N * 12 * E * E + 2 * 2 * N * N * E
+    else:
+        block = 2 * N * 2 * 9 * E * E
+    coupling = 2 * N * E * (in_dim + out_dim) + config.block_depth * block
+    dense = 2 * N * D * D if config.invertible_dense else 0  # building W, once a batch, aside
+    return config.num_couplings * (coupling + dense)
+
+
+def train_flops(config):
+    """Training FLOPs of a TrainConfig: three forward passes (backward counts two) an image seen."""
+    return 3 * forward_flops(config.model) * config.batch_size * config.total_steps
+
+
+def num_parameters(model):
+    """Trainable parameters of a JetConfig: all couplings have equally many."""
+    return model.num_couplings * _coupling_parameters(dataclasses.replace(model, num_couplings=1))
+
+
+@functools.cache
+def _coupling_parameters(model):
+    with torch.device("meta"):  # without memory
+        return sum(parameter.numel() for parameter in Jet(model).parameters())

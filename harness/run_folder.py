@@ -1,0 +1,263 @@
+"""A run folder: one run's files, whole or not there at all, for one process at a time.
+
+    config.json               what is computed
+    claim.json                who is at it: machine, process, job; the file's time is the heartbeat
+    checkpoint.pt             the newest state, read back when it was written
+    checkpoint-previous.pt    the one before
+    metrics.csv               training, step by step
+    log.txt                   start, restarts, end, and what ran it
+    error.txt                 why the last attempt failed; the next one removes it
+    done.json                 the result: written last, and all that says "finished"
+"""
+import contextlib
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from tqdm import tqdm
+
+from harness import distributed
+from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint,
+                                save_checkpoint)
+from harness.claim import Claim, is_dead, read_claim
+from harness.errors import BusyError, CheckpointError, TrainingError, one_line
+from harness.files import named_in_errors, write_atomically
+from harness.machine import outside_errors
+
+CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
+LOG_NAME, METRICS_NAME = "log.txt", "metrics.csv"
+METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
+DONE_FIELDS = {"config", "num_params", "test_fingerprint", "train_fingerprint", "git_commit",
+               "bits_per_dim", "bits_per_dim_se", "num_images", "train_seconds", "hardware",
+               "device"}
+
+
+@contextlib.contextmanager
+def opened(run_dir, config, wait_s=0, echo=False):
+    """The RunFolder of a configuration (recipe.TrainConfig), for one process at a time.
+
+    wait_s: how long to wait for another process to end this run. echo: its log is printed, too. An
+    error within is left in the folder, by the process that saw it first. Raises TrainingError (its
+    subclass BusyError: another process is at this run).
+    """
+    run = RunFolder(run_dir, config, echo)
+    try:
+        distributed.from_first(run.begin, wait_s)
+        try:
+            with outside_errors():
+                yield run
+        except BusyError:
+            raise
+        except Exception as error:
+            if distributed.rank() == 0:
+                run.claim.check()  # or it is not our folder any more
+            record_error(run.path, error)
+            raise
+    finally:
+        run.claim.release()
+
+
+def read_finished(run_dir, config):
+    """The done.json of a finished run of this configuration, or None, in all processes.
+
+    Raises TrainingError for a folder of another configuration.
+    """
+    def read():
+        refuse_other_config(Path(run_dir), config)
+        return read_done(run_dir)
+    return distributed.from_first(read)
+
+
+class RunFolder:
+    """A run folder that this process, and those that share the run with it, are at."""
+
+    def __init__(self, path, config, echo=False):
+        self.path, self.config, self.claim = Path(path), config, Claim(path)
+        self._log = RunLog(self.path, echo)
+
+    def begin(self, wait_s):
+        self.claim.take(wait_s)
+        (self.path / ERROR_NAME).unlink(missing_ok=True)
+        refuse_other_config(self.path, self.config)
+        if not (self.path / CONFIG_NAME).exists():
+            write_json(self.path / CONFIG_NAME, self.config.to_record())
+
+    @property
+    def log(self):
+        """The RunLog, or None in all processes but the first."""
+        return self._log if distributed.rank() == 0 else None
+
+    @property
+    def has_checkpoint(self):
+        return any((self.path / name).exists() for name in (CHECKPOINT_NAME, PREVIOUS_NAME))
+
+    def restore(self, names):
+        """(path, content) of the newest whole checkpoint of this run, or (None, None).
+
+        names: what it must hold. Raises CheckpointError, TrainingError (of another configuration).
+        """
+        path, saved = read_checkpoint(self.path, self._log.tell)
+        if saved is None:
+            return None, None
+        if saved.get("format") != CHECKPOINT_FORMAT or not {"config", *names} <= saved.keys():
+            raise CheckpointError(f"{path}: not a checkpoint of a run: move it away to begin again")
+        refuse_changes(path, saved["config"], self.config)
+        return path, saved
+
+    def save(self, content):
+        """Write the newest checkpoint, and keep the one before; by the first process."""
+        self.claim.check()
+        save_checkpoint(self.path, {"config": self.config.to_record(), **content})
+
+    def add_steps(self, rows):
+        """Rows of metrics.csv."""
+        if self.log:
+            self.claim.check()
+            self.log.add(rows)
+
+    def finish(self, done, message):
+        """Write done.json, the result; by the first process."""
+        self.claim.check()
+        write_json(self.path / DONE_NAME, done)
+        with contextlib.suppress(OSError):  # a full disk: the result is there
+            self._log.write(message)
+        return done
+
+
+def write_json(path, values):
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
+def refuse_other_config(run_dir, config):
+    """Refuse a run folder whose config.json is of another configuration."""
+    path = run_dir / CONFIG_NAME
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise TrainingError(f"{path}: damaged ({error}): delete it, and the same command goes "
+                                "on") from None
+        refuse_changes(run_dir, stored, config)
+
+
+def refuse_changes(where, record, config):
+    """Raise TrainingError that names each field in which a stored config differs from this one."""
+    try:
+        changes = config.changes(record)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise TrainingError(f"{where} belongs to another configuration, damaged or of another "
+                            f"version ({one_line(error)}): use another run folder") from None
+    if changes:
+        raise TrainingError(f"{where} belongs to another configuration: {'; '.join(changes)}: use "
+                            "another run folder, or the same settings to resume")
+
+
+# ---- what a run tells
+
+def is_running(run_dir):
+    """Whether a process is at a run now."""
+    holder = read_claim(run_dir)
+    return holder is not None and not is_dead(holder, time.time())
+
+
+def read_done(run_dir):
+    """The content of a finished run's done.json, or None."""
+    path = Path(run_dir) / DONE_NAME
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text())
+        are_numbers = all(isinstance(row[name], float) for row in done["rows"]
+                          for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"))
+        if DONE_FIELDS <= done.keys() and are_numbers and done["rows"][-1]["split"] == "test":
+            return done
+        raise ValueError("incomplete")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise TrainingError(f"{path}: damaged ({type(error).__name__}: {error}): delete it, and "
+                            "the same command evaluates again") from None
+
+
+def record_error(run_dir, error):
+    """Write why an attempt failed, a line and the traceback; what was written first stays."""
+    if (Path(run_dir) / ERROR_NAME).exists():
+        return
+    line = one_line(error)
+    with contextlib.suppress(OSError):  # a full disk
+        text = "".join(traceback.format_exception(error))
+        write_atomically(Path(run_dir) / ERROR_NAME, f"{line}\n\n{text}")
+        RunLog(run_dir).write(f"failed: {line}")
+
+
+def read_error(run_dir):
+    """The line of error.txt, or None."""
+    try:
+        text = (Path(run_dir) / ERROR_NAME).read_text(errors="replace")
+    except OSError:
+        return None
+    return text.splitlines()[0] if text else "unknown"
+
+
+def read_progress(run_dir):
+    """(step, bits/dim of that batch, seconds) of the last whole line of metrics.csv, or zeros."""
+    try:
+        end = (Path(run_dir) / METRICS_NAME).read_bytes()[-4096:].decode(errors="replace")
+        lines = reversed(end.splitlines(keepends=True))
+        step, _, bits, _, _, seconds = next(filter(_is_whole, lines)).split(",")
+        return int(step), float(bits), float(seconds)
+    except (OSError, StopIteration, ValueError):
+        return 0, 0.0, 0.0
+
+
+def _is_whole(row):
+    cells = row.split(",")
+    has_all = len(cells) == len(METRICS_COLUMNS.split(","))
+    return row.endswith("\n") and has_all and cells[0].isdecimal()
+
+
+class RunLog:
+    """log.txt (what happened when) and metrics.csv (training, step by step) of a run folder."""
+
+    def __init__(self, run_dir, echo=False):
+        self.echo = echo
+        self.log, self.metrics = Path(run_dir) / LOG_NAME, Path(run_dir) / METRICS_NAME
+
+    def begin(self, step):
+        """Drop the rows of metrics.csv that come again, after this step, and those a kill tore."""
+        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        rows = text.splitlines(keepends=True)[1:]
+        whole = [row for row in rows if _is_whole(row)]
+        if len(whole) < len(rows):
+            self.write(f"{METRICS_NAME}: {len(rows) - len(whole)} torn lines dropped")
+        by_step = {int(row.split(",")[0]): row for row in whole}
+        kept = [by_step[number] for number in sorted(by_step) if number <= step]
+        if len(kept) < step:
+            self.write(f"{METRICS_NAME}: {step - len(kept)} of the lines up to step {step} are "
+                       "missing")
+        write_atomically(self.metrics, "".join([METRICS_COLUMNS + "\n", *kept]))
+
+    def write(self, message):
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        with named_in_errors(self.log), open(self.log, "ab+") as file:
+            line = f"{now} {message}\n"
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # torn by a kill
+                    line = "\n" + line
+            file.write(line.encode())
+        if self.echo:
+            print(message, flush=True)
+
+    def tell(self, message):
+        """A line for the log and for whoever sits at the terminal."""
+        self.write(message)
+        if not self.echo:
+            tqdm.write(message, file=sys.stderr)  # beside a progress bar
+
+    def add(self, rows):
+        """Rows of metrics.csv."""
+        with named_in_errors(self.metrics), open(self.metrics, "a") as file:
+            file.write("".join(",".join(map(str, row)) + "\n" for row in rows))

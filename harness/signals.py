@@ -1,0 +1,34 @@
+"""Signals from the keyboard, the system or a cluster, as what they ask of a run."""
+import contextlib
+import os
+import signal
+
+
+class Signals:
+    """What signals ask of a run: to stop after this step with a checkpoint, or to save one."""
+
+    def __init__(self, quiet=False):
+        self.stop = self.save = False
+        self.quiet = quiet
+
+    @contextlib.contextmanager
+    def on(self, stop=(signal.SIGINT, signal.SIGTERM), save=()):
+        """Within, these signals ask; a second interrupt from the keyboard ends it at once."""
+        def handle(number, _):
+            if number == signal.SIGINT and self.stop:
+                raise KeyboardInterrupt
+            if number in stop and not (self.stop or self.quiet):
+                name = signal.Signals(number).name  # not print: it may be what was interrupted
+                os.write(2, f"\n{name}: stopping with a checkpoint after this step\n".encode())
+            self.stop = self.stop or number in stop
+            self.save = self.save or number in save
+        before = {number: signal.signal(number, handle) for number in (*stop, *save)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """A request to stop came during an evaluation, which is done again."""

@@ -1,0 +1,114 @@
+"""A prepared folder: arrays of images and of numbers, and the manifest that seals them.
+
+    train.npy, test.npy      uint8 (N, H, W, 3)
+    *_labels.npy             int64 (N,), where the source has numbers for labels
+    *_checksums.npy          the first 8 bytes of the SHA-256 of each image (and its label)
+    manifest.json            what the set is, and the SHA-256 of all that; written last
+"""
+import hashlib
+import json
+import re
+
+import numpy as np
+
+from harness.errors import DataError
+from images.sets import MANIFEST, PARTIAL, SPLITS
+
+NUMBERS = {"labels": "<i8", "checksums": "<u8"}  # files of one number an image
+HEADER_BYTES = 128
+_BLOCK = 2048  # images hashed at a time
+
+
+def npy_header(shape, kind="|u1"):
+    """The first 128 bytes of a .npy file of this shape, format version 1.0."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
+    length = (HEADER_BYTES - 10).to_bytes(2, "little")
+    return b"\x93NUMPY\x01\x00" + length + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
+
+
+def open_array(path):
+    """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"data {str(path)!r}: no such file") from None
+    except Exception as error:  # np.load raises nearly everything on damaged files
+        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())})") from None
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
+        kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
+        raise DataError(f"data {str(path)!r}: {kind}: must be uint8 (N, H, W, C) and not empty")
+    return array
+
+
+def open_labels(path, count):
+    """The labels of a prepared folder: int64 (N,). Raises DataError."""
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except Exception as error:  # np.load raises nearly everything on damaged files
+        raise DataError(f"{path}: not readable ({type(error).__name__}): prepare the set "
+                        "again") from None
+    if labels.dtype != np.int64 or labels.shape != (count,):
+        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
+                        "the set again")
+    return labels
+
+
+def hash_images(path, shape, labels, bar):
+    """(fingerprint, first 8 bytes of each image's SHA-256, the same with its label) of a split.
+
+    The file is read, not mapped: a map counts as memory. bar: is told of each block.
+    """
+    whole = hashlib.sha256(",".join(map(str, shape)).encode() + b"\n")
+    pixels, checksums = np.empty(shape[0], "<u8"), np.empty(shape[0], "<u8")
+    image_bytes = int(np.prod(shape[1:]))
+    with open(path, "rb") as file, bar:
+        file.seek(HEADER_BYTES)
+        for place in range(shape[0]):
+            image = file.read(image_bytes)
+            if len(image) != image_bytes:
+                raise DataError(f"{path}: cut off in image {place:,}")
+            whole.update(image)
+            digest = hashlib.sha256(image)
+            pixels[place] = checksums[place] = int.from_bytes(digest.digest()[:8], "little")
+            if labels is not None:
+                digest.update(int(labels[place]).to_bytes(8, "little", signed=True))
+                checksums[place] = int.from_bytes(digest.digest()[:8], "little")
+            bar.update()
+    return whole.hexdigest(), pixels, checksums
+
+
+def seal(manifest):
+    """SHA-256 of a manifest without its seal, as JSON with sorted keys."""
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder):
+    """The manifest of a folder: what was written, with name, variant and fingerprints.
+
+    One that is written by hand has no seal and may have nothing else. Raises DataError.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        prints = [str(manifest["fingerprints"][split]) for split in SPLITS]
+        is_sealed = manifest.get("seal", seal(manifest)) == seal(manifest)
+        manifest["name"], manifest["variant"] = str(manifest["name"]), str(manifest["variant"])
+    except FileNotFoundError:
+        reason = f"no {MANIFEST}; a set is a folder with train.npy, test.npy and {MANIFEST}"
+        if (folder / PARTIAL).is_dir():
+            reason = "its preparation is not finished: give the same command again"
+        raise DataError(f"{folder}: {reason}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no manifest with name, variant and fingerprints "
+                        f"({type(error).__name__}: {error})") from None
+    if not is_sealed:
+        raise DataError(f"{path}: was altered (it no longer fits its seal): prepare the set again")
+    if not all(re.fullmatch("[0-9a-f]{64}", digits) for digits in prints):
+        raise DataError(f"{path}: fingerprints of train and test must be 64 hex digits each, as "
+                        "data.fingerprint(array) gives them")
+    if prints[0] == prints[1]:
+        raise DataError(f"{folder}: by its manifest, train and test are the same images")
+    return manifest

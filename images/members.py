@@ -1,0 +1,275 @@
+"""The files of a folder or an archive, where their bytes lie: nothing is unpacked under its name.
+
+Archives are not trusted: what points outside, links, devices, and more bytes than there are or than
+an image set needs end in a DataError that names the file.
+"""
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import stat
+import struct
+import tarfile
+import typing
+import zipfile
+import zlib
+
+from harness.errors import DataError
+from harness.files import named_in_errors
+from images.decode import BadImage, printable
+
+MAX_IMAGE_BYTES = 2 ** 27  # of an image's file: larger ones are refused, whatever they hold
+MAX_BATCH_BYTES = 2 ** 32  # of a batch or archive that must be unpacked
+_UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+class Member(typing.NamedTuple):
+    """A file, where its bytes lie."""
+    name: str  # its path in the source
+    path: str  # the file on disk that holds it
+    offset: int
+    size: int
+    packed: int = 0  # bytes of a deflated member of a zip; 0: they lie there as they are
+    crc: int = -1  # of a member of a zip
+
+
+def whole_file(path, name=None):
+    return Member(name or path.name, str(path), 0, path.stat().st_size)
+
+
+def open_member(member):
+    """A file to read a member's bytes from; zipfile inflates them, and checks their number and CRC.
+
+    It is told where they lie: a zip's list of a million names is not read again for each. Reading
+    raises BadZipFile, EOFError or zlib.error for damage.
+    """
+    file = open(member.path, "rb")
+    file.seek(member.offset)
+    if member.crc < 0 and member.offset == 0:
+        return file
+    if member.crc < 0:  # in a tar
+        with file:
+            return io.BytesIO(file.read(member.size))
+    info = zipfile.ZipInfo()
+    info.file_size, info.compress_size = member.size, member.packed or member.size
+    info.compress_type = zipfile.ZIP_DEFLATED if member.packed else zipfile.ZIP_STORED
+    info.CRC = member.crc
+    return zipfile.ZipExtFile(file, "r", info, close_fileobj=True)
+
+
+def read_member(member, limit=MAX_IMAGE_BYTES):
+    """The bytes of a file. Raises BadImage where they are not what was listed."""
+    if member.size > limit:
+        raise BadImage(f"declares {member.size:,} bytes: more than {limit:,} are refused")
+    try:
+        with open_member(member) as file:
+            content = file.read(member.size + 1)
+    except EOFError:
+        content = b""
+    except zipfile.BadZipFile:
+        raise BadImage("is damaged: its checksum in the zip differs") from None
+    except zlib.error as error:
+        raise BadImage(f"is damaged: {error}") from None
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from None
+    if len(content) != member.size:
+        raise BadImage(f"does not have the {member.size:,} bytes that it had or declares")
+    return content
+
+
+def list_members(path, work, limit=MAX_IMAGE_BYTES):
+    """Yield a Member for each file in a folder, a tar, a zip or the tars in a folder or a tar.
+
+    work: a folder for what must be unpacked. limit: bytes of a member of a zip. Hidden files are
+    left out. Raises DataError for links, devices and what else no image set holds.
+    """
+    try:
+        if path.is_dir():
+            yield from _in_folder(path)
+        else:
+            yield from _in_file(path, work, limit)
+    except OSError as error:
+        raise DataError(f"{printable(error.filename or path)}: {error.strerror}") from None
+
+
+def _in_folder(folder, prefix="", above=()):
+    real = folder.resolve()
+    if real in above:
+        raise DataError(f"{printable(folder)}: a link to a folder that holds it")
+    for name in sorted(os.listdir(folder)):
+        if _is_hidden(name):
+            continue
+        path = folder / name
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            yield from _in_folder(path, f"{prefix}{name}/", (*above, real))
+        elif not stat.S_ISREG(mode):
+            raise DataError(f"{printable(path)}: neither a file nor a folder")
+        elif name.endswith(".tar"):
+            with open(path, "rb") as file:
+                yield from _in_tar(file, path, printable(path), f"{prefix}{name[:-4]}/")
+        else:
+            yield whole_file(path, prefix + name)
+
+
+def _in_file(path, work, limit):
+    if not path.is_file():
+        raise DataError(f"{printable(path)}: neither a file nor a folder")
+    with open(path, "rb") as file:
+        head = file.read(512)
+        packing = [magic for magic in _UNPACKERS if head.startswith(magic)]
+        if head[257:262] == b"ustar" or path.suffix == ".tar":
+            yield from _in_tar(file, path, printable(path))
+        elif head.startswith(b"PK"):
+            yield from _in_zip(file, path, limit)
+        elif packing:
+            unpacked = _unpacked_tar(path, _UNPACKERS[packing[0]], work)
+            with open(unpacked, "rb") as tar:
+                yield from _in_tar(tar, unpacked, printable(path))
+        else:
+            yield whole_file(path)
+
+
+def _safe_name(name, archive):
+    is_outside = (name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name
+                  or re.match("[A-Za-z]:", name))
+    if is_outside:
+        raise DataError(f"{archive}: holds a member {printable(name)!r}, which points outside: it "
+                        "is refused")
+    return re.sub("^(\\./)+", "", name)
+
+
+def _is_hidden(name):
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _in_tar(file, path, about, prefix="", offset=0):
+    """The members of a tar that begins at an offset of the file `path`, and of the tars in it.
+
+    file: the tar, to be read. about: what to call it in messages.
+    """
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    with _damage(about, "tar"):
+        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # or they would all stay in memory
+            name = _safe_name(info.name, about)
+            if info.isdir():
+                continue
+            _refuse_special(info, end, about, printable(name))
+            if _is_hidden(name):
+                continue
+            if not name.endswith(".tar"):
+                yield Member(prefix + name, str(path), offset + info.offset_data, info.size)
+            elif offset:
+                raise DataError(f"{about}: holds tars in tars in a tar ({printable(name)}): one "
+                                "level is read")
+            else:
+                yield from _in_tar(tar.extractfile(info), path, f"{about} ({printable(name)})",
+                                   f"{prefix}{name[:-4]}/", info.offset_data)
+        file.seek(tar.offset)
+        if file.read(512) != bytes(512):  # tarfile ends there without a word
+            raise DataError(f"{about}: damaged or cut off at byte {tar.offset:,}: fetch it again")
+        while rest := file.read(2 ** 20):
+            if rest.strip(b"\0"):
+                raise DataError(f"{about}: goes on after its end at byte {tar.offset:,}: is it two "
+                                "tars in one?")
+
+
+@contextlib.contextmanager
+def _damage(about, kind):
+    """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None):
+            raise
+        raise DataError(f"{about}: not a whole {kind} ({printable(error)}): fetch it "
+                        "again") from None
+
+
+def _refuse_special(info, end, about, name):
+    kind = None
+    if info.islnk() or info.issym():
+        kind = "link"
+    elif info.issparse():
+        kind = "sparse file"
+    elif not info.isreg() or info.size < 0:
+        kind = "device"
+    if kind:
+        raise DataError(f"{about}: holds a {kind}, {name}: only files are taken")
+    if info.offset_data + info.size > end:
+        raise DataError(f"{about}: {name} declares {info.size:,} bytes, more than there are")
+
+
+def _in_zip(file, path, limit):
+    about = printable(path)
+    with _damage(about, "zip"), zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            name = _safe_name(info.filename, about)
+            if info.is_dir() or _is_hidden(name):
+                continue
+            _refuse_packing(info, limit, about, printable(name))
+            file.seek(info.header_offset + 26)
+            skipped = sum(struct.unpack("<HH", file.read(4)))  # its name and more, once again
+            packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
+            yield Member(name, str(path), info.header_offset + 30 + skipped, info.file_size,
+                         packed, info.CRC)
+
+
+def _refuse_packing(info, limit, about, name):
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise DataError(f"{about}: holds a link or device, {name}: only files are taken")
+    known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if info.flag_bits & 1 or not known:
+        raise DataError(f"{about}: {name} is encrypted or packed by a method that is not deflate")
+    if info.file_size > limit or info.file_size > 2 ** 24 + 200 * info.compress_size:
+        raise DataError(f"{about}: {name} declares {info.file_size:,} bytes in "
+                        f"{info.compress_size:,}: refused")
+
+
+def _unpacked_tar(path, opener, work):
+    """A compressed tar as a plain one in the folder work."""
+    target, about = work / f"unpacked-{place_key(path)}.tar", printable(path)
+    if not target.exists():
+        with _damage(about, "packed tar"), opener(path, "rb") as packed:
+            copy_stream(packed, target, 2 ** 26 + 100 * path.stat().st_size, about)
+    return target
+
+
+def place_key(path, offset=0):
+    """A name for what was unpacked from a place in a file, as the file is now."""
+    status = os.stat(path)
+    place = repr((os.fsencode(path), offset, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def copy_stream(stream, target, limit, about):
+    """A stream of at most limit bytes into a file, whole or not at all; returns their number."""
+    temporary, done = target.with_suffix(".tmp"), 0
+    with named_in_errors(target), open(temporary, "wb") as file:
+        while block := stream.read(2 ** 20):
+            done += len(block)
+            if done > limit:
+                raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
+            file.write(block)
+    os.replace(temporary, target)
+    return done
+
+
+def file_sha256(path, bar=None, start=0):
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while block := file.read(2 ** 22):
+            digest.update(block)
+            if bar is not None:
+                bar.update(len(block))
+    return digest.hexdigest()

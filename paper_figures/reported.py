@@ -1,0 +1,62 @@
+"""results/reported.csv: published numbers, each with its source, and a reader that checks them."""
+import csv
+import re
+from pathlib import Path
+
+from paper_figures.results_csv import ResultsError
+
+REPORTED = Path(__file__).resolve().parents[1] / "results/reported.csv"
+COLUMNS = ["model", "year", "dataset", "variant", "bits_per_dim", "dequantization", "bound",
+           "source", "note"]
+DATASETS = {"imagenet64": "ImageNet-1k 64x64", "imagenet32": "ImageNet-1k 32x32",
+            "cifar10": "CIFAR-10"}
+KNOWN = {  # values, in the order of the main table
+    "dataset": (*DATASETS,),
+    "variant": ("oord", "oord?", "chrabaszcz", "cifar10", "unknown"),
+    "bound": ("elbo", "exact", "importance-weighted", "ode"),
+    "dequantization": ("uniform", "variational", "truncated-normal", "none", "")}
+
+
+def read_reported(path):
+    """The published numbers as dicts of text, in the order of the file. Raises ResultsError."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            names, rows = reader.fieldnames, list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
+    if names != COLUMNS:
+        raise ResultsError(f"{path}: has not the columns {', '.join(COLUMNS)}")
+    if not rows:
+        raise ResultsError(f"{path}: has no rows")
+    seen = set()
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number} ({row['model']})"
+        if problem := fault_of(row):
+            raise ResultsError(f"{where}: {problem}")
+        key = tuple(row[name] for name in ("model", "dataset", "variant", "bound"))
+        if key in seen:
+            raise ResultsError(f"{where}: {' '.join(key[1:])} is there twice")
+        seen.add(key)
+    return rows
+
+
+def fault_of(row):
+    """What is wrong with a row, or ""."""
+    if None in row or None in row.values():
+        return f"has not {len(COLUMNS)} fields"
+    for name, known in KNOWN.items():
+        if row[name] not in known:
+            return f"{name} {row[name] or 'empty'} is none of {', '.join(known)}"
+    if not re.fullmatch(r"\d+(\.\d+)?", row["bits_per_dim"]):
+        return f"bits_per_dim {row['bits_per_dim'] or 'empty'} is no number like 3.72"
+    if row["year"] and not re.fullmatch(r"\d{4}", row["year"]):
+        return f"year {row['year']} is no year"
+    if (row["dataset"] == "cifar10") != (row["variant"] == "cifar10"):
+        return f"{row['dataset']} has no variant {row['variant']}"
+    if any("\n" in text or "\r" in text for text in row.values()):
+        return "a published row is one line"
+    if row["model"].startswith("ours:"):
+        return "its model is not ours"
+    empty = [name for name in ("model", "year", "source") if not row[name].strip()]
+    return f"has no {empty[0]}" if empty else ""

@@ -1,0 +1,250 @@
+"""The paper's recipe: what a run computes, its learning rate, its optimizer and one training step.
+
+Source: google-research/big_vision, configs/proj/jet/imagenet64.py, optax.py and utils.py.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+
+import torch
+
+from data import data_id
+from harness import distributed
+from harness.errors import NonFiniteError
+from harness.graphs import Graphed
+from harness.machine import networks_in
+from jet import JetConfig, bits_per_dim, check_settings, setting
+
+HASH_FORMAT = 1  # names of runs change where this does: raise it when a default changes
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that changes a run's result; where it runs is not in it. Defaults: the official recipe.
+
+    Raises ValueError that names the field, the value and the rule.
+    """
+    model: JetConfig = dataclasses.field(default_factory=JetConfig)
+    data: str = setting("imagenet64-oord",
+                        "image set: a known name, a prepared folder or a .npy file")
+    batch_size: int = setting(1024, "images per step")
+    total_steps: int = setting(250_224, "optimizer steps; 250,224 are 200 epochs of ImageNet-1k; 0 "
+                               "only evaluates", minimum=0)
+    lr: float = setting(3e-4, "peak learning rate")
+    warmup_fraction: float = setting(0.1, "share of the steps with a rising learning rate",
+                                     minimum=0)
+    weight_decay: float = setting(1e-5, "decoupled and NOT multiplied by lr (torch's AdamW takes "
+                                  "weight_decay / lr)", minimum=0)
+    beta1: float = setting(0.9, "Adam's decay of the first moment")
+    beta2: float = setting(0.95, "Adam's decay of the second moment")
+    adam_eps: float = setting(1e-8, "Adam's epsilon")
+    clip_norm: float = setting(1.0, "gradients are clipped to this global norm")
+    precision: str = setting(
+        "float32", "bfloat16: the couplings' networks multiply in it in training, as in the "
+        "official run (on TPUs), and all else stays float32: for GPUs; float32: faster on CPUs; "
+        "float64: everything in it (slow, for checks)", ("float32", "bfloat16", "float64"))
+    seed: int = setting(0, "of weights, data order and training noise", minimum=0)
+    eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
+    init: str = ""  # the weights it begins with, as weights_id() names them; "": a fresh Jet's
+
+    def __post_init__(self):
+        check_settings(self)
+        for name in ("beta1", "beta2", "warmup_fraction"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
+        if self.seed >= 2 ** 63:
+            raise ValueError(f"seed={self.seed}: must be below 2**63")
+        if not isinstance(self.data, str) or not self.data:
+            raise ValueError(f"data={self.data!r}: must be the name or path of an image set")
+        if not isinstance(self.model, JetConfig):
+            raise ValueError(f"model={self.model!r}: must be a JetConfig")
+
+    def to_dict(self):
+        """Plain values, as they come back from JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values):
+        """The config that to_dict or to_record was called on; a missing field has its default."""
+        values = {name: value for name, value in values.items() if name != "data_id"}
+        return cls(**{**values, "model": JetConfig(**values["model"])})
+
+    def to_record(self):
+        """to_dict, and which images they are: what a run's files keep of it."""
+        return {**self.to_dict(), "data_id": self.data_id}
+
+    @functools.cached_property
+    def data_id(self):
+        """Which images: name and variant of a known set, else fingerprints. Raises DataError."""
+        return data_id(self.data)
+
+    def identity(self, data_id):
+        """{field: value} of all that makes runs differ: equal couplings are so however written."""
+        values = flatten({**self.to_dict(), "data": data_id})
+        model = self.model
+        for name in ("kinds", "spatial_splits"):
+            del values[f"model.{name}"]
+        default = JetConfig(image_size=64, num_couplings=model.num_couplings).coupling_splits
+        if model.coupling_splits != default:
+            values["model.couplings"] = [split or kind for kind, split in model.coupling_splits]
+        if model.block == "cnn":  # has no heads
+            del values["model.num_heads"]
+        return values
+
+    @property
+    def hash(self):
+        """Ten hex digits that name a run: of what differs from defaults, and a format number."""
+        default = type(self)()
+        defaults = default.identity(default.data_id)
+        changed = {name: value for name, value in self.identity(self.data_id).items()
+                   if value != defaults.get(name)}
+        text = json.dumps({"format": HASH_FORMAT, **changed}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def changes(self, record):
+        """The lines "lr was 0.1 and is now 0.2" by which a stored record is of another run."""
+        stored = TrainConfig.from_dict(record)
+        stored_id = record.get("data_id")
+        if stored_id is None:  # a record of before there was one
+            stored_id = self.data_id if stored.data == self.data else data_id(stored.data)
+        if stored.identity(stored_id) == self.identity(self.data_id):
+            return []
+        before, now = flatten(stored.to_dict()), flatten(self.to_dict())
+        if stored_id != self.data_id:  # the same path may hold other images
+            before["data"], now["data"] = (f"{config.data} ({which})" for config, which in
+                                           ((stored, stored_id), (self, self.data_id)))
+        elif stored.data != self.data:
+            del before["data"], now["data"]
+        return [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in sorted(now)
+                if before[name] != now[name]]
+
+
+def flatten(values, prefix=""):
+    """{"model": {"block": ...}} -> {"model.block": ...}"""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    return {name: value for key, item in values.items()
+            for name, value in flatten(item, f"{prefix}{key}.").items()}
+
+
+def schedule(step, total_steps, warmup_fraction=0.1):
+    """Relative learning rate of a step (0, 1, ...): linear warm-up from 0, cosine to 0.
+
+    Source: big_vision/utils.py create_learning_rate_schedule.
+    """
+    warmup = max(1, round(warmup_fraction * total_steps))
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1, max(0, progress)))) * min(1, step / warmup)
+
+
+def learning_rate(step, config):
+    return config.lr * schedule(step, config.total_steps, config.warmup_fraction)
+
+
+def make_optimizer(parameters, config, graph=False):
+    """Adam with decoupled weight decay on every parameter.
+
+    The official decay is multiplied by the relative schedule but not by lr; torch's AdamW
+    multiplies by both, hence the division. training_step sets lr to learning_rate(step, config).
+    graph: for a CUDA graph, lr is a float32 tensor on the weights' device.
+    """
+    parameters = list(parameters)
+    lr = torch.tensor(config.lr, device=parameters[0].device) if graph else config.lr
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+        weight_decay=config.weight_decay / config.lr, fused=True, capturable=graph)
+    # the first steps run as they are, on purpose
+    optimizer._warned_capturable_if_run_uncaptured = True
+    return optimizer
+
+
+def add_gradients(model, x, config, micro_batch=None):
+    """Add the gradient of the batch's mean bits/dim to the weights'; returns that mean.
+
+    x: the batch (B, C, H, W); with several processes this one's part of it, and model is a
+    DistributedDataParallel. micro_batch: images whose activations are in memory at a time (None:
+    all); it changes rounding alone.
+    """
+    processes, loss, pieces = distributed.size(), x.new_zeros(()), x.split(micro_batch or len(x))
+    num_images = len(x) if processes == 1 else config.batch_size
+    for number, piece in enumerate(pieces, 1):
+        # DistributedDataParallel takes the mean over processes, in backward of the last piece
+        is_shared = processes == 1 or number == len(pieces)
+        with contextlib.nullcontext() if is_shared else model.no_sync():
+            with networks_in(config.precision, x.device):
+                share = bits_per_dim(*model(piece)).sum() / num_images
+            (share * processes if processes > 1 else share).backward()
+        loss += share.detach()
+    return distributed.add_up(loss)
+
+
+def training_step(model, optimizer, x, step, config, micro_batch=None):
+    """One update on the batch x (B, C, H, W): (mean bits/dim before it, norm before clipping).
+
+    Both are tensors of no dimension on x's device, and nothing here waits for them. From the first
+    step on that has one which is not finite, the optimizer updates nothing: weights and moments
+    stay as they were. model, micro_batch: see add_gradients.
+    """
+    set_learning_rate(optimizer, learning_rate(step, config))
+    optimizer.zero_grad()
+    return update(model, optimizer, x, config, micro_batch)
+
+
+def set_learning_rate(optimizer, value):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it from there
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+def update(model, optimizer, x, config, micro_batch=None):
+    """training_step at the optimizer's learning rate, from no gradients, all on x's device."""
+    loss = add_gradients(model, x, config, micro_batch)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
+    # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it
+    # stays so.
+    if not hasattr(optimizer, "found_inf"):
+        optimizer.found_inf = failed
+    torch.maximum(failed, optimizer.found_inf, out=optimizer.found_inf)
+    optimizer.step()
+    return loss, grad_norm
+
+
+def make_step(model, optimizer, config, micro_batch=None, graph=False):
+    """step(x, number) -> (loss, gradient norm): training_step, or the same as one CUDA graph.
+
+    A graph (harness/graphs.py) needs make_optimizer(..., graph=True), one process, a GPU, and
+    batches of one shape.
+    """
+    if not graph:
+        return lambda x, number: training_step(model, optimizer, x, number, config, micro_batch)
+    graphed = Graphed(lambda x: update(model, optimizer, x, config, micro_batch),
+                      optimizer.zero_grad)
+
+    def step(x, number):
+        set_learning_rate(optimizer, learning_rate(number, config))
+        return graphed(x)
+    return step
+
+
+def read_steps(pending, config):
+    """The numbers of pending [(step, loss, gradient norm)], which is emptied.
+
+    All are read in one go: this waits for the device. Raises NonFiniteError for the first that is
+    not finite.
+    """
+    values = torch.stack([value for _, *pair in pending for value in pair]).tolist()
+    steps = [(step, *pair) for (step, *_), *pair in zip(pending, values[::2], values[1::2])]
+    for step, loss, grad_norm in steps:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"not finite at step {step}: loss {loss} bits/dim, gradient norm "
+                                 f"{grad_norm}, lr {learning_rate(step, config):.3g}; nothing was "
+                                 "updated: try a lower --lr or another --seed")
+    pending.clear()
+    return steps

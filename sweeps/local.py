@@ -1,0 +1,167 @@
+"""Runs of a grid on this machine: one after the other, or several at a time."""
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from data import load_images
+from harness.errors import BusyError, TrainingError, one_line
+from harness.machine import pick_device
+from harness.run_folder import ERROR_NAME, is_running, read_done, read_error, record_error
+from harness.signals import Signals
+from sweeps import cluster, watch
+from train import train
+
+
+def run_here(runs, place, jobs=1, in_debug=False):
+    """Run what is not done, in so many processes; in_debug: only the first, with its log printed.
+
+    Returns {run id: why} of those that failed and whose folder could not take why, and whether a
+    signal has stopped it.
+    """
+    todo, unrecorded = [run for run in runs if not run.is_done], {}
+    if not todo:
+        return {}, False
+    pick_device(place.device, place.graph)  # what is wrong with all runs is said once, before any
+    check_images(todo, place)
+    for run in todo:
+        if not is_running(run.folder):
+            for path in (run.folder / ERROR_NAME, run.folder / cluster.JOB_NAME):
+                with contextlib.suppress(OSError):  # train() says what is wrong with a folder
+                    path.unlink()
+    with Signals().on() as signals:
+        if in_debug:
+            run = todo[0]
+            print(f"{run.label}: {run.folder}")
+            train(run.config, run.folder, place=dataclasses.replace(place, echo=True),
+                  init_from=run.init_from, signals=signals, label=run.label)
+        elif jobs > 1 and len(todo) > 1:
+            run_in_parallel(todo, place, min(jobs, len(todo)), signals)
+        else:
+            unrecorded = run_all(runs, place, signals)
+    return unrecorded, signals.stop
+
+
+def check_images(runs, place):
+    """Raise DataError for images that no run could begin with."""
+    for data in {run.config.data for run in runs}:
+        load_images(data, "train", place.data_root)
+
+
+def run_all(runs, place, signals, quiet=False):
+    """Run what is not done, one after the other; a run that another process is at is waited for.
+
+    Where one fails, its error.txt says why, and the others go on. Returns {run id: why} of those
+    whose folder could not take it.
+    """
+    width = max(len(run.label) for run in runs)
+    waiting, busy, unrecorded = list(runs), [], {}
+    while waiting and not signals.stop:
+        for run in list(waiting):
+            if signals.stop:
+                break
+            if is_settled(run, waiting):
+                waiting.remove(run)
+                continue
+            if run in busy and is_running(run.folder) or run.after and not run.after.is_done:
+                continue
+            position = f"{runs.index(run) + 1:{len(str(len(runs)))}}/{len(runs)}"
+            try:
+                train(run.config, run.folder, place=place, init_from=run.init_from, signals=signals,
+                      label=f"[{position}] {run.label:{width}}", quiet=quiet)
+            except BusyError as error:
+                if not quiet and run not in busy:
+                    print(f"{run.label}: waiting for another process ({error})")
+                busy.append(run)
+                continue
+            except Exception as error:
+                unrecorded |= record_failure(run, error, quiet)
+            if not signals.stop:
+                waiting.remove(run)
+        if waiting and not signals.stop:
+            time.sleep(0.5)
+    return unrecorded
+
+
+def is_settled(run, waiting):
+    """Whether a run is done, has failed, or begins with the weights of one that has failed."""
+    if run.is_done or read_error(run.folder):
+        return True
+    return run.after is not None and not run.after.is_done and run.after not in waiting
+
+
+def record_failure(run, error, quiet):
+    """Leave an error in the run's folder; returns {run id: the line} where that cannot be."""
+    if not is_running(run.folder):
+        record_error(run.folder, error)  # where it came before train() had the folder
+    if not quiet:
+        print(f"{run.label}: {one_line(error)} ({run.folder})", file=sys.stderr)
+    return {} if read_error(run.folder) else {run.run_id: one_line(error)}
+
+
+class _WorkerSignals(Signals):
+    """A worker stops when its parent is gone, too."""
+    parent = None
+
+    @property
+    def stop(self):
+        return self._stop or os.getppid() != self.parent
+
+    @stop.setter
+    def stop(self, value):
+        self._stop = value
+
+
+def _work(runs, place, parent):
+    signals = _WorkerSignals(quiet=True)
+    signals.parent = parent
+    with contextlib.suppress(KeyboardInterrupt), signals.on():
+        for line in run_all(runs, place, signals, quiet=True).values():
+            print(line, file=sys.stderr)
+
+
+def run_in_parallel(runs, place, jobs, signals):
+    """Run what is not done in so many processes, which share the runs out by their claims."""
+    context = multiprocessing.get_context("spawn")
+    places = [place] * jobs
+    if place.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
+        places = [dataclasses.replace(place, device=f"cuda:{index % gpus}")
+                  for index in range(jobs)]
+    workers = [context.Process(target=_work, args=(runs, one, os.getpid())) for one in places]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until a worker has its own
+    for worker in workers:
+        worker.start()
+    signal.signal(signal.SIGINT, handler)
+
+    def is_over(found):
+        return signals.stop or not any(worker.is_alive() for worker in workers)
+    watch.follow(runs, is_over, every_s=0.5)
+    for worker in workers:
+        if signals.stop and worker.is_alive():
+            worker.terminate()  # stops it with a checkpoint
+        worker.join()
+
+
+def failures(runs, unrecorded):
+    """A line for each run that has not finished, and why."""
+    lines = []
+    for run in runs:
+        try:
+            if read_done(run.folder) is None:
+                lines.append(f"{run.label}: {why_unfinished(run, unrecorded)} ({run.folder})")
+        except TrainingError as error:
+            lines.append(f"{run.label}: {error}")
+    return lines
+
+
+def why_unfinished(run, unrecorded):
+    if known := read_error(run.folder) or unrecorded.get(run.run_id):
+        return known
+    if run.after and not run.after.is_done:
+        return f"{run.after.label}, whose weights it begins with, has not finished"
+    return "not finished"

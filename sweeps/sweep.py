@@ -1,0 +1,390 @@
+"""Runs the grid of an experiment, skips what is finished, resumes what is not, and collects a CSV.
+
+The script of an experiment declares an Experiment, and main(experiment) does the rest, here or on a
+cluster; one that does more (experiments/draw_samples.py) composes parse, carry_out and draw itself.
+"""
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from harness.errors import TrainingError
+from harness.files import locked, remove_leftovers, write_atomically
+from harness.flags import ArgumentParser, one_line_errors
+from harness.machine import ROOT
+from harness.place import Place, add_place_flags, place_from_flags
+from paper_figures.results_csv import SCALES, ResultsError, columns, read_results
+from sweeps import cluster, local, plan, watch
+from sweeps.grid import Experiment, first_of, make_runs
+
+# Small models gain little from two threads, and threads that wait for a core which another process
+# has cost a factor of ten; --jobs uses all cores
+THREADS = {"smoke": 1, "small": 1, "medium": 2, "paper": 2}
+DIRS = {"runs": "runs", "results": "results", "figures": "paper_figures/out"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What one command line asks for.
+
+    grid: all runs; runs: those of the shard. settings: of sbatch. csv: of all runs or the shard's.
+    """
+    program: str
+    experiment: Experiment
+    flags: argparse.Namespace
+    place: Place
+    grid: list
+    runs: list
+    runs_dir: Path
+    csv: Path
+    settings: dict
+
+    @property
+    def name(self):
+        return f"{self.experiment.name}_{self.flags.scale}"
+
+
+def main(experiment, arguments=None):
+    """The command line of an experiment: run its grid, write its CSV, draw its figure."""
+    parser = make_parser(experiment)
+    with one_line_errors(parser.prog):
+        sweep = parse(experiment, parser, arguments)
+        if carry_out(sweep):
+            draw(sweep)
+
+
+def carry_out(sweep):
+    """Plan, watch, or run and collect, as the flags say; whether the CSV is to be drawn now."""
+    flags = sweep.flags
+    if flags.dry_run:
+        show_plan(sweep)
+        return False
+    if flags.collect or not is_watching(flags):
+        refuse_other_precision(sweep)
+    if is_watching(flags):
+        watch_runs(sweep)
+        if not flags.collect:
+            return False
+    for folder in (sweep.runs_dir, flags.results_dir, flags.figures_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    if flags.cluster == "slurm" and not flags.collect:
+        submit(sweep)
+        return False
+    return run_and_collect(sweep)
+
+
+def draw(sweep):
+    """Draw the figure or table from the CSV."""
+    for path in sweep.experiment.draw(sweep.csv, sweep.flags.figures_dir):
+        print(path)
+
+
+# ---- parse
+
+def make_parser(experiment):
+    """The command line of an experiment."""
+    parser = ArgumentParser(prog=f"{experiment.name}.py", description=experiment.description)
+    parser.add_argument("--scale", choices=SCALES, default="smoke", help="default: smoke")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N",
+                        help="seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--precision", choices=plan.GPU_PEAKS,
+                        help="train all runs in it (default: the grid's own, bfloat16 at medium "
+                             "and paper scale, else float32)")
+    parser.add_argument("--shard", metavar="I/N",
+                        help="run the I-th of N parts of the grid, into a CSV of its own")
+    parser.add_argument("--cluster", choices=("local", "slurm", "debug"), default="local",
+                        help="where runs are run: here, as jobs of a Slurm cluster, or only the "
+                             "first that is not done, here, with its log (default: local)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at a time with --cluster local, each in a process of its own "
+                             "(default: 1)")
+    instead = parser.add_argument_group(
+        "instead of running anything; any of them from any shell, with the same --scale, --seeds, "
+        "--precision and --runs-dir")
+    instead.add_argument("--dry-run", action="store_true",
+                         help="list runs, parameters, cost, state and Slurm's settings")
+    instead.add_argument("--images-per-s", type=float, metavar="X",
+                         help="speed of one GPU, for the hours of --dry-run")
+    for name, help in (("status", "what has become of each run"),
+                       ("wait", "follow what is queued or running to its end"),
+                       ("cancel", "cancel what is queued or running on Slurm"),
+                       ("collect", "merge finished runs and the CSVs of shards, and draw; after "
+                                   "--wait, if both are given")):
+        instead.add_argument(f"--{name}", action="store_true", help=help)
+    add_place_flags(parser.add_argument_group(
+        "how a run is run", "at medium and paper scale with 2 threads by default"))
+    cluster.add_cluster_flags(parser.add_argument_group("with --cluster slurm"))
+    for name, default in DIRS.items():
+        parser.add_argument(f"--{name}-dir", type=Path, default=ROOT / default, metavar="DIR",
+                            help=f"default: {default}")
+    return parser
+
+
+def parse(experiment, parser, arguments=None):
+    """The Sweep that the arguments ask for. A mistake in them ends the program in one line."""
+    flags = parser.parse_args(arguments)
+    check_flags(parser, flags)
+    place = place_from_flags(vars(flags), threads=THREADS[flags.scale])
+    runs_dir = flags.runs_dir.absolute() / f"{experiment.runs_of or experiment.name}_{flags.scale}"
+    grid = make_runs(experiment, flags.scale, range(flags.seeds), runs_dir, flags.precision)
+    runs, csv = grid, flags.results_dir / f"{experiment.name}_{flags.scale}.csv"
+    try:
+        if flags.shard:
+            part, parts = parse_shard(flags.shard)
+            runs = runs_of_shard(grid, part, parts)
+            csv = csv.with_suffix(f".shard-{part}-of-{parts}.csv")
+        settings = cluster.sbatch_settings(flags, place.threads)
+    except ValueError as error:
+        parser.error(str(error))
+    return Sweep(program=parser.prog, experiment=experiment, flags=flags, place=place, grid=grid,
+                 runs=runs, runs_dir=runs_dir, csv=csv, settings=settings)
+
+
+def is_watching(flags):
+    return flags.status or flags.wait or flags.cancel or flags.collect
+
+
+def check_flags(parser, flags):
+    """End the program in one line for flags that do not go together."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("several processes at once run train.py; for a sweep, use --jobs or --cluster "
+                     "slurm")
+    for name in ("seeds", "jobs"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name} {getattr(flags, name)}: must be 1 or more")
+    if flags.images_per_s is not None and flags.images_per_s <= 0:
+        parser.error(f"--images-per-s {flags.images_per_s}: must be above 0")
+    if flags.images_per_s and not flags.dry_run:
+        parser.error("--images-per-s: only with --dry-run")
+    if flags.dry_run and is_watching(flags):
+        parser.error("--dry-run: not together with --status, --wait, --cancel or --collect")
+    if flags.cluster != "slurm" and not is_watching(flags):
+        if given := cluster.given_cluster_flags(flags):
+            parser.error(f"{', '.join(given)}: only with --cluster slurm")
+    if flags.cluster != "local" and flags.jobs > 1:
+        parser.error(f"--jobs {flags.jobs}: only with --cluster local; on Slurm, --max-parallel "
+                     "limits runs at a time")
+
+
+def parse_shard(text):
+    """"2/8" -> (2, 8). Raises ValueError."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"--shard {text}: must be i/n with i from 1 to n, like 2/8")
+    return int(part), int(parts)
+
+
+def runs_of_shard(grid, part, parts):
+    """Every parts-th run from the part-th on, with all that begin with its weights.
+
+    Raises ValueError where there is none.
+    """
+    firsts = [run for run in grid if not run.after]
+    chosen = [run.run_id for run in firsts[part - 1::parts]]
+    if not chosen:
+        which = " that begin with no other's weights" if len(firsts) < len(grid) else ""
+        raise ValueError(f"--shard {part}/{parts}: the grid has only {len(firsts)} runs{which}")
+    return [run for run in grid if first_of(run).run_id in chosen]
+
+
+# ---- plan and watch
+
+def show_plan(sweep):
+    """What --dry-run prints."""
+    flags, settings = sweep.flags, sweep.settings
+    is_cuda = sweep.place.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if is_cuda else "cpu")
+    plan.print_plan(sweep.runs, plan.trained(sweep.grid), device, flags.images_per_s,
+                    settings["nodes"] * settings["ntasks_per_node"])
+    if flags.cluster == "slurm":
+        cluster.print_settings(settings, len(sweep.runs), flags.max_parallel)
+
+
+def watch_runs(sweep):
+    """Cancel, follow or list the runs. Ends the program with 1 where one has failed."""
+    flags, runs = sweep.flags, sweep.runs
+    if flags.cancel:
+        count = cluster.cancel(runs)
+        print(f"{count} jobs cancelled: the command that submitted them goes on from the last "
+              "checkpoints" if count else "no run is queued or running on Slurm")
+    if flags.status or flags.wait:
+        statuses = watch.follow(runs) if flags.wait else watch.statuses(runs)
+        watch.print_statuses(runs, statuses)
+        states = {status.state for status in statuses}
+        has_failed = "failed" in states or flags.wait and states != {"done"}
+        if has_failed and not flags.collect:
+            sys.exit(1)
+
+
+# ---- run
+
+def run_and_collect(sweep):
+    """Run what is not done (without --collect) and write the CSV; whether it is to be drawn now."""
+    flags, runs = sweep.flags, sweep.runs
+    print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in {sweep.runs_dir}, "
+          f"{sum(run.is_done for run in runs)} of them done")
+    failed, pieces = [], ()
+    if flags.collect:
+        pieces = sorted(flags.results_dir.glob(f"{sweep.csv.stem}.shard-*.csv"))
+    else:
+        unrecorded, is_stopped = local.run_here(runs, sweep.place, flags.jobs,
+                                                in_debug=flags.cluster == "debug")
+        if is_stopped:
+            sys.exit(f"{sweep.program}: stopped: the same command goes on")
+    rows = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
+    if not rows.empty:
+        print_table(rows, sweep.experiment.swept)
+    if not flags.collect:
+        finished = set(rows["run_id"])
+        failed = local.failures([run for run in runs if run.run_id not in finished], unrecorded)
+    if failed and flags.cluster == "local":
+        more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
+        sys.exit(f"{sweep.program}: error: {len(failed)} of {len(runs)} runs failed: "
+                 f"{'; '.join(failed[:3])}{more}")
+    if rows.empty:
+        sys.exit(f"{sweep.program}: error: no run of {flags.scale} scale has finished: nothing to "
+                 "collect (without --collect, the same command runs them)")
+    if failed:
+        print(f"{len(runs) - len(failed)} of {len(runs)} runs are done: the figure is drawn when "
+              "all are")
+    return not (failed or flags.shard)
+
+
+def submit(sweep):
+    """Submit what is not done, running or queued."""
+    flags, runs = sweep.flags, sweep.runs
+    cluster.check_slurm()
+    local.check_images(runs, sweep.place)
+    place = sweep.place
+    if root := place.data_root or os.environ.get("JET_DATA"):
+        place = dataclasses.replace(place, data_root=os.path.abspath(root))
+    if flags.gpus_per_node and place.device == "auto":
+        place = dataclasses.replace(place, device="cuda")  # a node without it fails, and says so
+    with locked(sweep.runs_dir / "submit.lock"):  # two would both submit what is not queued yet
+        found = watch.statuses(runs)
+        todo = [run for run, status in zip(runs, found)
+                if status.state not in ("done", "running", "queued")]
+        print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in "
+              f"{sweep.runs_dir}: {watch.count(found)}")
+        if not todo:
+            return print("nothing to submit")
+        jobs, count = submit_in_order(sweep, todo, place)
+        each = " each" if len(jobs) > 1 else ""
+        print(f"submitted {count} runs as job {', '.join(jobs)}, at most "
+              f"{min(flags.max_parallel or count, count)} at a time{each}")
+    print(f"from any shell: {same_command(flags)} --status (or --wait, --collect, --cancel)")
+
+
+def submit_in_order(sweep, todo, place):
+    """One job array, then one for all that begin with the weights of the same run.
+
+    Returns (job ids, how many runs).
+    """
+    flags, left, jobs, count = sweep.flags, todo, [], 0
+    while left:
+        after = next(first for run in left if (first := awaited(run)) not in left)
+        group = [run for run in left if awaited(run) == after]
+        left = [run for run in left if run not in group]
+        job = cluster.read_job(after) if after else None
+        if after and not (job and job["job"]):
+            print(f"{', '.join(run.label for run in group)}: not submitted, for {after.label}, "
+                  "whose weights they begin with, is being trained here: give the same command "
+                  "when it is done")
+            continue
+        jobs.append(cluster.submit(group, sweep.name, sweep.settings, place, sweep.runs_dir,
+                                   flags.max_parallel, flags.allow_dirty, job and job["job"]))
+        count += len(group)
+    return jobs, count
+
+
+def awaited(run):
+    """The run whose weights this one begins with, while it is not done; else None."""
+    return None if not run.after or run.after.is_done else run.after
+
+
+def same_command(flags):
+    """The command line that means the same runs."""
+    defaults = {"scale": "smoke", "seeds": 1, "precision": None, "shard": None,
+                **{f"{name}_dir": ROOT / default for name, default in DIRS.items()}}
+    words = ["python", sys.argv[0]]
+    for name, default in defaults.items():
+        if (value := getattr(flags, name)) != default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return " ".join(words)
+
+
+# ---- collect
+
+def collect(experiment, scale, runs, csv, pieces=()):
+    """Write the CSV of those of the runs that are finished; returns its rows.
+
+    pieces: CSVs of shards, whose rows of other runs of the grid are added.
+    """
+    swept, varying, points = experiment.swept, experiment.varying, experiment.configs(scale)
+    shared = {"experiment": experiment.name, "scale": scale, "grid_points": len(points)}
+    rows = []
+    for run in runs:
+        try:
+            rows += run.rows(shared) if run.is_done else []
+        except TrainingError as error:
+            print(error, file=sys.stderr)
+    rows = pd.DataFrame(rows, columns=columns(swept))
+    run_ids = {run.run_id for run in runs}
+    for piece in pieces:
+        extra = read_results(piece, experiment.name, swept, varying)
+        if unknown := set(extra["run_id"]) - run_ids:
+            raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid: give "
+                               "--collect the same --seeds as the shards, or move the file away")
+        extra = extra[~extra["run_id"].isin(rows["run_id"])]
+        rows = pd.concat([rows, extra]) if len(rows) else extra
+    if rows.empty:
+        return rows
+    order = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
+    rows = rows.assign(place=[order[point] for point in zip(*(rows[name] for name in swept))])
+    rows = rows.sort_values(["seed", "place", "step", "split"]).drop(columns="place")
+    with contextlib.suppress(ResultsError):
+        before = read_results(csv, experiment.name, swept, varying)
+        if dropped := set(before["run_id"]) - set(rows["run_id"]):
+            print(f"{csv.name} had {len(dropped)} more runs (more --seeds?): they are not in it "
+                  "now, their run folders stay")
+    remove_leftovers(csv.parent, csv.name, older_than_s=3600)
+    write_atomically(csv, rows.to_csv(index=False, lineterminator="\n"))
+    print(csv)
+    return rows
+
+
+def print_table(rows, swept):
+    """The finished points, those on equal images together, best first."""
+    train = rows[rows["split"] == "train"]
+    train_bits = dict(zip(zip(train["run_id"], train["step"]), train["bits_per_dim"]))
+    test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
+    keys = zip(test["run_id"], test["step"])
+    table = test[[*swept, "seed"]].assign(**{
+        "channel share": test["channel_share"].map("{:.3f}".format),
+        "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
+        "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
+        "train": [f"{train_bits.get(key, math.nan):.4f}" for key in keys],
+        "logdet/cap": ["" if pd.isna(share) else f"{share:.1%}"
+                       for share in test["logdet_cap_share"]],
+        "seconds": test["train_seconds"].map("{:.1f}".format)})
+    print(table.to_string(index=False))
+
+
+def refuse_other_precision(sweep):
+    """Raise ResultsError where a CSV of this name, or a shard's, would lose runs in another one."""
+    precision = sweep.grid[0].config.precision
+    for path in sorted(sweep.flags.results_dir.glob(f"{sweep.name}.*csv")):
+        found = set()
+        with contextlib.suppress(OSError, ValueError):  # no CSV of ours: refused where it is read
+            rows = pd.read_csv(path, usecols=["precision"], dtype=str)
+            found = set(rows["precision"].dropna()) - {precision}
+        if found:
+            raise ResultsError(f"{path}: holds runs in {' and '.join(sorted(found))}, and these "
+                               f"are in {precision}: give another --results-dir and --figures-dir, "
+                               "or the --precision of that file")

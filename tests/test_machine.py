@@ -1,0 +1,116 @@
+"""Which code a number is of, and where a run is run: bad values are one line."""
+import json
+import subprocess
+
+import pytest
+
+from harness.errors import TrainingError, UserError
+from harness.flags import ArgumentParser
+from harness.machine import code_version
+from harness.place import Place, add_place_flags, place_from_flags
+
+UNKNOWN = {"git_commit": "", "git_dirty": None}
+
+
+def git(folder, *arguments):
+    command = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """(a git repository with one commit, its hash)."""
+    folder = tmp_path / "a checkout"
+    (folder / "results").mkdir(parents=True)
+    for name in ("jet.py", "results/numbers.csv"):
+        (folder / name).write_text("1")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "one")
+    return folder, git(folder, "rev-parse", "HEAD")
+
+
+def test_a_checkout_has_its_commit_and_is_dirty_by_code_alone(checkout, tmp_path):
+    folder, commit = checkout
+    assert code_version(folder) == {"git_commit": commit, "git_dirty": False}
+    (tmp_path / "link").symlink_to(folder)
+    assert code_version(tmp_path / "link") == {"git_commit": commit, "git_dirty": False}
+    (folder / "results/numbers.csv").write_text("2")
+    assert code_version(folder)["git_dirty"] is False
+    (folder / "jet.py").write_text("2")
+    assert code_version(folder) == {"git_commit": commit, "git_dirty": True}
+
+
+def test_a_copy_inside_another_repository_does_not_take_its_commit(checkout):
+    copy = checkout[0] / "copies/jet"
+    copy.mkdir(parents=True)
+    (copy / "jet.py").write_text("1")
+    assert code_version(copy) == UNKNOWN
+    git(checkout[0], "add", ".")
+    git(checkout[0], "commit", "--quiet", "--message", "two")
+    assert code_version(copy) == UNKNOWN  # even if it is tracked there
+
+
+def test_a_clone_of_another_owner_is_read_all_the_same(checkout, monkeypatch):
+    folder, commit = checkout
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = subprocess.run(["git", "-C", folder, "status"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr  # so that git refuses here, too
+    assert code_version(folder) == {"git_commit": commit, "git_dirty": False}
+
+
+@pytest.mark.parametrize("tree, dirty", [("clean", False), ("dirty", True)])
+def test_a_copy_with_a_note_has_the_commit_of_the_note(checkout, tree, dirty):
+    """Even inside a repository: a sweep's jobs run such copies."""
+    (checkout[0] / ".commit.json").write_text(json.dumps(["0123", tree]))
+    assert code_version(checkout[0]) == {"git_commit": "0123", "git_dirty": dirty}
+
+
+def test_outside_git_nothing_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert code_version(tmp_path) == UNKNOWN
+    monkeypatch.setenv("PATH", "")  # nor without git
+    assert code_version(tmp_path) == UNKNOWN
+
+
+@pytest.mark.parametrize("field, value, rule", [
+    ("threads", 0, "whole number, 1 or more"), ("threads", 1025, "from 1 to 1024"),
+    ("threads", 1.5, "whole number"), ("compile", "yes", "true or false"),
+    ("graph", 1, "true or false"), ("micro_batch", 0, "whole number, 1 or more"),
+    ("checkpoint_activations", "maybe", "auto or on or off"),
+    ("checkpoint_every_s", -1, "above 0 or 0"), ("checkpoint_every_s", float("nan"), "finite"),
+    ("checkpoint_every_s", float("inf"), "finite")])
+def test_a_bad_place_is_one_line_with_field_value_and_rule(field, value, rule):
+    with pytest.raises(TrainingError, match=f"^{field}={value!r}: must be .*{rule}") as error:
+        Place(**{field: value})
+    assert "\n" not in str(error.value) and isinstance(error.value, UserError)
+
+
+def parse(*flags, **defaults):
+    parser = ArgumentParser(prog="program")
+    add_place_flags(parser)
+    return place_from_flags(vars(parser.parse_args(flags)), **defaults)
+
+
+def test_flags_say_where_a_run_is_run_and_defaults_hold_for_the_rest():
+    assert parse() == Place()
+    assert parse(threads=4, wait_s=7.0) == Place(threads=4, wait_s=7.0)
+    assert parse("--threads", "2", "--no-compile", threads=4, compile=True) == Place(threads=2)
+    place = parse("--device", "cpu", "--data-root", "sets", "--micro-batch", "8", "--graph",
+                  "--checkpoint-activations", "on", "--checkpoint-every-s", "0")
+    assert place == Place(device="cpu", data_root="sets", micro_batch=8, graph=True,
+                          checkpoint_activations="on", checkpoint_every_s=0)
+    assert place_from_flags({"threads": None, "device": "cpu", "lr": 1}) == Place(device="cpu")
+
+
+@pytest.mark.parametrize("flags, error, message", [
+    (["--threads", "0"], TrainingError, "threads=0: must be"),
+    (["--threads", "two"], SystemExit, "invalid int value: 'two'"),
+    (["--thread", "2"], SystemExit, "did you mean --threads"),
+    (["--checkpoint-activations", "no"], SystemExit, "invalid choice: 'no'"),
+    (["--wait-s", "3"], SystemExit, "unrecognized arguments")])
+def test_bad_flags_are_one_line(flags, error, message, capsys):
+    with pytest.raises(error) as raised:
+        parse(*flags)
+    text = str(raised.value) if error is TrainingError else capsys.readouterr().err
+    assert message in text and len(text.splitlines()) == 1
