@@ -329,9 +329,10 @@ def test_what_begins_with_a_failed_run_fails_with_it_and_is_fixed_by_the_same_co
 @pytest.mark.parametrize("flags, is_drawn", [
     ((), True), (("--collect",), True), (("--shard", "1/2"), False), (("--status",), False),
     (("--dry-run",), False)])
-def test_a_script_that_does_more_is_told_when_the_csv_is_to_be_drawn(finished, flags, is_drawn):
-    parser = sweep.make_parser(TINY)
-    asked = sweep.parse(TINY, parser, arguments(finished, *flags))
+def test_a_script_that_does_more_is_told_when_the_csv_is_to_be_drawn(finished, tmp_path, flags, is_drawn):
+    """Of the runs that have finished; the CSV, of one seed, is another than theirs."""
+    parser, place = sweep.make_parser(TINY), ("--results-dir", str(tmp_path))
+    asked = sweep.parse(TINY, parser, arguments(finished, *place, *flags))
     assert sweep.carry_out(asked) is is_drawn
 
 
