@@ -183,15 +183,15 @@ class Session:
         bar.initial = bar.n = first
         if not config.total_steps:
             self._save(run)  # the weights that are evaluated
+        pending, clock = [], pace.clock(state["seconds"])
         if self._evaluation_is_due():  # it was interrupted
-            self._evaluate(pace)
+            self._evaluate(pace, clock)
         is_cut = state["micro_batch"] < config.batch_size / self.processes
         micro_batch = state["micro_batch"] if is_cut else None
         take_step = make_step(self.model, self.optimizer, config, micro_batch, self.place.graph)
         batches = training_batches(self.images["train"], config.batch_size, config.seed,
                                    range(first, last), self.device,
                                    part=distributed.part(config.batch_size))
-        pending, clock = [], pace.clock(state["seconds"])
         with contextlib.closing(batches):
             for step, x in enumerate(batches, first):  # dequantized, (B, C, H, W)
                 x = x.to(DTYPES[config.precision])
@@ -224,9 +224,7 @@ class Session:
                 if pace.stop:
                     break
                 if evaluate_now:
-                    # else each of its batch sizes would be compiled
-                    with clock.paused(), torch.compiler.set_stance("force_eager"):
-                        self._evaluate(pace)
+                    self._evaluate(pace, clock)
 
     def _record(self, run, rows):
         config, seconds = self.config, f"{self.state['seconds']:.3f}"
@@ -249,13 +247,17 @@ class Session:
         is_due = step == self.config.total_steps or (every and step and step % every == 0)
         return is_due and not any(row["step"] == step for row in self.state["rows"])
 
-    def _evaluate(self, pace):
-        """Add a row for the test images, all of them, and before it one for training images."""
+    def _evaluate(self, pace, clock):
+        """Add a row for the test images, all of them, and before it one for training images.
+
+        No training time, and eager: else each of its batch sizes would be compiled.
+        """
         num_train, rows = min(TRAIN_ROW_IMAGES, len(self.images["test"].array)), []
-        for split, images in (("train", self.images["train"].array[:num_train]),
-                              ("test", self.images["test"])):
-            numbers = evaluate(self.jet, images, signals=pace.signals)
-            rows.append({"step": self.state["step"], "split": split, **numbers})
+        with clock.paused(), torch.compiler.set_stance("force_eager"):
+            for split, images in (("train", self.images["train"].array[:num_train]),
+                                  ("test", self.images["test"])):
+                numbers = evaluate(self.jet, images, signals=pace.signals)
+                rows.append({"step": self.state["step"], "split": split, **numbers})
         self.state["rows"] += rows
 
     def end(self, run):
@@ -301,7 +303,7 @@ def first_jet(config, images, init_from, run_dir):
         raise TrainingError(f"{config.data} has images of {height} x {width} x {channels}; the "
                             f"model takes image_size={config.model.image_size} and "
                             f"channels={config.model.channels}")
-    if not config.init or run_folder.RunFolder(run_dir, config).has_checkpoint:
+    if not config.init or run_folder.has_checkpoint(run_dir):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return Jet(config.model)

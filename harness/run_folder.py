@@ -72,6 +72,10 @@ def read_finished(run_dir, config):
     return distributed.from_first(read)
 
 
+def has_checkpoint(run_dir):
+    return any((Path(run_dir) / name).exists() for name in (CHECKPOINT_NAME, PREVIOUS_NAME))
+
+
 class RunFolder:
     """A run folder that this process, and those that share the run with it, are at."""
 
@@ -90,10 +94,6 @@ class RunFolder:
     def log(self):
         """The RunLog, or None in all processes but the first."""
         return self._log if distributed.rank() == 0 else None
-
-    @property
-    def has_checkpoint(self):
-        return any((self.path / name).exists() for name in (CHECKPOINT_NAME, PREVIOUS_NAME))
 
     def restore(self, names):
         """(path, content) of the newest whole checkpoint of this run, or (None, None).

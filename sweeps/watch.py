@@ -8,9 +8,9 @@ import time
 import pandas as pd
 from tqdm import tqdm
 
-from harness.checkpoint import CHECKPOINT_NAME, PREVIOUS_NAME
 from harness.errors import TrainingError
-from harness.run_folder import LOG_NAME, is_running, read_done, read_error, read_progress
+from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_done, read_error,
+                                read_progress)
 from sweeps import cluster
 
 STATES = ("done", "running", "queued", "failed", "cancelled", "stopped", "new")  # in this order
@@ -55,8 +55,7 @@ def _status(run, entry):
         return Status(state="failed", note=f"{error} ({folder / LOG_NAME})", **known)
     if (job := cluster.read_job(run)) and job["job"]:
         return _ended(job, known)
-    has_checkpoint = (folder / CHECKPOINT_NAME).exists() or (folder / PREVIOUS_NAME).exists()
-    return Status(state="stopped" if has_checkpoint else "new", **known)
+    return Status(state="stopped" if has_checkpoint(folder) else "new", **known)
 
 
 def _ended(job, known):
