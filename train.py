@@ -30,7 +30,7 @@ from harness.machine import (ROOT, code_version, compile_couplings, compile_limi
                              full_float32, hardware, outside_errors, pick_device, versions, where)
 from harness.memory import fit_memory, watch_memory
 from harness.pace import Pace
-from harness.place import Place, add_place_flags, place_from_flags
+from harness.place import Place, add_place_flags, place_from_flags, step_mode
 from harness.signals import Signals, Stopped
 from jet import Jet, JetConfig
 from recipe import (DTYPES, TrainConfig, add_gradients, learning_rate, make_optimizer, make_step,
@@ -73,9 +73,9 @@ def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, si
         distributed.start()
         if (done := run_folder.read_finished(run_dir, config)) is not None:
             return done
-        if place.compile:
-            stack.enter_context(compile_limits())
         session = Session(config, run_dir, place, init_from)
+        if session.compiled:
+            stack.enter_context(compile_limits())
         run = stack.enter_context(run_folder.opened(run_dir, config, place.wait_s, place.echo))
         bar = stack.enter_context(progress_bar(config, label, quiet or run.log is None))
         if (done := run_folder.read_finished(run_dir, config)) is not None:
@@ -94,6 +94,7 @@ class Session:
     def __init__(self, config, run_dir, place, init_from):
         self.config, self.place, self.processes = config, place, distributed.size()
         self.device = pick_device(place.device, place.graph)
+        self.compiled, self.graph, self.mode = step_mode(place, config, self.device)
         if self.processes > config.batch_size:
             raise TrainingError(f"{self.processes} processes for a batch of {config.batch_size} "
                                 "images: at most one for each")
@@ -103,10 +104,10 @@ class Session:
         self.peak_memory = watch_memory(self.device)
         jet = first_jet(config, self.images["train"], init_from, Path(run_dir))
         self.jet = jet.to(self.device, DTYPES[config.precision])
-        if config.precision == "float32" and not place.compile:  # else PyTorch's work in training
+        if config.precision == "float32" and not self.compiled:  # else PyTorch's work in training
             kernels.accelerate(self.jet)
         self.kernels = kernels.used_by(self.jet)
-        self.optimizer = make_optimizer(self.jet.parameters(), config, place.graph)
+        self.optimizer = make_optimizer(self.jet.parameters(), config, self.graph)
         self.state = {"step": 0, "seconds": 0.0, "rows": [], "micro_batch": None,
                       "processes": self.processes,
                       "train_fingerprint": self.images["train"].fingerprint}
@@ -130,7 +131,7 @@ class Session:
         if not first and config.model.actnorm and not config.init:
             x = training_batch(self.images["train"], config.batch_size, config.seed, 0, self.device)
             self.jet.initialize(x.to(DTYPES[config.precision]))
-        if place.compile:
+        if self.compiled:
             compile_couplings(self.jet)
         self.model = distributed.wrap(self.jet)
         distributed.copy_moments(self.optimizer)
@@ -145,7 +146,7 @@ class Session:
                   f"{hardware(self.device)}, torch {torch.__version__}, "
                   f"{self.kernels or 'cuda'} kernels, "
                   f"commit {version['git_commit'] or 'unknown'}, {tree}")
-        log.write(line)
+        log.write(f"{line}; {self.mode}")
         for line in advice(self.config, self.device):
             (log.tell if alone else log.write)(line)
 
@@ -188,7 +189,7 @@ class Session:
             self._evaluate(pace, clock)
         is_cut = state["micro_batch"] < config.batch_size / self.processes
         micro_batch = state["micro_batch"] if is_cut else None
-        take_step = make_step(self.model, self.optimizer, config, micro_batch, self.place.graph)
+        take_step = make_step(self.model, self.optimizer, config, micro_batch, self.graph)
         batches = training_batches(self.images["train"], config.batch_size, config.seed,
                                    range(first, last), self.device,
                                    part=distributed.part(config.batch_size))
@@ -196,7 +197,7 @@ class Session:
             for step, x in enumerate(batches, first):  # dequantized, (B, C, H, W)
                 x = x.to(DTYPES[config.precision])
                 # or the first coupling, with no gradient to pass on, is another graph
-                x.requires_grad_(self.place.compile)
+                x.requires_grad_(self.compiled)
                 if step == first and self.processes > 1:
                     # DistributedDataParallel sorts gradients into other buckets after its first
                     # backward, and adds them up in another order: without one to throw away, a
@@ -234,8 +235,7 @@ class Session:
     def _log_first_step(self, run, seconds):
         self.first_step_seconds = seconds
         if run.log:
-            compiled = ", with compilation" if self.place.compile else ""
-            run.log.write(f"first step: {seconds:.2f} s{compiled}")
+            run.log.write(f"first step: {seconds:.2f} s")
 
     def _save(self, run):
         distributed.from_first(run.save, {**self.state, "model": self.jet.state_dict(),
@@ -276,7 +276,7 @@ class Session:
                 "train_seconds": state["seconds"], "first_step_seconds": self.first_step_seconds,
                 "micro_batch": state["micro_batch"],
                 "checkpoint_activations": self.jet.checkpoint_activations,
-                "compile": self.place.compile, "graph": self.place.graph,
+                "compile": self.compiled, "graph": self.graph,
                 "hosts": self.hosts, "peak_memory_gib": peak,
                 "dataset": self.images["test"].name, "variant": self.images["test"].variant,
                 "train_fingerprint": train_images.fingerprint,

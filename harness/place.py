@@ -1,9 +1,15 @@
 """Where and how a run is run: nothing here changes a result by more than rounding."""
 import dataclasses
+import shutil
+import sysconfig
+from pathlib import Path
 
+from harness import distributed
 from harness.errors import TrainingError
 from harness.flags import add_setting_flags
 from jet import check_settings, setting
+
+COMPILE_FROM = 100_000  # couplings times steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +22,10 @@ class Place:
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(1, "CPU threads of a run; equal bits need equal threads, and several "
                            "threads need idle cores")
-    compile: bool = setting(False, "torch.compile the couplings (for GPUs)")
-    graph: bool = setting(False, "each training step as one CUDA graph: for small models, which "
-                          "are bound by launches")
+    compile: bool | None = setting(None, "torch.compile the couplings (default: on one GPU, in "
+                                   "runs that are long enough)", kind=bool)
+    graph: bool | None = setting(None, "each training step as one CUDA graph (default: on one GPU)",
+                                 kind=bool)
     micro_batch: int | None = setting(None, "images in memory at a time; gradients add up over the "
                                       "batch (default: what fits)", kind=int)
     checkpoint_activations: str = setting("auto", "recompute activations in backward: same bits, "
@@ -36,6 +43,34 @@ class Place:
             raise TrainingError(str(error)) from None
         if self.threads > 1024:
             raise TrainingError(f"threads={self.threads}: must be from 1 to 1024")
+
+
+def step_mode(place, config, device):
+    """(whether couplings are compiled, whether a step is a CUDA graph, a line on it).
+
+    Where the place leaves it open, what measured best on an H100 (docs/speed.md): a graph is always
+    faster, and compiling takes half a minute, which about COMPILE_FROM couplings in all steps win
+    back. It depends on the whole run alone, so that a resumed one has the same bits.
+    """
+    is_one_gpu = device.type == "cuda" and distributed.size() == 1
+    graph = is_one_gpu if place.graph is None else place.graph
+    is_long = config.total_steps * config.model.num_couplings >= COMPILE_FROM
+    why_not = "" if place.compile is not None or not (is_one_gpu and is_long) else lacks_compiler()
+    compiled = is_one_gpu and is_long and not why_not if place.compile is None else place.compile
+    line = f"steps: {'one CUDA graph' if graph else 'eager'}, couplings " + (
+        "compiled" if compiled else f"not compiled{why_not}")
+    return compiled, graph, line
+
+
+def lacks_compiler():
+    """What torch.compile needs on a GPU and is not here, or ""."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        missing = "a C compiler (cc)"
+    elif not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        missing = "Python.h (python3-dev)"
+    else:
+        return ""
+    return f": that needs {missing}, and a step would take about two thirds of the time"
 
 
 def add_place_flags(parser):

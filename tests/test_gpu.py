@@ -279,13 +279,17 @@ def test_batches_have_the_same_bits_from_every_source():
 
 @pytest.mark.parametrize("changes, precision",
                          [({}, "float32"), ({}, "bfloat16"), (ALL, "float32")])
-def test_a_resumed_run_has_the_same_bits(tmp_path, saved, changes, precision):
-    config = settings(precision, changes, data=saved, total_steps=4)
-    whole, parts = (functools.partial(train, config, tmp_path / name, place=Place(device=DEVICE),
-                                      quiet=True) for name in ("whole", "parts"))
-    done = whole(place=Place(device=DEVICE, checkpoint_every_s=0))
-    assert done["device"] == torch.device(DEVICE).type
-    assert parts(stop_after=2) == {"step": 2}
+@pytest.mark.parametrize("graph", [False, pytest.param(None, marks=cuda_only("graphs"))],
+                         ids=["eager", "graph"])
+def test_a_resumed_run_has_the_same_bits(tmp_path, saved, changes, precision, graph):
+    """As a graph, too, whose first two steps after each start are run as they are."""
+    config = settings(precision, changes, data=saved, total_steps=10)
+    place = Place(device=DEVICE, graph=graph)
+    whole, parts = (functools.partial(train, config, tmp_path / name, place=place, quiet=True)
+                    for name in ("whole", "parts"))
+    done = whole(place=dataclasses.replace(place, checkpoint_every_s=0))
+    assert done["device"] == torch.device(DEVICE).type and done["graph"] == (graph is None)
+    assert parts(stop_after=5) == {"step": 5}
     assert parts()["bits_per_dim"] == done["bits_per_dim"]
     assert same_bits(checkpoint(tmp_path / "parts"), checkpoint(tmp_path / "whole"))
 
@@ -448,7 +452,7 @@ def test_a_graph_takes_the_same_steps(changes, precision, bound):
 @cuda_only("graphs")
 def test_a_run_as_a_graph_ends_and_resumes_as_an_eager_one(tmp_path, saved):
     config = settings(data=saved, total_steps=8)
-    plain = train(config, tmp_path / "plain", place=Place(device=DEVICE), quiet=True)
+    plain = train(config, tmp_path / "plain", place=Place(device=DEVICE, graph=False), quiet=True)
     runs = [functools.partial(train, config, tmp_path / name, quiet=True,
                               place=Place(device=DEVICE, graph=True)) for name in ("whole", "parts")]
     assert runs[1](stop_after=4) == {"step": 4}

@@ -3,11 +3,15 @@ import json
 import subprocess
 
 import pytest
+import torch
 
+from harness import place
 from harness.errors import TrainingError, UserError
 from harness.flags import ArgumentParser
 from harness.machine import code_version
-from harness.place import Place, add_place_flags, place_from_flags
+from harness.place import Place, add_place_flags, place_from_flags, step_mode
+from jet import JetConfig
+from recipe import TrainConfig
 
 UNKNOWN = {"git_commit": "", "git_dirty": None}
 
@@ -95,10 +99,11 @@ def parse(*flags, **defaults):
 def test_flags_say_where_a_run_is_run_and_defaults_hold_for_the_rest():
     assert parse() == Place()
     assert parse(threads=4, wait_s=7.0) == Place(threads=4, wait_s=7.0)
-    assert parse("--threads", "2", "--no-compile", threads=4, compile=True) == Place(threads=2)
-    place = parse("--device", "cpu", "--data-root", "sets", "--micro-batch", "8", "--graph",
-                  "--checkpoint-activations", "on", "--checkpoint-every-s", "0")
-    assert place == Place(device="cpu", data_root="sets", micro_batch=8, graph=True,
+    assert parse("--threads", "2", "--no-compile", threads=4, compile=True) == Place(
+        threads=2, compile=False)
+    others = parse("--device", "cpu", "--data-root", "sets", "--micro-batch", "8", "--graph",
+                   "--checkpoint-activations", "on", "--checkpoint-every-s", "0")
+    assert others == Place(device="cpu", data_root="sets", micro_batch=8, graph=True,
                           checkpoint_activations="on", checkpoint_every_s=0)
     assert place_from_flags({"threads": None, "device": "cpu", "lr": 1}) == Place(device="cpu")
 
@@ -114,3 +119,30 @@ def test_bad_flags_are_one_line(flags, error, message, capsys):
         parse(*flags)
     text = str(raised.value) if error is TrainingError else capsys.readouterr().err
     assert message in text and len(text.splitlines()) == 1
+
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def mode(steps, device, **settings):
+    model = JetConfig(image_size=8, num_couplings=10, emb_dim=8, num_heads=1)
+    config = TrainConfig(model=model, data="cifar10-subset", total_steps=steps)
+    return step_mode(Place(**settings), config, device)
+
+
+def test_the_default_on_one_gpu_is_what_measured_best_there(monkeypatch):
+    monkeypatch.setattr(place, "lacks_compiler", lambda: "")
+    assert mode(9_999, GPU)[:2] == (False, True) and mode(10_000, GPU)[:2] == (True, True)
+    assert mode(10_000, CPU)[:2] == (False, False)
+    assert mode(10_000, GPU, graph=False, compile=False)[:2] == (False, False)
+    assert mode(5, CPU, compile=True)[:2] == (True, False) and mode(5, GPU, compile=True)[0]
+    monkeypatch.setattr(place.distributed, "size", lambda: 2)  # a graph is of one process
+    assert mode(10_000, GPU)[:2] == (False, False)
+
+
+def test_a_long_run_that_cannot_be_compiled_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(place.shutil, "which", lambda name: None)
+    compiled, graph, line = mode(10_000, GPU)
+    assert (compiled, graph) == (False, True) and "needs a C compiler (cc)" in line
+    assert "needs" not in mode(9_999, GPU)[2] and "needs" not in mode(10_000, GPU, compile=False)[2]
+    assert mode(10_000, GPU, compile=True)[0]  # was asked for: the compiler's own error says it

@@ -490,7 +490,7 @@ def test_equal_couplings_are_compiled_once(tmp_path, config, monkeypatch, recomp
         compiled = train(config, tmp_path / "compiled", quiet=True, place=Place(compile=True, checkpoint_activations=recompute))
         assert [count - before for count in counts] == [2] * 4  # channels and spatial
         assert 0 < compiled["first_step_seconds"] < 600
-        assert "first step: " in (text := (tmp_path / "compiled/log.txt").read_text()) and "with compilation" in text
+        assert "first step: " in (text := (tmp_path / "compiled/log.txt").read_text()) and "eager, couplings compiled" in text
     finally:
         torch._dynamo.reset()
     eager = train(config, tmp_path / "eager", quiet=True)
