@@ -13,9 +13,7 @@ Layouts and formulas are those of the official model (google-research/big_vision
 tests/test_parity.py holds this file to its numbers. Shapes: B batch, C x H x W image, p patch size,
 N tokens on an (H/p, W/p) grid, D = C*p*p values a token, E width of the network, K heads.
 """
-import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -24,15 +22,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-KINDS = ("channels", "spatial")
 SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes",
                   "hstripes-inv")
 GELU = {"tanh": "tanh", "exact": "none"}  # ours: PyTorch's
 
 
-def setting(default, help, choices=None, minimum=None, kind=None):
+def setting(default, help, choices=None, minimum=1, kind=None):
     """A config field: default, the sentence that the command line shows, and what is allowed: some
-    names, or numbers from a minimum on (else whole ones from 1, others above 0). kind: its type."""
+    names, or numbers (whole ones from the minimum on, others above 0 or equal to it)."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -43,17 +40,17 @@ def check_settings(config):
         value, what = getattr(config, field.name), field.metadata
         if not what or value is None and field.default is None:
             continue
+        value = tuple(value) if isinstance(value, list) else value  # JSON has lists for tuples
         choices, least, kind = what["choices"], what["minimum"], what["kind"] or type(field.default)
-        ok, rule = True, ""
+        ok, rule = True, f"must be {' or '.join(choices or ())}"
         if choices and kind is tuple:
             ok = isinstance(value, tuple) and value and all(v in choices for v in value)
             rule = f"must be a non-empty list of {', '.join(choices)}"
         elif choices:
-            ok, rule = value in choices, f"must be {' or '.join(choices)}"
+            ok = value in choices
         elif kind is bool:
             ok, rule = isinstance(value, bool), "must be true or false"
         elif kind is int:
-            least = 1 if least is None else least
             ok = type(value) is int and value >= least
             rule = f"must be a whole number, {least} or more"
         elif kind is float:
@@ -61,14 +58,13 @@ def check_settings(config):
             rule = "must be a finite number above 0" + (" or 0" if least == 0 else "")
         if not ok:
             raise ValueError(f"{field.name}={value!r}: {rule}")
-        if kind is float:  # 3 and 3.0 are one configuration
-            object.__setattr__(config, field.name, float(value))
+        value = float(value) if kind is float else value  # 3 and 3.0 are one configuration
+        object.__setattr__(config, field.name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JetConfig:
     """What defines a Jet. Defaults are the official ImageNet-64 model (32 couplings x depth 2).
-
     Raises ValueError that names the field, the value and the rule."""
     image_size: int | tuple[int, int] = setting(
         (64, 64), "pixels per side, or height and width; train.py takes the image set's")
@@ -80,7 +76,8 @@ class JetConfig:
     emb_dim: int = setting(512, "width of the network")
     num_heads: int = setting(8, "attention heads (vit only)")
     scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
-    kinds: tuple = setting(("channels",) * 4 + ("spatial",), "what couplings halve, cycled", KINDS)
+    kinds: tuple = setting(("channels",) * 4 + ("spatial",), "what couplings halve, cycled",
+                           ("channels", "spatial"))
     spatial_splits: tuple = setting(SPATIAL_SPLITS, "patterns of spatial couplings, cycled",
                                     SPATIAL_SPLITS)
     split_mode: str = setting("pairing", "pairing: x1 in, x2's bias and scale out (official); "
@@ -91,19 +88,16 @@ class JetConfig:
     norm_eps: float = setting(1e-6, "epsilon of LayerNorm")
 
     def __post_init__(self):
-        for name in ("image_size", "kinds", "spatial_splits"):  # JSON has lists for tuples
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_settings(self)
-        size = self.image_size
-        sides = size if isinstance(size, tuple) else (size, size)
+        sides = self.image_shape[1:]
         if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"image_size={size!r}: must be a whole number, 1 or more, or two of "
-                             "them (height and width)")
-        size = sides[0] if sides[0] == sides[1] else sides
-        object.__setattr__(self, "image_size", size)
+            raise ValueError(f"image_size={self.image_size!r}: must be a whole number, 1 or more, "
+                             "or two of them (height and width)")
+        if sides[0] == sides[1]:
+            object.__setattr__(self, "image_size", sides[0])
         if any(side % self.patch_size for side in sides):
-            raise ValueError(f"patch_size={self.patch_size}: must divide image_size={size}")
+            raise ValueError(f"patch_size={self.patch_size}: must divide image_size="
+                             f"{self.image_size}")
         if self.block == "vit" and self.emb_dim % self.num_heads:
             raise ValueError(f"emb_dim={self.emb_dim}: must be divisible by "
                              f"num_heads={self.num_heads}")
@@ -129,13 +123,8 @@ class JetConfig:
         """Token rows and columns, (H/p, W/p)."""
         return self.image_shape[1] // self.patch_size, self.image_shape[2] // self.patch_size
 
-    @property
-    def num_tokens(self):
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def token_dim(self):
-        return self.channels * self.patch_size ** 2
+    num_tokens = property(lambda self: self.grid[0] * self.grid[1])
+    token_dim = property(lambda self: self.channels * self.patch_size ** 2)
 
     @property
     def coupling_splits(self):
@@ -143,12 +132,6 @@ class JetConfig:
         kinds = itertools.islice(itertools.cycle(self.kinds), self.num_couplings)
         splits = itertools.cycle(self.spatial_splits)
         return tuple((kind, next(splits) if kind == "spatial" else None) for kind in kinds)
-
-    @property
-    def logdet_cap_nats(self):
-        """The largest log-det that the couplings can reach: each scales half the values by m."""
-        moved = self.num_couplings * self.num_tokens * self.token_dim / 2
-        return moved * math.log(self.scale_factor)
 
 
 class Attention(nn.Module):
@@ -208,7 +191,7 @@ class CNNBlock(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The network of one coupling: tokens (B, N, in) -> (bias, raw scale), each (B, N, out/2)."""
+    """The network of one coupling: tokens (B, N, in) -> bias and raw scale, joined, (B, N, out)."""
 
     def __init__(self, config, in_dim, out_dim, grid):
         super().__init__()
@@ -223,10 +206,6 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.final_proj.bias)
 
     def forward(self, x):
-        return self.joint(x).chunk(2, dim=-1)
-
-    def joint(self, x):
-        """Bias and raw scale side by side, (B, N, out)."""
         h = self.init_proj(x) + self.posemb  # (B, N, E)
         for block in self.blocks:
             h = block(h)
@@ -242,9 +221,8 @@ def _lecun_normal(layer):
 
 def spatial_order(split, rows, columns):
     """Token indices (N,) of a named spatial split: the first half conditions, the second is moved.
-
-    Parities of the flat index as in the official code, ascending within each: with an odd number of
-    columns its checkerboard has unequal parts, and the cut lies in the middle all the same."""
+    Parities of the flat index, ascending within each, as in the official code: an odd number of
+    columns gives its checkerboard unequal parts, and it is cut in the middle all the same."""
     token = torch.arange(rows * columns)
     row = token // columns
     name, _, inverse = split.partition("-")
@@ -283,16 +261,15 @@ class Coupling(nn.Module):
         """What the network reads off x1: bias and raw scale side by side, (B, N, out)."""
         if self.masking:  # our reading of the paper: x2 is zeroed, outputs at x2's places are used
             zeros = x1.new_zeros(len(x1), len(self.net.posemb), self.net.init_proj.in_features)
-            return self.net.joint(zeros.index_copy(self.axis, self.order.chunk(2)[0], x1))
+            return self.net(zeros.index_copy(self.axis, self.order.chunk(2)[0], x1))
         # A half of the tokens becomes N tokens of D/2 values, like a half of the channels.
-        return self.net.joint(x1.reshape(len(x1), len(self.net.posemb), -1))
+        return self.net(x1.reshape(len(x1), len(self.net.posemb), -1))
 
     def affine(self, net_out, x2):
         """The network's answer -> bias, scale in x2's shape and type, and log|det| (B,) in nats."""
         bias, raw = net_out.chunk(2, dim=-1)
         if self.masking:
-            moved = self.order.chunk(2)[1]
-            bias, raw = bias.index_select(self.axis, moved), raw.index_select(self.axis, moved)
+            bias, raw = self.split(bias)[1], self.split(raw)[1]
         # Under autocast the network answers in bfloat16. From here on all is computed from the same
         # numbers in x2's precision, or log-det and inverse would not fit what was applied.
         bias, raw = bias.reshape(x2.shape).to(x2.dtype), raw.reshape(x2.shape).to(x2.dtype)
@@ -339,12 +316,6 @@ class ActNorm(nn.Module):
         return z * (-self.log_scale).exp() - self.bias, logdet
 
 
-def _no_autocast(device):
-    """Within, products are in the type of their factors: log-det must fit what is applied."""
-    has_autocast = torch.amp.is_autocast_available(device.type)  # meta has none
-    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
-
-
 class InvertibleDense(nn.Module):
     """Glow's invertible 1x1 convolution on a token's values: z = W x, W = P L U, first a rotation.
     P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal
@@ -366,36 +337,29 @@ class InvertibleDense(nn.Module):
 
     def forward(self, x):
         lower, upper = self._factors()
-        with _no_autocast(x.device):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # as the log-det is
             z = (x @ (lower @ upper).T).index_select(2, self.order)
         return z, (x.shape[1] * self.log_diagonal.sum()).expand(len(x))
 
     def inverse(self, z):
         lower, upper = self._factors()
-        with _no_autocast(z.device):
-            x = z.index_copy(2, self.order, z).flatten(0, 1).T  # undo P; (D, B*N)
-            x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
-            x = torch.linalg.solve_triangular(upper, x, upper=True).T.reshape(z.shape)
+        x = z.index_copy(2, self.order, z).flatten(0, 1).T  # undo P; (D, B*N)
+        x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(upper, x, upper=True).T.reshape(z.shape)
         return x, (-z.shape[1] * self.log_diagonal.sum()).expand(len(z))
 
 
 class Jet(nn.Module):
-    """The flow x <-> z between images and standard-normal noise of the same shape.
-
-    Fresh, without the two switches and for m = 2 it is the identity. torch's global random numbers
-    initialise it."""
+    """The flow x <-> z between images and standard-normal noise of the same shape. Fresh, without
+    switches and with m = 2, it is the identity. torch's global random numbers initialise it."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.checkpoint_activations = False  # True: backward runs each layer's forward again
+        self.config, self.checkpoint_activations = config, False  # True: backward recomputes them
+        D, each = config.token_dim, range(config.num_couplings)
         self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
-        self.actnorms, self.denses = nn.ModuleList(), nn.ModuleList()
-        for _ in self.couplings:  # either draws no random numbers or has them to itself
-            if config.actnorm:
-                self.actnorms.append(ActNorm(config.token_dim))
-            if config.invertible_dense:
-                self.denses.append(InvertibleDense(config.token_dim))
+        self.actnorms = nn.ModuleList(ActNorm(D) for _ in each if config.actnorm)
+        self.denses = nn.ModuleList(InvertibleDense(D) for _ in each if config.invertible_dense)
 
     def layers(self):
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
@@ -406,11 +370,12 @@ class Jet(nn.Module):
         """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx|, nats.
         Raises ValueError for another shape or an integer type."""
         tokens, logdet = self.patchify(x), x.new_zeros(len(x))
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        options = {"use_reentrant": False, "preserve_rng_state": False}
         for layer in self.layers():
-            run = functools.partial(checkpoint, layer, **options) if recompute else layer
-            tokens, layer_logdet = run(tokens)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                tokens, layer_logdet = checkpoint(layer, tokens, use_reentrant=False,
+                                                  preserve_rng_state=False)
+            else:
+                tokens, layer_logdet = layer(tokens)
             logdet = logdet + layer_logdet
         return self.unpatchify(tokens), logdet
 
@@ -433,9 +398,8 @@ class Jet(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, generator=None, temperature=1.0):
-        """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I).
-        The generator decides the device that the noise is drawn on. Raises ValueError when the
-        inverse overflows: a scale near 0 makes it explode."""
+        """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I), drawn on the generator's
+        device. Raises ValueError when the inverse overflows: a scale near 0 makes it explode."""
         weight = self.couplings[0].net.posemb
         z = torch.randn(n, *self.config.image_shape, generator=generator, dtype=weight.dtype,
                         device=generator.device if generator else weight.device)

@@ -13,6 +13,7 @@ import evaluate as evaluator
 from audit.checks import BAR, at_precision, attempt, check, counted, dequantized, device_of
 from data import evaluation_noise, fingerprint
 from harness.errors import short
+from harness.flops import logdet_cap_nats
 from jet import Jet
 
 line = functools.partial(check, "Estimate")
@@ -128,7 +129,7 @@ def check_terms(measured):
 def check_scales(model, measured, scales):
     """What the couplings make of their scales, and whether more couplings are needed."""
     if isinstance(model, Jet) and not (model.config.actnorm or model.config.invertible_dense):
-        share = float(measured["rows"]["logdet"].mean() / model.config.logdet_cap_nats)
+        share = float(measured["rows"]["logdet"].mean() / logdet_cap_nats(model.config))
         text = "share of what the couplings can reach"
         if share >= 0.9:
             text += "; SATURATED: more couplings are needed"

@@ -1,6 +1,7 @@
-"""FLOPs and parameters, computed from a configuration."""
+"""FLOPs, parameters and the largest log-det, computed from a configuration."""
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -34,3 +35,9 @@ def num_parameters(model):
 def _coupling_parameters(model):
     with torch.device("meta"):  # without memory
         return sum(parameter.numel() for parameter in Jet(model).parameters())
+
+
+def logdet_cap_nats(model):
+    """The largest log-det that a JetConfig's couplings can reach: each scales half by m."""
+    moved = model.num_couplings * model.num_tokens * model.token_dim / 2
+    return moved * math.log(model.scale_factor)

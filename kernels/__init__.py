@@ -60,7 +60,7 @@ class FastViTBlock(ViTBlock):
 
 
 class FastPredictor(Predictor):
-    def joint(self, x):
+    def forward(self, x):
         h = self.init_proj(x) + self.posemb
         for block in self.blocks:
             h = block(h)

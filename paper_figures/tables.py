@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.flops import logdet_cap_nats
 from jet import JetConfig
 from paper_figures import style
 from paper_figures.reported import COLUMNS, DATASETS, KNOWN, REPORTED, read_reported
@@ -267,7 +268,7 @@ def read_shipped(folder):
                 raise ValueError(f"{name} is {done[name]!r}")
         for name in ("total_steps", "batch_size", "seed"):
             int(done["config"][name])
-        share = test["logdet_nats"] / model.logdet_cap_nats
+        share = test["logdet_nats"] / logdet_cap_nats(model)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError,
             ZeroDivisionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

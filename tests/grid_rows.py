@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from data import SETS
-from harness.flops import num_parameters, train_flops
+from harness.flops import logdet_cap_nats, num_parameters, train_flops
 from harness.machine import ROOT
 from paper_figures.results_csv import columns
 from sweeps.grid import channel_share, logdet_cap_share, make_runs
@@ -46,7 +46,7 @@ def _rows_of(run, values, i, grid_points, swept):
         "num_couplings": model.num_couplings, "block": model.block,
         "block_depth": model.block_depth, "emb_dim": model.emb_dim, "step": config.total_steps,
         "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
-        "logdet_cap_share": logdet_cap_share(model, 0.5 * model.logdet_cap_nats),
+        "logdet_cap_share": logdet_cap_share(model, 0.5 * logdet_cap_nats(model)),
         "num_params": num_parameters(model), "train_flops": train_flops(config),
         "train_seconds": 3.25 + i, "hardware": "CPU", "dataset": config.data,
         "variant": SETS[config.data].variant, "git_commit": "0123456789abcdef", "git_dirty": False}

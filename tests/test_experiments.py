@@ -12,7 +12,7 @@ from grid_rows import grid_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import SETS
-from harness.flops import forward_flops, num_parameters, train_flops
+from harness.flops import forward_flops, logdet_cap_nats, num_parameters, train_flops
 from harness.machine import ROOT
 from jet import Jet, JetConfig
 from paper_figures import style
@@ -262,5 +262,5 @@ def test_the_log_det_of_a_grid_has_room(scale):
     for name in COUNTS:
         for point in experiment(name).configs(scale):
             model = point.config.model
-            cap = model.logdet_cap_nats / model.num_tokens / model.token_dim / 0.6931
+            cap = logdet_cap_nats(model) / model.num_tokens / model.token_dim / 0.6931
             assert cap >= (4 if scale == "smoke" else 5), (name, point.labels, cap)
