@@ -269,7 +269,7 @@ class Session:
             return {"step": state["step"]}
         test, train_images = state["rows"][-1], self.images["train"]
         peak = distributed.agree(self.peak_memory() or 0.0)[0]
-        done = {"config": self.config.to_dict(), "rows": state["rows"],
+        done = {"config": self.config.to_record(), "rows": state["rows"],
                 **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
                 "weights_sha256": weights_checksum(self.jet),
                 "num_params": sum(parameter.numel() for parameter in self.jet.parameters()),

@@ -12,7 +12,7 @@ import zipfile
 import torch
 
 from harness.errors import CheckpointError, TrainingError, short
-from harness.files import write_atomically
+from harness.files import open_regular, write_atomically
 
 CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_FORMAT = "jet-checkpoint-1"
@@ -22,12 +22,14 @@ PREVIOUS_NAME = "checkpoint-previous.pt"
 def read_tensors(path):
     """The dict of tensors and plain values in a .pt file, its checksums verified, no code run."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # the errors say it in one line
-            if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-                raise zipfile.BadZipFile(f"{bad} fails its checksum")  # torch.load would not notice
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with (warnings.catch_warnings(action="ignore"),  # the errors say it in one line
+              open(open_regular(path, os.O_RDONLY), "rb") as file):
+            check_archive(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: holds more than tensors and plain values, or is no "
                               "checkpoint; not loaded, for it could run code") from None
@@ -36,6 +38,18 @@ def read_tensors(path):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def check_archive(file):
+    """Raise BadZipFile for what torch.load would not notice, or would unpack without end."""
+    if zipfile.is_zipfile(file):
+        archive = zipfile.ZipFile(file)
+        size = os.fstat(file.fileno()).st_size
+        if sum(member.file_size for member in archive.infolist()) > size:
+            raise zipfile.BadZipFile("holds more than its size: PyTorch compresses nothing")
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"{bad} fails its checksum")
+    file.seek(0)
 
 
 def load_weights(path, jet, state):

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from harness.errors import BusyError, TrainingError
-from harness.files import locked, remove_leftovers
+from harness.files import locked, read_json, remove_leftovers
 
 CLAIM_NAME = "claim.json"
 HEARTBEAT_S, DEAD_AFTER_S = 10, 60
@@ -97,7 +97,7 @@ def read_claim(run_dir):
     except OSError:
         return None
     try:
-        return {**unknown, **json.loads(path.read_text()), "beat": beat}
+        return {**unknown, **read_json(path), "beat": beat}
     except (OSError, ValueError, TypeError):  # torn: nobody's, once it is old
         return {**unknown, "beat": beat}
 

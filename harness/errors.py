@@ -26,6 +26,14 @@ class NonFiniteError(TrainingError, ValueError):
     """A loss, a gradient or a measured number that is not finite: the run's own fault."""
 
 
+def printable(text, max_length=2000):
+    """A text from elsewhere for a terminal: one line, no control characters, not endless."""
+    text = "".join(character if character.isprintable() else " " for character in str(text))
+    if len(text) > max_length:
+        text = f"{text[:max_length - 200]} ... {text[-195:]}"
+    return text
+
+
 def one_line(error):
     """What to tell of an error."""
     if isinstance(error, OSError) and error.strerror:

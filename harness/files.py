@@ -1,9 +1,55 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all; what others may have put in their place is refused."""
 import contextlib
+import errno
 import fcntl
+import json
 import os
+import stat
 import time
 import uuid
+
+MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
+
+
+def open_regular(path, flags, mode=0o666):
+    """os.open for a regular file: no device, no pipe that nobody writes to.
+
+    Where it is to be written, no link either: it may point outside. Raises OSError.
+    """
+    is_written = flags & (os.O_WRONLY | os.O_RDWR)
+    try:
+        number = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if is_written else 0), mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP and is_written:
+            why = "is a link, and links are not written to"
+            raise OSError(errno.ELOOP, why, str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return number
+
+
+def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
+    """The content of a regular file. Raises OSError where it is none, or larger."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
+    return content
+
+
+def read_json(path, max_bytes=MAX_TEXT_BYTES):
+    """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
+    return parse_json(read_bytes(path, max_bytes))
+
+
+def parse_json(content):
+    """What a JSON text (or its bytes in UTF-8) holds. Raises ValueError for what is damaged."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_atomically(path, content, check=lambda path: None):
@@ -38,7 +84,7 @@ def named_in_errors(path):
 @contextlib.contextmanager
 def locked(path):
     """Within, no other process has this file locked; without a word where there are no locks."""
-    with open(path, "w") as lock:
+    with open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b") as lock:  # nothing is cut
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 
-from harness.errors import UserError, one_line
+from harness.errors import UserError, one_line, printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -21,7 +21,7 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [flag.strip("-") for flag in self._option_string_actions]
         near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else ()
         hint = f"did you mean --{near[0]}?" if near else "--help shows what is allowed"
-        self.exit(2, f"{self.prog}: error: {message} ({hint})\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} ({hint})\n")
 
 
 def add_setting_flags(parser, settings_class, prefix="", dashes=False):
@@ -68,9 +68,10 @@ def one_line_errors(program):
         yield
     except UserError as error:
         is_shown_elsewhere = getattr(error, "is_shown_elsewhere", False)  # by another process
-        sys.exit(1 if is_shown_elsewhere else f"{program}: error: {error}")
+        sys.exit(1 if is_shown_elsewhere else f"{program}: error: {printable(error)}")
     except OSError as error:
-        sys.exit(f"{program}: error: {one_line(error)}: fix it, and the same command goes on")
+        sys.exit(f"{program}: error: {printable(one_line(error))}: fix it, and the same command "
+                 "goes on")
     except KeyboardInterrupt:
         print(f"{program}: interrupted: the same command goes on from the run's last checkpoint, "
               "or from its start where there is none yet", file=sys.stderr)

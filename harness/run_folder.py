@@ -12,7 +12,9 @@
 import contextlib
 import datetime
 import json
+import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,16 +26,14 @@ from harness import distributed
 from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint,
                                 save_checkpoint)
 from harness.claim import Claim, is_dead, read_claim
-from harness.errors import BusyError, CheckpointError, TrainingError, one_line
-from harness.files import named_in_errors, write_atomically
+from harness.errors import (BusyError, CheckpointError, TrainingError, one_line, printable,
+                            short)
+from harness.files import named_in_errors, open_regular, read_bytes, read_json, write_atomically
 from harness.machine import outside_errors
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
 LOG_NAME, METRICS_NAME = "log.txt", "metrics.csv"
 METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
-DONE_FIELDS = {"config", "num_params", "test_fingerprint", "train_fingerprint", "git_commit",
-               "bits_per_dim", "bits_per_dim_se", "num_images", "train_seconds", "hardware",
-               "device"}
 
 
 @contextlib.contextmanager
@@ -64,11 +64,11 @@ def opened(run_dir, config, wait_s=0, echo=False):
 def read_finished(run_dir, config):
     """The done.json of a finished run of this configuration, or None, in all processes.
 
-    Raises TrainingError for a folder of another configuration.
+    Raises TrainingError for a folder, or a done.json, of another configuration.
     """
     def read():
         refuse_other_config(Path(run_dir), config)
-        return read_done(run_dir)
+        return read_done(run_dir, config)
     return distributed.from_first(read)
 
 
@@ -137,10 +137,10 @@ def refuse_other_config(run_dir, config):
     path = run_dir / CONFIG_NAME
     if path.exists():
         try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise TrainingError(f"{path}: damaged ({error}): delete it, and the same command goes "
-                                "on") from None
+            stored = read_json(path)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{path}: damaged ({short(error)}): delete it, and the same "
+                                "command goes on") from None
         refuse_changes(run_dir, stored, config)
 
 
@@ -164,21 +164,66 @@ def is_running(run_dir):
     return holder is not None and not is_dead(holder, time.time())
 
 
-def read_done(run_dir):
-    """The content of a finished run's done.json, or None."""
+def read_done(run_dir, config=None):
+    """The content of a finished run's done.json, or None. config: the run's, where it is known.
+
+    Raises TrainingError where it is damaged, holds what no run can have, or is another run's.
+    """
     path = Path(run_dir) / DONE_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        done = json.loads(path.read_text())
-        are_numbers = all(isinstance(row[name], float) for row in done["rows"]
-                          for name in ("bits_per_dim", "bits_per_dim_se", "logdet_nats"))
-        if DONE_FIELDS <= done.keys() and are_numbers and done["rows"][-1]["split"] == "test":
-            return done
-        raise ValueError("incomplete")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged ({type(error).__name__}: {error}): delete it, and "
-                            "the same command evaluates again") from None
+        done = read_json(path)
+        check_fields(done, DONE_FIELDS)
+        for row in done["rows"]:
+            check_fields(row, ROW_FIELDS)
+        if done["rows"][-1]["split"] != "test":
+            raise ValueError("its last row is not of the test images")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise TrainingError(f"{path}: damaged ({short(error)}): delete it, and the same command "
+                            "evaluates again") from None
+    if config is not None:
+        refuse_changes(path, done["config"], config)
+    return done
+
+
+def check_fields(values, fields):
+    """Raise KeyError or ValueError for what is missing or no such value. fields: {name: rule}."""
+    for name, rule in fields.items():
+        if not rule(values[name]):
+            raise ValueError(f"{name} is {short(repr(values[name]))}")
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_amount(value):
+    return is_number(value) and value >= 0
+
+
+def is_count(value):
+    return type(value) is int and 0 < value < 10 ** 13
+
+
+def is_step(value):
+    return type(value) is int and 0 <= value < 10 ** 13
+
+
+def is_fingerprint(value):
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+DONE_FIELDS = {
+    "config": lambda value: isinstance(value, dict), "rows": lambda value: isinstance(value, list),
+    "num_params": is_count, "test_fingerprint": is_fingerprint, "num_images": is_count,
+    "train_fingerprint": is_fingerprint, "bits_per_dim": is_number, "bits_per_dim_se": is_amount,
+    "train_seconds": is_amount, "device": lambda value: value in ("cpu", "cuda"),
+    "git_commit": lambda value: re.fullmatch("[0-9a-f]{40,64}|", value) is not None,
+    "hardware": lambda value: isinstance(value, str) and value.isprintable()}
+ROW_FIELDS = {
+    "split": lambda value: value in ("train", "test"), "step": is_step, "num_images": is_count,
+    "bits_per_dim": is_number, "bits_per_dim_se": is_amount, "logdet_nats": is_number}
 
 
 def record_error(run_dir, error):
@@ -195,16 +240,18 @@ def record_error(run_dir, error):
 def read_error(run_dir):
     """The line of error.txt, or None."""
     try:
-        text = (Path(run_dir) / ERROR_NAME).read_text(errors="replace")
+        text = read_bytes(Path(run_dir) / ERROR_NAME).decode(errors="replace")
     except OSError:
         return None
-    return text.splitlines()[0] if text else "unknown"
+    return printable(text.splitlines()[0]) if text else "unknown"
 
 
 def read_progress(run_dir):
     """(step, bits/dim of that batch, seconds) of the last whole line of metrics.csv, or zeros."""
     try:
-        end = (Path(run_dir) / METRICS_NAME).read_bytes()[-4096:].decode(errors="replace")
+        with open(open_regular(Path(run_dir) / METRICS_NAME, os.O_RDONLY), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            end = file.read(4096).decode(errors="replace")
         lines = reversed(end.splitlines(keepends=True))
         step, _, bits, _, _, seconds = next(filter(_is_whole, lines)).split(",")
         return int(step), float(bits), float(seconds)
@@ -227,7 +274,9 @@ class RunLog:
 
     def begin(self, step):
         """Drop the rows of metrics.csv that come again, after this step, and those a kill tore."""
-        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        text = ""
+        if os.path.lexists(self.metrics):
+            text = read_bytes(self.metrics, 2 ** 32).decode(errors="replace")
         rows = text.splitlines(keepends=True)[1:]
         whole = [row for row in rows if _is_whole(row)]
         if len(whole) < len(rows):
@@ -241,7 +290,8 @@ class RunLog:
 
     def write(self, message):
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        with named_in_errors(self.log), open(self.log, "ab+") as file:
+        appending = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        with named_in_errors(self.log), open(open_regular(self.log, appending), "ab+") as file:
             line = f"{now} {message}\n"
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -259,5 +309,6 @@ class RunLog:
 
     def add(self, rows):
         """Rows of metrics.csv."""
-        with named_in_errors(self.metrics), open(self.metrics, "a") as file:
+        number = open_regular(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with named_in_errors(self.metrics), open(number, "a") as file:
             file.write("".join(",".join(map(str, row)) + "\n" for row in rows))

@@ -83,6 +83,11 @@ class Run:
         return (self.folder / DONE_NAME).exists()
 
     @property
+    def done(self):
+        """What done.json holds, or None. Raises TrainingError: damaged, or another run's."""
+        return read_done(self.folder, self.config)
+
+    @property
     def init_from(self):
         """Where its first weights are, or None."""
         return self.after.folder if self.after else None
@@ -92,7 +97,7 @@ class Run:
 
         shared: the columns that are the same in all rows of the CSV.
         """
-        done, config, model = read_done(self.folder), self.config, self.config.model
+        done, config, model = self.done, self.config, self.config.model
         fixed = {name: done[name] for name in columns(()) if name in done}
         fixed |= {name: getattr(config, name) for name in OF_CONFIG}
         fixed |= {name: getattr(model, name) for name in OF_MODEL}

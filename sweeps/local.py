@@ -12,7 +12,7 @@ import torch
 from data import load_images
 from harness.errors import BusyError, TrainingError, one_line
 from harness.machine import pick_device
-from harness.run_folder import ERROR_NAME, is_running, read_done, read_error, record_error
+from harness.run_folder import ERROR_NAME, is_running, read_error, record_error
 from harness.signals import Signals
 from sweeps import cluster, watch
 from train import train
@@ -152,7 +152,7 @@ def failures(runs, unrecorded):
     lines = []
     for run in runs:
         try:
-            if read_done(run.folder) is None:
+            if run.done is None:
                 lines.append(f"{run.label}: {why_unfinished(run, unrecorded)} ({run.folder})")
         except TrainingError as error:
             lines.append(f"{run.label}: {error}")

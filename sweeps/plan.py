@@ -9,7 +9,6 @@ import pandas as pd
 from harness.errors import TrainingError
 from harness.flops import forward_flops, num_parameters, train_flops
 from harness.machine import hardware
-from harness.run_folder import read_done
 from jet import JetConfig
 from recipe import TrainConfig
 from sweeps import watch
@@ -60,7 +59,7 @@ def trained(runs):
     results = []
     for run in runs:
         with contextlib.suppress(TrainingError):  # damaged: its status says so
-            results.append(read_done(run.folder))
+            results.append(run.done)
     return [done for done in results if done and done["config"]["total_steps"]]
 
 

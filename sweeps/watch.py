@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from harness.errors import TrainingError
-from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_done, read_error,
+from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error,
                                 read_progress)
 from sweeps import cluster
 
@@ -36,7 +36,7 @@ def _status(run, entry):
     """entry: (state, reason, job id) in Slurm's queue, or None."""
     folder, total = run.folder, run.config.total_steps
     try:
-        if done := read_done(folder):
+        if done := run.done:
             cost = f"{done['train_seconds']:.0f} s, {done.get('peak_memory_gib') or 0:.2f} GiB"
             return Status(state="done", step=total, bits_per_dim=f"{done['bits_per_dim']:.4f}",
                           note=cost)

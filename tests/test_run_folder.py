@@ -1,5 +1,7 @@
 """A run folder: claims, two whole checkpoints, what is told, and stopping on request."""
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -18,11 +20,12 @@ from data import load_images
 from harness import claim as claim_module, run_folder
 from harness.checkpoint import read_checkpoint, read_tensors, save_checkpoint
 from harness.claim import Claim, process_started, read_claim, this_machine
-from harness.errors import BusyError, CheckpointError, TrainingError
-from harness.files import remove_leftovers, write_atomically
+from harness.errors import (BusyError, CheckpointError, TrainingError, UserError, one_line,
+                            printable)
+from harness.files import locked, remove_leftovers, write_atomically
 from harness.machine import ROOT
 from harness.place import Place
-from harness.run_folder import RunLog, is_running, read_error, read_progress
+from harness.run_folder import RunLog, is_running, read_done, read_error, read_progress
 from harness.signals import Signals
 from jet import JetConfig
 from train import TrainConfig, train
@@ -450,3 +453,92 @@ def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, con
     assert running.returncode == 1 and 0 < step < 3000
     assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n")
     assert "Traceback" not in error
+
+
+def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path, config):
+    train(config, tmp_path / "one", quiet=True)
+    other = dataclasses.replace(config, seed=1)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/done.json").write_bytes((tmp_path / "one/done.json").read_bytes())
+    with pytest.raises(TrainingError, match="two/done.json belongs .* seed was 0 and is now 1"):
+        train(other, tmp_path / "two", quiet=True)
+    assert train(config, tmp_path / "one", quiet=True)["config"]["seed"] == 0
+    # the same images at another path are the same run
+    np.save(tmp_path / "again.npy", np.load(config.data))
+    moved = dataclasses.replace(config, data=str(tmp_path / "again.npy"))
+    os.unlink(config.data)
+    assert train(moved, tmp_path / "one", quiet=True)["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize("place, value", [
+    (("bits_per_dim",), "4.1"), (("bits_per_dim",), float("nan")), (("num_images",), 10 ** 30),
+    (("num_images",), 0), (("num_images",), True), (("bits_per_dim_se",), float("inf")),
+    (("bits_per_dim_se",), -1.0), (("test_fingerprint",), ""), (("train_fingerprint",), None),
+    (("test_fingerprint",), "z" * 64), (("train_seconds",), -1), (("device",), "abacus"),
+    (("hardware",), "a\x1b[2Jb"), (("git_commit",), "HEAD"), (("rows",), []), (("config",), "x"),
+    (("rows", 0, "split"), "validation"), (("rows", 1, "step"), 1.5), (("rows", 1), None),
+    (("rows", 1, "logdet_nats"), float("nan")), (("rows", 0, "bits_per_dim"), [4.0]),
+    (("rows", 1, "bits_per_dim_se"), float("inf")), ((), 3), ((), [])])
+def test_a_result_that_no_run_can_have_is_refused_in_one_line(tmp_path, finished, place, value):
+    done = json.loads(json.dumps(finished))
+    if place:
+        *path, last = place
+        functools.reduce(lambda part, key: part[key], path, done)[last] = value
+    (tmp_path / "done.json").write_text(json.dumps(done if place else value))
+    with pytest.raises(TrainingError, match="done.json: damaged .*: delete it") as error:
+        read_done(tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """done.json of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = TrainConfig(model=JetConfig(image_size=32, num_couplings=1, block_depth=1, emb_dim=8,
+                                         patch_size=8, num_heads=2),
+                         data="cifar10-subset-vehicles", batch_size=4, total_steps=0)
+    return train(config, folder / "run", quiet=True)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.csv", "lock"])
+def test_nothing_is_written_through_a_link_in_a_run_folder(tmp_path, config, name):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with contextlib.suppress(TrainingError, OSError):
+        train(config, tmp_path / "run", quiet=True)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_lock_cuts_nothing(tmp_path):
+    (tmp_path / "lock").write_text("content")
+    with locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["config.json", "done.json", "claim.json", "metrics.csv",
+                                  "error.txt", "checkpoint.pt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "bytes", "folder"])
+def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, config, name, kind):
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"[" * 200_000 if kind == "deep" else bytes(range(256)))
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(60)
+    try:
+        train(config, path.parent, quiet=True)
+    except (UserError, OSError) as error:
+        line = printable(one_line(error))
+        assert (name if name != "claim.json" else "another process") in line
+        assert len(line) < 1000 + len(str(tmp_path))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
