@@ -490,6 +490,13 @@ def test_a_result_that_no_run_can_have_is_refused_in_one_line(tmp_path, finished
     assert str(error.value).isprintable() and len(str(error.value)) < 500 + len(str(tmp_path))
 
 
+def test_one_image_has_no_standard_error(tmp_path, config):
+    np.save(tmp_path / "one.npy", np.load(config.data)[:1])
+    alone = dataclasses.replace(config, data=str(tmp_path / "one.npy"), batch_size=1)
+    done = train(alone, tmp_path / "run", quiet=True)
+    assert train(alone, tmp_path / "run", quiet=True)["num_images"] == done["num_images"] == 1
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """done.json of a run."""
