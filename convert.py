@@ -3,6 +3,7 @@
     jet = load_jet("runs/my-run")                          # a run folder, or a checkpoint of ours
     jet = load_jet("official.npz", scale_factor=2.0)       # official (flax) parameter tree
     jet = load_jet("jet_pytorch.pt", num_heads=8)          # state dict of the package jet-pytorch
+    jet = load_jet("jet.safetensors", num_heads=8)         # state dict of a Jet of ours
 
 No file is trusted: nothing in it is run, and what it cannot tell is asked for, never guessed.
 """
@@ -19,6 +20,7 @@ import torch
 import kernels
 from harness.checkpoint import CHECKPOINT_FORMAT, checksum, load_weights, read_weights
 from harness.errors import CheckpointError, short
+from harness.files import check_npz, read_bytes
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 
@@ -27,8 +29,10 @@ def load_jet(path, **overrides):
 
     path: a run folder (its newest whole checkpoint, and a warning where that is the one before),
     one of our checkpoints, an .npz of the official parameter tree, or a state dict of jet-pytorch
-    (0.0.2). overrides: JetConfig fields that the file cannot tell: num_heads of a jet-pytorch file;
-    scale_factor and a non-square image_size of an official tree without meta_json.
+    (0.0.2) or of a Jet (.pt or .safetensors, in any precision, alone or as the only one in a dict,
+    also with the prefixes of DistributedDataParallel and torch.compile). overrides: JetConfig
+    fields that the file cannot tell: num_heads of a state dict (and, of a Jet's, what is not the
+    default); scale_factor and a non-square image_size of an official tree without meta_json.
     Raises CheckpointError (a ValueError) in one line when the file is damaged, foreign, contradicts
     an override, or a field is missing.
     """
@@ -48,23 +52,67 @@ def load_jet(path, **overrides):
 
 def _read(path):
     """(the file's path, its content, what it is, what makes a _Source of it)."""
-    if _is_npz(path):
+    if _is_a(".npz", path):
         return Path(path), _read_npz(path), "an official parameter tree", _official_source
-    path, content = read_weights(Path(path))
+    if _is_a(".safetensors", path):
+        path, content = Path(path), _read_safetensors(path)
+    else:
+        path, content = read_weights(Path(path))
     if content.get("format") == CHECKPOINT_FORMAT:
         return path, content, "a whole checkpoint of ours", _our_source
-    if "channel_projections" in content:
-        return path, content, "a state dict of jet-pytorch", _jet_pytorch_source
-    raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of jet-pytorch")
+    state = {} if "format" in content else _plain_state(path, content)  # else of another version
+    if "channel_projections" in state:
+        return path, state, "a state dict of jet-pytorch", _jet_pytorch_source
+    if "couplings.0.order" in state:
+        return path, state, "a state dict of a Jet", _bare_source
+    raise CheckpointError(f"{path}: neither a checkpoint of ours nor a state dict of a Jet or of "
+                          "jet-pytorch")
 
 
-def _is_npz(path):
-    return Path(path).suffix == ".npz" and not Path(path).is_dir()
+def _is_a(suffix, path):
+    return Path(path).suffix == suffix and not Path(path).is_dir()
+
+
+def is_ours(path):
+    """Whether a path may hold a checkpoint of ours, by its name."""
+    return not (_is_a(".npz", path) or _is_a(".safetensors", path))
+
+
+def _read_safetensors(path):
+    """{name: tensor} of a .safetensors file."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError(f"{path}: needs the package safetensors: pip install "
+                              "safetensors") from None
+    try:
+        return safetensors.torch.load(read_bytes(path, max_bytes=2 ** 40))
+    except Exception as error:
+        raise CheckpointError(f"{path}: empty, damaged or no .safetensors file "
+                              f"({short(error)})") from None
+
+
+def _plain_state(path, content):
+    """The one state dict in a file, its names without the prefixes of wrappers."""
+    nested = [name for name, value in content.items() if isinstance(value, dict) and value
+              and all(isinstance(item, torch.Tensor) for item in value.values())]
+    if len(nested) > 1:
+        names = ", ".join(map(str, nested))
+        raise CheckpointError(f"{path}: holds several state dicts ({names}): save the one you want "
+                              f"alone, as in torch.save(content[{nested[0]!r}], 'weights.pt')")
+    state = content[nested[0]] if nested else content
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)).replace("._orig_mod.", "."): value
+             for name, value in state.items()}
+    if len(plain) < len(state):
+        raise CheckpointError(f"{path}: has weights twice, with and without a prefix (module., "
+                              "_orig_mod.)")
+    return plain
 
 
 def _read_npz(path):
     """{name: array} of an .npz file."""
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
@@ -86,7 +134,7 @@ def weights_id(path):
     It is the SHA-256 of the weights in a checkpoint of ours, of all bytes of another file. Raises
     CheckpointError.
     """
-    path, content = (Path(path), {}) if _is_npz(path) else read_weights(Path(path))
+    path, content = read_weights(Path(path)) if is_ours(path) else (Path(path), {})
     try:
         if content.get("format") == CHECKPOINT_FORMAT:
             return f"sha256-{checksum(content['model'])[:16]}"
@@ -116,10 +164,12 @@ def _build(path, source, overrides):
         by_file = JetConfig(**{**source.assumed, **overrides, **source.known})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    equal = {"kinds", "spatial_splits"} if config.coupling_splits == by_file.coupling_splits else ()
     for name in overrides:
-        if getattr(config, name) != getattr(by_file, name):
+        if getattr(config, name) != getattr(by_file, name) and name not in equal:
             raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file "
                                   f"says {getattr(by_file, name)!r}")
+    check_shapes(path, config, source.state)
     try:
         with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
             jet = Jet(config)
@@ -129,8 +179,56 @@ def _build(path, source, overrides):
     return jet
 
 
+def check_shapes(path, config, state):
+    """Raise CheckpointError where a configuration needs other weights: before any are made."""
+    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    wrong = f"{len(found)} tensors for {config.num_couplings:,} couplings"
+    if len(found) >= config.num_couplings * config.block_depth:
+        try:
+            with torch.device("meta"):
+                needed = Jet(config).state_dict()
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: no memory for its configuration "
+                                  f"({short(error)})") from None
+        needed = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+        names = sorted(name for name in found.keys() | needed.keys()
+                       if found.get(name) != needed.get(name))
+        if not names:
+            return
+        wrong = (f"{names[0]}: {needed.get(names[0], 'none')} is needed, and there is "
+                 f"{found.get(names[0], 'none')}")
+    raise CheckpointError(f"{path}: weights do not fit their configuration ({wrong})")
+
+
 def _our_source(path, content, overrides):
     return _Source(known=dict(content["config"]["model"]), state=content["model"])
+
+
+def _bare_source(path, state, overrides):
+    """A Jet's state dict: its shapes tell all but heads, the largest scale, GELU and epsilon."""
+    net, names = "couplings.0.net.", " ".join(state)
+    num_tokens, emb_dim = state[f"{net}posemb"].shape
+    orders = {int(name.split(".")[1]): order for name, order in state.items()
+              if re.fullmatch(r"couplings\.\d+\.order", name)}
+    orders = [orders[number] for number in range(len(orders))]
+    token_dim, lengths = len(state[f"{net}final_proj.bias"]), set(map(len, orders))
+    masking = token_dim // 2 in lengths - {num_tokens} or (
+        token_dim not in lengths and overrides.get("split_mode") == "masking")
+    assumed = _grid_fields(path, num_tokens, token_dim // 2 if masking else token_dim, overrides)
+    grid = JetConfig(**assumed | {"kinds": ("channels",), "split_mode": "masking"} | {
+        name: overrides[name] for name in ("image_size",) if name in overrides}).grid
+    patterns = [spatial_order(name, *grid).tolist() for name in SPATIAL_SPLITS]
+    kinds = tuple("spatial" if order.tolist() in patterns else "channels" for order in orders)
+    known = {"num_couplings": len(orders), "kinds": kinds, "emb_dim": emb_dim,
+             "block": "cnn" if f"{net}blocks.0.convs" in names else "vit",
+             "block_depth": len(set(re.findall(rf"{re.escape(net)}blocks\.(\d+)\.", names))),
+             "actnorm": "actnorms." in names, "invertible_dense": "denses." in names,
+             "split_mode": "masking" if masking else "pairing"}
+    spatial = [order for order, kind in zip(orders, kinds) if kind == "spatial"]
+    if spatial:
+        known["spatial_splits"] = _split_names(path, spatial, assumed, overrides)
+    missing = ("num_heads",) if known["block"] == "vit" else ()
+    return _Source(known=known, assumed=assumed, missing=missing, state=state)
 
 
 def _grid_fields(path, num_tokens, token_dim, overrides):

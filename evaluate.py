@@ -45,9 +45,10 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
     """
     array = np.asarray(getattr(images, "array", images))
     _check(array, draws, batch_size, precision)
+    weight = next(jet.parameters(), torch.empty(0))
+    _check_weights(jet, weight, array)
     if isinstance(jet, Jet) and precision == "float32":
         jet = kernels.accelerate(jet)
-    weight = next(jet.parameters(), torch.empty(0))
     device, results = weight.device, []
 
     def draw_batch(key):
@@ -88,6 +89,19 @@ def _check(array, draws, batch_size, precision):
         raise ValueError(f"evaluate: {array.dtype} array of shape {array.shape}, draws={draws}, "
                          f"batch_size={batch_size}, precision={precision!r}: needs uint8 "
                          "(N, H, W, C), N, draws, batch_size >= 1, and float32 or bfloat16")
+
+
+def _check_weights(jet, weight, array):
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"evaluate: weights in {weight.dtype}, which would round noise and "
+                         "log-det, too: give jet.float(), and precision=\"bfloat16\" for its "
+                         "networks alone")
+    if isinstance(jet, Jet):
+        channels, height, width = shape = jet.config.image_shape
+        hint = ": channels come last" if array.shape[1:] == shape else ""
+        if array.shape[1:] != (height, width, channels):
+            raise ValueError(f"evaluate: images of shape {array.shape[1:]}, and this Jet takes "
+                             f"{(height, width, channels)}{hint}")
 
 
 def _summary(bits, logdets, per_image):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from convert import load_jet, weights_id
+from convert import is_ours, load_jet, weights_id
 from data import image_shape, load_images, training_batch, training_batches
 from evaluate import evaluate
 from harness import distributed, run_folder
@@ -28,7 +28,7 @@ from harness.errors import CheckpointError, TrainingError, UserError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import (ROOT, code_version, compile_couplings, compile_limits, free_bytes,
                              full_float32, hardware, outside_errors, pick_device, versions, where)
-from harness.memory import fit_memory, watch_memory
+from harness.memory import fit_memory, refuse_too_large, watch_memory
 from harness.pace import Pace
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
 from harness.signals import Signals, Stopped
@@ -42,7 +42,7 @@ TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test 
 def weights_config(path):
     """(TrainConfig, step) of the run whose weights a path holds; (None, None) if it is foreign."""
     path = Path(path)
-    path, content = (path, {}) if path.suffix == ".npz" else read_weights(path)
+    path, content = read_weights(path) if is_ours(path) else (path, {})
     if content.get("format") != CHECKPOINT_FORMAT:
         return None, None
     try:
@@ -268,7 +268,6 @@ class Session:
                 run.log.write(f"stopped at step {state['step']}")
             return {"step": state["step"]}
         test, train_images = state["rows"][-1], self.images["train"]
-        peak = distributed.agree(self.peak_memory() or 0.0)[0]
         done = {"config": self.config.to_record(), "rows": state["rows"],
                 **{name: test[name] for name in ("bits_per_dim", "bits_per_dim_se", "num_images")},
                 "weights_sha256": weights_checksum(self.jet),
@@ -276,8 +275,8 @@ class Session:
                 "train_seconds": state["seconds"], "first_step_seconds": self.first_step_seconds,
                 "micro_batch": state["micro_batch"],
                 "checkpoint_activations": self.jet.checkpoint_activations,
-                "compile": self.compiled, "graph": self.graph,
-                "hosts": self.hosts, "peak_memory_gib": peak,
+                "compile": self.compiled, "graph": self.graph, "hosts": self.hosts,
+                "peak_memory_gib": distributed.agree(self.peak_memory() or 0.0)[0] or None,
                 "dataset": self.images["test"].name, "variant": self.images["test"].variant,
                 "train_fingerprint": train_images.fingerprint,
                 "test_fingerprint": self.images["test"].fingerprint,
@@ -303,6 +302,7 @@ def first_jet(config, images, init_from, run_dir):
         raise TrainingError(f"{config.data} has images of {height} x {width} x {channels}; the "
                             f"model takes image_size={config.model.image_size} and "
                             f"channels={config.model.channels}")
+    refuse_too_large(config.model)
     if not config.init or run_folder.has_checkpoint(run_dir):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

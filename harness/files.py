@@ -3,11 +3,16 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
 import time
 import uuid
+import zipfile
 
+import numpy as np
+
+NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
 
 
@@ -96,3 +101,20 @@ def remove_leftovers(folder, name="", older_than_s=0):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()
+
+
+def check_npz(path):
+    """Raise ValueError for an .npz file that unpacks to far more than its size, or says it does."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        limit = NPZ_BYTES + NPZ_RATIO * os.fstat(file.fileno()).st_size
+        if (total := sum(member.file_size for member in members)) > limit:
+            raise ValueError(f"unpacks to {total:,} bytes, and {limit:,} are allowed for its size")
+        for member in members:
+            with archive.open(member) as array:
+                version = np.lib.format.read_magic(array)
+                read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0)
+                shape, _, dtype = read(array)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    raise ValueError(f"{member.filename} is cut: shape {shape} needs more bytes")

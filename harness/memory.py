@@ -3,14 +3,18 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import math
 from pathlib import Path
 
 import torch
 
-from harness.machine import networks_in
+from harness.errors import TrainingError
+from harness.flops import num_parameters
+from harness.machine import free_bytes, networks_in
 from jet import Jet, bits_per_dim
 
 PARAMETER_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
+BLOCK_BYTES = 20_000  # of Python's objects
 NETWORK_BYTES = PARAMETER_BYTES | {"bfloat16": 2}  # of a number within the couplings' networks
 
 
@@ -78,6 +82,21 @@ def image_bytes(model, precision, recompute, coupling):
 
 
 # ---- to make it fit
+
+def refuse_too_large(model):
+    """Raise TrainingError for a JetConfig whose weights alone exceed this machine's free memory."""
+    free, blocks = free_bytes(torch.device("cpu")), model.num_couplings * (1 + model.block_depth)
+    needed = BLOCK_BYTES * blocks
+    if needed <= free:  # or counting its parameters would take as long
+        try:
+            needed += 4 * num_parameters(model)
+        except RuntimeError:  # more than can be counted
+            needed = math.inf
+    if needed > free:
+        raise TrainingError(f"num_couplings={model.num_couplings}, block_depth={model.block_depth}"
+                            f", emb_dim={model.emb_dim}: its weights need {needed / 2 ** 30:,.0f} "
+                            f"GiB, and {free / 2 ** 30:,.0f} are free: make the model smaller")
+
 
 def fit_memory(jet, optimizer, config, checkpoint_activations, micro_batch, free, processes=1):
     """Set jet.checkpoint_activations and return (micro batch, a line for the log): a step fits.

@@ -12,17 +12,22 @@ class Signals:
         self.quiet = quiet
 
     @contextlib.contextmanager
-    def on(self, stop=(signal.SIGINT, signal.SIGTERM), save=()):
-        """Within, these signals ask; a second interrupt from the keyboard ends it at once."""
+    def on(self, stop=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP), save=()):
+        """Within, these signals ask; a second interrupt from the keyboard ends it at once.
+
+        SIGHUP comes from a terminal that is closed; nohup has it ignored, and so it stays.
+        """
         def handle(number, _):
             if number == signal.SIGINT and self.stop:
                 raise KeyboardInterrupt
             if number in stop and not (self.stop or self.quiet):
                 name = signal.Signals(number).name  # not print: it may be what was interrupted
-                os.write(2, f"\n{name}: stopping with a checkpoint after this step\n".encode())
+                with contextlib.suppress(OSError):  # a terminal that is gone
+                    os.write(2, f"\n{name}: stopping with a checkpoint after this step\n".encode())
             self.stop = self.stop or number in stop
             self.save = self.save or number in save
-        before = {number: signal.signal(number, handle) for number in (*stop, *save)}
+        before = {number: signal.signal(number, handle) for number in (*stop, *save)
+                  if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}
         try:
             yield self
         finally:

@@ -37,7 +37,9 @@ def _status(run, entry):
     folder, total = run.folder, run.config.total_steps
     try:
         if done := run.done:
-            cost = f"{done['train_seconds']:.0f} s, {done.get('peak_memory_gib') or 0:.2f} GiB"
+            cost = f"{done['train_seconds']:.0f} s"
+            if done.get("peak_memory_gib"):
+                cost += f", {done['peak_memory_gib']:.2f} GiB"
             return Status(state="done", step=total, bits_per_dim=f"{done['bits_per_dim']:.4f}",
                           note=cost)
     except TrainingError as error:

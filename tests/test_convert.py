@@ -1,6 +1,11 @@
 """Weight files: what they tell, what is asked for, and that nothing in them is trusted."""
 import copy
 import pickle
+import re
+import resource
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +296,119 @@ def test_a_loaded_jet_is_fast_and_a_jet_like_any_other(tmp_path):
     torch.testing.assert_close(exact(x.double()), plain.double()(x.double()))
     assert jet.double() is jet and torch.equal(jet(x.double())[0], exact(x.double())[0])
     assert jet.to("meta")(x.double().to("meta"))[0].shape == x.shape
+
+
+BARE = [{}, {"block": "cnn", "actnorm": True, "invertible_dense": True}, {"split_mode": "masking"},
+        {"kinds": ("spatial",)}, {"image_size": (16, 32), "spatial_splits": ("vstripes-inv",)},
+        {"kinds": ("channels",)}]
+WRAPPED = {
+    "alone": lambda state: state, "state_dict": lambda state: {"state_dict": state},
+    "model, step": lambda state: {"model": state, "step": 3, "optimizer": {"state": {}}},
+    "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "_orig_mod.": lambda state: {f"module._orig_mod.{name}": tensor
+                                 for name, tensor in state.items()},
+    "compiled couplings": lambda state: {re.sub(r"^(couplings\.\d+)\.", r"\1._orig_mod.", name): tensor
+                                         for name, tensor in state.items()},
+    "parameters": lambda state: {name: torch.nn.Parameter(tensor) if tensor.is_floating_point()
+                                 else tensor for name, tensor in state.items()}}
+
+
+def bare_jet(**changes):
+    torch.manual_seed(1)
+    return Jet(JetConfig(**{"image_size": 16, "num_couplings": 3, "block_depth": 2, "emb_dim": 8,
+                            "num_heads": 2, "kinds": ("channels", "spatial"), **changes}))
+
+
+@pytest.mark.parametrize("changes", BARE, ids=map(str, BARE))
+def test_a_bare_state_dict_of_ours_tells_all_but_what_it_cannot(tmp_path, changes):
+    jet = bare_jet(**changes)
+    torch.save(jet.state_dict(), tmp_path / "weights.pt")
+    given = {name: value for name, value in changes.items() if name == "image_size"}
+    if jet.config.block == "vit":
+        with pytest.raises(CheckpointError, match="does not tell num_heads"):
+            load_jet(tmp_path / "weights.pt", **given)
+        given["num_heads"] = 2
+    loaded = load_jet(tmp_path / "weights.pt", **given)
+    assert same_weights(jet, loaded)
+    x = torch.rand(2, *jet.config.image_shape)
+    assert torch.equal(loaded(x)[1], kernels.accelerate(jet)(x)[1])
+    # with all that a user may give
+    assert same_weights(jet, load_jet(tmp_path / "weights.pt", **vars(jet.config)))
+    with pytest.raises(CheckpointError, match="emb_dim=16 was given, but the file says 8"):
+        load_jet(tmp_path / "weights.pt", **given, emb_dim=16)
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_others_wrap_a_state_dict_in_is_taken_off(tmp_path, wrap):
+    jet = bare_jet()
+    torch.save(WRAPPED[wrap](jet.state_dict()), tmp_path / "weights.pt")
+    assert same_weights(jet, load_jet(tmp_path / "weights.pt", num_heads=2))
+
+
+def test_of_several_state_dicts_none_is_guessed(tmp_path):
+    state = bare_jet().state_dict()
+    torch.save({"model": state, "ema": state, "step": 1}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"several state dicts \(model, ema\): save the one"):
+        load_jet(tmp_path / "weights.pt", num_heads=2)
+
+
+def test_weights_in_bfloat16_are_read_as_float32(tmp_path):
+    jet = bare_jet().bfloat16()
+    torch.save(jet.state_dict(), tmp_path / "weights.pt")
+    loaded = load_jet(tmp_path / "weights.pt", num_heads=2)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert same_weights(jet.float(), loaded)
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(bare_jet().state_dict(), path)
+    assert same_weights(bare_jet(), load_jet(path, num_heads=2))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="damaged or no .safetensors"):
+        load_jet(path, num_heads=2)
+
+
+def test_without_safetensors_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pip install safetensors"):
+        load_jet(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("field, value", [("num_couplings", 10 ** 6), ("block_depth", 10 ** 6),
+                                          ("emb_dim", 2 ** 20), ("image_size", 2 ** 15)])
+def test_a_configuration_allocates_nothing_before_it_fits_the_weights(checkpoint, field, value):
+    content = torch.load(checkpoint)
+    content["config"]["model"][field] = value
+    torch.save(content, checkpoint)
+    begun, before = time.monotonic(), peak_mib()
+    with pytest.raises(CheckpointError, match="do not fit their configuration"):
+        load_jet(checkpoint)
+    assert time.monotonic() - begun < 10 and peak_mib() - before < 300
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_a_small_npz_with_a_large_appetite_is_refused(tmp_path):
+    path = tmp_path / "weights.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("a.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
+                                                        "shape": (2 ** 28,)})
+            for _ in range(2 ** 6):
+                file.write(bytes(2 ** 24))
+    assert path.stat().st_size < 2 ** 21
+    before = peak_mib()
+    with pytest.raises(CheckpointError, match="unpacks to"):
+        load_jet(path)
+    with zipfile.ZipFile(path, "w") as archive:  # a header that promises more than there is
+        with archive.open("a.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
+                                                        "shape": (2 ** 40,)})
+    with pytest.raises(CheckpointError, match="needs more bytes"):
+        load_jet(path)
+    assert peak_mib() - before < 300

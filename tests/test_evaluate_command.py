@@ -149,3 +149,13 @@ def test_the_precision_is_that_of_weights_or_of_networks(capsys, weights, monkey
     monkeypatch.setattr(command, "evaluate", record)
     assert run(capsys, weights, "--data", "cifar10-subset", "--precision", precision)[0] == 0
     assert seen == [(dtype, networks)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_would_round_the_noise_are_refused(dtype):
+    jet = Jet(JetConfig(image_size=32, num_couplings=1, block_depth=1, emb_dim=8, num_heads=1))
+    images = load_images("cifar10-subset", "test").array[:4]
+    with pytest.raises(ValueError, match=r"weights in torch\.\w+, .* give jet.float\(\)"):
+        evaluate(jet.to(dtype), images)
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\), and .* \(32, 32, 3\): channels come last"):
+        evaluate(jet.float(), images.transpose(0, 3, 1, 2))

@@ -1,12 +1,15 @@
 """A run folder: claims, two whole checkpoints, what is told, and stopping on request."""
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -436,23 +439,50 @@ def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypa
     assert train(config, tmp_path / "run", quiet=True)["rows"] == rows
 
 
-def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, whole):
+def started(config, run_dir, **settings):
+    """train.py in a process of its own, after its first step."""
     command = [sys.executable, ROOT / "train.py", "--data", config.data, "--batch_size", "8",
                "--total_steps", "3000", "--model.num_couplings", "2", "--model.block_depth", "1",
                "--model.emb_dim", "8", "--model.num_heads", "2", "--model.kinds", "channels",
-               "spatial", "--run-dir", tmp_path / "run"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               text=True)
+               "spatial", "--run-dir", run_dir]
+    running = subprocess.Popen(command, text=True, **settings)
     end = time.monotonic() + 60
-    while read_progress(tmp_path / "run")[0] < 1:
+    while read_progress(run_dir)[0] < 1:
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.02)
+    return running
+
+
+def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config):
+    running = started(config, tmp_path / "run", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     running.send_signal(signal.SIGTERM)
     error = running.communicate(timeout=60)[1]
     step = read_tensors(tmp_path / "run/checkpoint.pt")["step"]
     assert running.returncode == 1 and 0 < step < 3000
     assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n")
     assert "Traceback" not in error
+
+
+def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_path, config):
+    ours, terminal = pty.openpty()
+    closed = started(config, tmp_path / "closed", stdin=terminal, stdout=terminal, stderr=terminal,
+                     start_new_session=True,
+                     preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    ignored = started(config, tmp_path / "ignored", stderr=subprocess.PIPE,
+                      stdout=subprocess.DEVNULL,
+                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    os.close(terminal)
+    os.close(ours)  # as a terminal's window that is closed
+    assert closed.wait(60) == 1
+    assert 0 < read_tensors(tmp_path / "closed/checkpoint.pt")["step"] < 3000
+    step = read_progress(tmp_path / "ignored")[0]
+    ignored.send_signal(signal.SIGHUP)
+    end = time.monotonic() + 60
+    while read_progress(tmp_path / "ignored")[0] < step + 20:
+        assert ignored.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    ignored.terminate()
+    ignored.communicate(timeout=60)
 
 
 def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path, config):
@@ -549,3 +579,13 @@ def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, config, name, kind):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("changes", [{"num_couplings": 10 ** 7}, {"block_depth": 10 ** 7},
+                                     {"emb_dim": 2 ** 18}, {"emb_dim": 2 ** 32}])
+def test_a_model_that_no_machine_can_hold_is_refused_at_once(tmp_path, config, changes):
+    large = dataclasses.replace(config, model=dataclasses.replace(MODEL, **changes))
+    begun = time.monotonic()
+    with pytest.raises(TrainingError, match="its weights need .* GiB, and .* make the model small"):
+        train(large, tmp_path / "run", quiet=True)
+    assert time.monotonic() - begun < 10
