@@ -37,6 +37,7 @@ from images.folder import (
     HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal)
 from images.members import file_sha256
 from images.sets import ARCHIVES, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
+from images.readers import Files
 from images.source import check_counts, list_files, open_source
 
 STATE = "state.json"
@@ -134,15 +135,16 @@ class _Making:
         write_atomically(self.work / STATE, json.dumps(self.state))
 
     def run(self, workers, skip_corrupt, enlarge):
-        source = self._open_source()
-        if source.roots is not None and self.state["archives"] is None:
+        reader, origins = self._open_source()
+        if isinstance(reader, Files) and self.state["archives"] is None:
             self.state["held_out_share"] = list_files(
-                self.request, source, self.work,
+                self.request, reader, origins, self.work,
                 lambda members: progress(members, "list", unit=" files"))
-        counts = {split: source.reader.count(split) for split in SPLITS}
+        counts = {split: reader.count(split) for split in SPLITS}
         check_counts(self.request, counts)
         if self.state["archives"] is None:
-            self.state["archives"] = self._hash_archives(source.archives)
+            self.state["archives"] = self._hash_archives(
+                [path for paths in origins.values() for path in paths if path.is_file()])
             self.save()
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         settings = self.request.size, self.request.resample, enlarge
@@ -152,13 +154,13 @@ class _Making:
                   workers, context, _start_worker, (os.getpid(),)) as pool):
             try:
                 for split in SPLITS:
-                    pieces = source.reader.pieces(split, self.state["splits"][split]["seen"])
+                    pieces = reader.pieces(split, self.state["splits"][split]["seen"])
                     taken = _in_order(pool, pieces, settings, 2 * workers + 2)
                     self._append(split, counts[split], taken, skip_corrupt, signals)
             except concurrent.futures.process.BrokenProcessPool:
                 raise DataError("a worker process was ended (is memory short? fewer --workers need "
                                 "less): the same command goes on") from None
-        self._seal(counts, source.roots is not None)
+        self._seal(counts, isinstance(reader, Files))
 
     def _open_source(self):
         paths, url = self.paths, None

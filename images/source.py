@@ -6,17 +6,28 @@ import re
 import numpy as np
 
 from harness.errors import DataError
-from images.batches import Batches, find_batches, open_batch, read_rows
+from images.batches import find_batches, open_batch
 from images.decode import FILTERS, printable
-from images.files import Files
 from images.members import list_members
-from images.parquet import Parquet
+from images.readers import Batches, Files, Parquet
 from images.sets import CIFAR10_FILES, CIFAR10_FOLDER, SETS, SPLITS
 
 HELD_OUT = {"imagenet21k": 1 / 256}  # the share of images that are the test split
 _RESERVED = ("imagenet32", "imagenet64", "imagenet1k", "imagenet21k", "cifar10")
-_CIFAR10_BATCH = re.compile(r"(data_batch_[1-5]|test_batch)(?:\.bin)?")
-_CHRABASZCZ_BATCH = re.compile(r"(train_data_batch_\d{1,3}|val_data)(?:\.npz|\.pkl|\.pickle)?")
+_BATCHES = {  # file names, and what is asked for where they are not there
+    "cifar10": (re.compile(r"(data_batch_[1-5]|test_batch)(?:\.bin)?"),
+                "{missing} (.bin or the pickle) not found in {paths}: give the folder "
+                f"{CIFAR10_FOLDER}, cifar-10-batches-py or their archive"),
+    "chrabaszcz": (re.compile(r"(train_data_batch_\d{1,3}|val_data)(?:\.npz|\.pkl|\.pickle)?"),
+                   "train_data_batch_1 to 10 and val_data are needed, loose or in {source}: not "
+                   "found in {paths}"),
+}
+_SPLIT_NAMES = {  # of the files or folders of a split
+    "oord": (("train_{size}x{size}.tar", "train_{size}x{size}"),
+             ("valid_{size}x{size}.tar", "valid_{size}x{size}")),
+    "imagenet1k": (("ILSVRC2012_img_train.tar", "train.tar", "train"),
+                   ("ILSVRC2012_img_val.tar", "val.tar", "val", "validation", "valid")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +46,6 @@ class Request:
         return f"{self.name}-incomplete" if self.incomplete else self.name
 
 
-@dataclasses.dataclass
-class Source:
-    """An opened source: reader has count(split) and pieces(split, start)."""
-    reader: Files | Batches | Parquet
-    archives: list  # the files that it consists of, to be recorded by their SHA-256
-    roots: dict | None = None  # {split or "": [folder or archive]}: what Files are listed from
-
-
 def make_request(name, size=None, resample=None, incomplete=False, test_share=None):
     """Raises DataError for what does not fit together."""
     if name not in SETS:
@@ -52,9 +55,8 @@ def make_request(name, size=None, resample=None, incomplete=False, test_share=No
         raise DataError(f"{name} needs no preparation: it comes with {origin}")
     known = SETS[name]
     own = known.variant if known.variant in FILTERS else None
-    given = {"size": (size, known.shape[0]), "filter": (resample, own),
-             "test-share": (test_share, None)}
-    for flag, (value, allowed) in given.items():
+    for flag, value, allowed in (("size", size, known.shape[0]), ("filter", resample, own),
+                                 ("test-share", test_share, None)):
         if value not in (None, allowed):
             raise DataError(f"--{flag} {value}: {name} has its own ({allowed or 'none'}): leave "
                             "the flag out, or choose a name of your own")
@@ -85,29 +87,24 @@ def _request_of_ones_own(name, size, resample, incomplete, test_share):
 
 
 def open_source(request, paths, work):
-    """The Source in what the user gave; work: a folder for what is unpacked. Raises DataError."""
-    if request.name == "cifar10":
-        return _open_cifar10(request, paths, work)
-    if request.variant == "chrabaszcz":
-        return _open_chrabaszcz(request, paths, work)
+    """What the user gave: (reader, {split, or "" for both: [files and folders that it reads]}).
+
+    work: a folder for what is unpacked. Raises DataError.
+    """
+    if request.variant in _BATCHES:
+        return _open_batches(request, paths, work)
     tables = [table for path in paths for table in _tables(path)]
     if tables or request.variant == "parquet":
         return _open_parquet(request, paths, tables)
-    size, names = request.size, None
-    if request.variant == "oord":
-        names = {"train": (f"train_{size}x{size}.tar", f"train_{size}x{size}"),
-                 "test": (f"valid_{size}x{size}.tar", f"valid_{size}x{size}")}
-    elif request.name.startswith("imagenet1k"):
-        names = {"train": ("ILSVRC2012_img_train.tar", "train.tar", "train"),
-                 "test": ("ILSVRC2012_img_val.tar", "val.tar", "val", "validation", "valid")}
-    elif len(paths) > 1 and request.name not in SETS:
+    names = _SPLIT_NAMES.get(request.variant) or _SPLIT_NAMES.get(request.name.split("-")[0])
+    if names is None and request.name not in SETS and len(paths) > 1:
         raise DataError(f"--source: {request.name} is made from one folder, tar or zip, not from "
                         f"{len(paths)}")
-    roots = {"": paths}
+    origins = {"": paths}
     if names:
-        roots = {split: [_find(request, paths, split, names[split])] for split in SPLITS}
-    archives = [root for split in roots.values() for root in split if root.is_file()]
-    return Source(Files(work / "files.sqlite"), archives, roots)
+        origins = {split: [_find(request, paths, split, some)]
+                   for split, some in zip(SPLITS, names)}
+    return Files(work / "files.sqlite"), origins
 
 
 def _among(paths):
@@ -115,13 +112,13 @@ def _among(paths):
 
 
 def _find(request, paths, split, names):
+    names = [name.format(size=request.size) for name in names]
     for name in names:
         for path in paths:
-            if path.name == name:
-                return path
-            for inside in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
-                if (path / inside / name).exists():
-                    return path / inside / name
+            for found in (path, path / name, path / "ILSVRC/Data/CLS-LOC" / name,
+                          path / "Data/CLS-LOC" / name):
+                if found.name == name and found.exists():
+                    return found
     raise DataError(f"{request.name}: {split} is needed as {' or '.join(names)}: not found in "
                     f"{_among(paths)}")
 
@@ -132,47 +129,35 @@ def _tables(path):
     return [path] if path.suffix == ".parquet" else []
 
 
-def _open_cifar10(request, paths, work):
-    found, archives = find_batches(paths, _CIFAR10_BATCH, work)
-    official = {(split, file.removesuffix(".bin")): sha256
-                for split, files in CIFAR10_FILES.items() for file, sha256 in files.items()}
-    missing = [name for _, name in official if name not in found]
-    if missing:
-        raise DataError(f"cifar10: {', '.join(missing)} (.bin or the pickle) not found in "
-                        f"{_among(paths)}: give the folder {CIFAR10_FOLDER}, cifar-10-batches-py "
-                        "or their archive")
-    batches = {split: [] for split in SPLITS}
-    for (split, name), sha256 in official.items():
-        batch = open_batch(found[name], 32, work)
-        if not request.incomplete and _sha256_of_records(batch) != sha256:
+def _open_batches(request, paths, work):
+    pattern, advice = _BATCHES[request.variant]
+    found, archives = find_batches(paths, pattern, work)
+    official = {file.removesuffix(".bin"): sha256 for files in CIFAR10_FILES.values()
+                for file, sha256 in files.items()}
+    needed = official if request.name == "cifar10" else ["val_data"]
+    missing = [name for name in needed if name not in found]
+    if missing or len(found) < 2:
+        advice = advice.format(missing=", ".join(missing), paths=_among(paths),
+                               source=SETS[request.name].source)
+        raise DataError(f"{request.name}: {advice}")
+    batches, test = {split: [] for split in SPLITS}, ("test_batch", "val_data")
+    for name in sorted(found, key=lambda name: (name in test, len(name), name)):  # 2 before 10
+        rows, labels = open_batch(found[name], request.size, work)
+        if name in official and not (request.incomplete
+                                     or _record_sha256(rows, labels) == official[name]):
             about = f"{printable(found[name].name)} of {printable(found[name].path)}"
-            raise DataError(f"cifar10: {about} is altered or has other images ({batch.count:,} of "
+            raise DataError(f"cifar10: {about} is altered or has other images ({len(rows):,} of "
                             "them; the SHA-256 of its records is not the official one): fetch it "
                             "again")
-        batches[split].append(batch)
-    return Source(Batches(batches, 32), archives)
+        batches["test" if name in test else "train"].append((rows, labels))
+    return Batches(batches), {"": archives}
 
 
-def _sha256_of_records(batch):
+def _record_sha256(rows, labels):
     """SHA-256 of a batch of CIFAR-10 as it stands in the official binary file."""
-    taken = read_rows(batch, 32, None, False)
-    if taken.labels is None:
+    if labels is None:
         return None
-    pixels = np.frombuffer(taken.pixels, np.uint8).reshape(-1, 1024, 3).transpose(0, 2, 1)
-    records = np.column_stack([np.array(taken.labels).astype(np.uint8), pixels.reshape(-1, 3072)])
-    return hashlib.sha256(records).hexdigest()
-
-
-def _open_chrabaszcz(request, paths, work):
-    found, archives = find_batches(paths, _CHRABASZCZ_BATCH, work)
-    train = sorted((name for name in found if name != "val_data"),
-                   key=lambda name: int(name.rpartition("_")[2]))
-    if not train or "val_data" not in found:
-        raise DataError(f"{request.name}: train_data_batch_1 to 10 and val_data are needed, loose "
-                        f"or in {SETS[request.name].source}: not found in {_among(paths)}")
-    batches = {split: [open_batch(found[name], request.size, work) for name in names]
-               for split, names in (("train", train), ("test", ["val_data"]))}
-    return Source(Batches(batches, request.size), archives)
+    return hashlib.sha256(np.column_stack([labels.astype(np.uint8), rows])).hexdigest()
 
 
 def _open_parquet(request, paths, tables):
@@ -180,7 +165,7 @@ def _open_parquet(request, paths, tables):
         raise DataError(f"{request.name}: no .parquet files in {_among(paths)}")
     groups = {}
     for file in tables:
-        groups.setdefault(re.match(r"[A-Za-z]*", file.name)[0], []).append(file)
+        groups.setdefault(re.match("[A-Za-z]*", file.name)[0], []).append(file)
     test = [word for word in ("validation", "valid", "val", "test") if word in groups]
     if request.name in SETS:
         test = test[:1]  # ImageNet's test images have no labels and are not the paper's
@@ -190,27 +175,23 @@ def _open_parquet(request, paths, tables):
                         f"some validation-... or test-...; {len(tables):,} are there, like "
                         f"{_among([file.name for file in tables[:3]])}")
     files = {"train": groups["train"], "test": groups[test[0]]}
-    return Source(Parquet(files), files["train"] + files["test"])
+    return Parquet(files), files
 
 
-def list_files(request, source, work, bar):
+def list_files(request, reader, origins, work, bar):
     """Take down the files of a source in their splits, sets of ImageNet by their base names.
 
     bar: wraps what is iterated. Returns the share that was held out for test, or None where the
     source has its splits.
     """
     is_known = request.name in SETS
-
-    def members():
-        for split, paths in source.roots.items():
-            for path in paths:
-                for member in list_members(path, work):
-                    base = member.name.rpartition("/")[2]
-                    yield split, base if is_known else member.name, member, path
-    source.reader.list(bar(members()))
-    if "" not in source.roots or not is_known and source.reader.split_by_folder():
+    reader.list(bar(
+        (split, member.name.rpartition("/")[2] if is_known else member.name, member, path)
+        for split, paths in origins.items() for path in paths
+        for member in list_members(path, work)))
+    if "" not in origins or not is_known and reader.split_by_folder():
         return None
-    source.reader.hold_out(request.test_share)
+    reader.hold_out(request.test_share)
     return request.test_share
 
 
