@@ -8,6 +8,7 @@
 """
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,12 +20,11 @@ from harness.errors import DataError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from images.decode import FILTERS
-from images.folder import read_manifest
-from images.prepare import is_url, prepare
+from images.folder import read_manifest, verify
+from images.prepare import prepare
 from images.sets import (
     CIFAR10_FILES, CIFAR10_PARTS, MANIFEST, PARTIAL, SETS, SPLITS, find_set, sets_root)
 from images.source import make_request
-from images.verify import verify
 
 
 def main(load_images, arguments=None):
@@ -39,7 +39,7 @@ def main(load_images, arguments=None):
             elif flags.command == "show":
                 _show(flags, load_images)
             else:
-                list_sets(flags.data_root)
+                _list(flags.data_root)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -94,14 +94,13 @@ def _prepare(flags):
     if not flags.source and request.name != "cifar10":
         known = f" ({SETS[request.name].source})" if request.name in SETS else ""
         raise DataError(f"{request.name}: give what you have of it by --source PATH{known}")
-    has_url = any(map(is_url, flags.source))
+    has_url = any(re.match("https?://", path) for path in flags.source)
     if has_url and (request.name != "cifar10" or len(flags.source) > 1):
         raise DataError("--source: a URL is for cifar10, alone; fetch other sets first")
     begun = time.monotonic()
     try:
         manifest = prepare(request, flags.source if has_url else list(map(Path, flags.source)),
-                           flags.out, workers, skip_corrupt=flags.skip_corrupt,
-                           enlarge=flags.enlarge_small)
+                           flags.out, workers, flags.skip_corrupt, flags.enlarge_small)
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -153,33 +152,33 @@ def _sheet(images, columns=16, rows=4, gap=2, head=52):
     return sheet
 
 
-def list_sets(root, tell=print):
+def _list(root):
     """All known sets: counts, and where each is on this machine."""
     root = sets_root(root)
     where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
-    tell(f"{'set':<28} {'pixels':>6} {'train':>10} {'test':>7}  on this machine{where}")
+    print(f"{'set':<28} {'pixels':>6} {'train':>10} {'test':>7}  on this machine{where}")
     for name, known in SETS.items():
         train, test = known.counts["train"], known.counts["test"]
         train, test = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
-        tell(f"{name:<28} {known.shape[0]:>6} {train:>10} {test:>7}  {_where(name, root)}")
-        tell(f"    from {known.source}")
+        print(f"{name:<28} {known.shape[0]:>6} {train:>10} {test:>7}  {_where(name, root)}")
+        print(f"    from {known.source}")
     for folder in sorted(root.iterdir()) if root and root.is_dir() else ():
         if (folder / MANIFEST).exists() and folder.name not in SETS:
-            tell(_line_of_ones_own(folder))
-    tell("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
-         "(cifar10 needs no --source).")
+            print(_line_of_ones_own(folder))
+    print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
+          "(cifar10 needs no --source).")
 
 
 def _line_of_ones_own(folder):
     try:
         manifest = read_manifest(folder)
-        size, counts = manifest["shape"][0], manifest["counts"]
-        return (f"{manifest['name']:<28} {size:>6} {counts['train']:>10,} {counts['test']:>7,}  "
-                f"{folder}: variant {manifest['variant']}")
-    except KeyError:  # written by hand
-        return f"{manifest['name']:<28} {'':>6} {'':>10} {'':>7}  {folder}"
     except DataError as error:
         return str(error)
+    size, *_ = manifest.get("shape", [""])  # one that is written by hand has neither
+    counts = manifest.get("counts")
+    train, test = (f"{counts[split]:,}" if counts else "" for split in SPLITS)
+    return (f"{manifest['name']:<28} {size:>6} {train:>10} {test:>7}  {folder}: variant "
+            f"{manifest['variant']}")
 
 
 def _where(name, root):

@@ -1,21 +1,23 @@
 """A file of a web server, going on where an earlier try broke off: torch.hub's begins anew."""
 import http.client
 import os
-import urllib.error
 import urllib.request
 
 from harness.errors import DataError
 from images.decode import printable
 from images.members import MAX_BATCH_BYTES, file_sha256
 
-TRIES = 3
 
-
-def download(url, path, sha256=None, tell=print):
+def download(url, path, sha256=None):
     """Fetch a file, and compare its SHA-256 where one is given. Raises DataError."""
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
-    for _ in range(TRIES):
-        problem = _fetch(url, part, tag, tell)
+    for _ in range(3):
+        try:
+            problem = _fetch(url, part, tag)
+        except (http.client.HTTPException, OSError) as error:
+            if getattr(error, "code", None) == 416:  # what is there is of another file
+                part.unlink(missing_ok=True)
+            problem = printable(f"{type(error).__name__}: {error}")
         if problem is None:
             break
     else:
@@ -29,8 +31,8 @@ def download(url, path, sha256=None, tell=print):
     tag.unlink(missing_ok=True)
 
 
-def _fetch(url, part, tag, tell):
-    """Fetch the rest of a file; returns what went wrong, or None.
+def _fetch(url, part, tag):
+    """Fetch the rest of a file; returns where it broke off, or None.
 
     tag: a file with the server's mark of the version that the part is of: the rest of another
     version is not asked for.
@@ -39,38 +41,21 @@ def _fetch(url, part, tag, tell):
     headers = {"User-Agent": "jet-data"}
     if done:
         headers |= {"Range": f"bytes={done}-", "If-Range": tag.read_text()}
-    try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-            if answer.status != 206 or not goes_on:
-                part.unlink(missing_ok=True)
-                done = 0
-            length = answer.headers.get("Content-Length") or ""
-            total = _counted(url, done + int(length)) if length.isdecimal() else None
-            mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "W/"
-            if not mark.startswith("W/"):  # a weak mark: equal bytes are not promised
-                tag.write_text(mark)
-            expected = f"{total - done:,} of {total:,}" if total else "all"
-            tell(f"{url}: {expected} bytes to fetch")
-            with open(part, "ab") as file:
-                while block := answer.read(2 ** 16):
-                    file.write(block)
-                    done = _counted(url, done + len(block))
-        return None if total in (None, done) else f"broke off at {done:,} of {total:,} bytes"
-    except DataError:
-        raise
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # what is there is of another file
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             part.unlink(missing_ok=True)
-        return f"the server says {error.code} {printable(error.reason)}"
-    except http.client.HTTPException as error:  # a connection that ends in the middle
-        return f"broke off ({type(error).__name__})"
-    except (OSError, ValueError) as error:
-        return printable(getattr(error, "reason", error))
-
-
-def _counted(url, count):
-    if count > MAX_BATCH_BYTES:
+            done = 0
+        length = answer.headers.get("Content-Length") or ""
+        total = done + int(length) if length.isdecimal() else None
+        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "W/"
+        if not mark.startswith("W/"):  # a weak mark: equal bytes are not promised
+            tag.write_text(mark)
+        print(f"{url}: {f'{total - done:,} of {total:,}' if total else 'all'} bytes to fetch")
+        with open(part, "ab") as file:
+            while max(done, total or 0) <= MAX_BATCH_BYTES and (block := answer.read(2 ** 16)):
+                file.write(block)
+                done += len(block)
+    if max(done, total or 0) > MAX_BATCH_BYTES:
         raise DataError(f"{url}: has more than {MAX_BATCH_BYTES:,} bytes: refused")
-    return count
+    return None if total in (None, done) else f"broke off at {done:,} of {total:,} bytes"

@@ -1,4 +1,4 @@
-"""A prepared folder: arrays of images and of numbers, and the manifest that seals them.
+"""A prepared folder: arrays of images and of numbers, the manifest that seals them, and `verify`.
 
     train.npy, test.npy      uint8 (N, H, W, 3)
     *_labels.npy             int64 (N,), where the source has numbers for labels
@@ -8,15 +8,16 @@
 import hashlib
 import json
 import re
+import sys
 
 import numpy as np
+from tqdm import tqdm
 
 from harness.errors import DataError
-from images.sets import MANIFEST, PARTIAL, SPLITS
+from images.sets import FINGERPRINTS, MANIFEST, PARTIAL, SPLITS, fingerprint
 
 NUMBERS = {"labels": "<i8", "checksums": "<u8"}  # files of one number an image
 HEADER_BYTES = 128
-_BLOCK = 2048  # images hashed at a time
 
 
 def npy_header(shape, kind="|u1"):
@@ -28,13 +29,7 @@ def npy_header(shape, kind="|u1"):
 
 def open_array(path):
     """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"data {str(path)!r}: no such file") from None
-    except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())})") from None
+    array = _load(path, "r")
     is_array = isinstance(array, np.ndarray)
     if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
         kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
@@ -44,26 +39,32 @@ def open_array(path):
 
 def open_labels(path, count):
     """The labels of a prepared folder: int64 (N,). Raises DataError."""
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"{path}: not readable ({type(error).__name__}): prepare the set "
-                        "again") from None
+    labels = _load(path)
     if labels.dtype != np.int64 or labels.shape != (count,):
         raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
                         "the set again")
     return labels
 
 
-def hash_images(path, shape, labels, bar):
+def _load(path, mmap_mode=None):
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"data {str(path)!r}: no such file") from None
+    except Exception as error:  # np.load raises nearly everything on damaged files
+        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())})") from None
+
+
+def hash_images(path, shape, labels, task):
     """(fingerprint, first 8 bytes of each image's SHA-256, the same with its label) of a split.
 
-    The file is read, not mapped: a map counts as memory. bar: is told of each block.
+    The file is read, not mapped: a map counts as memory. task: what the progress bar says.
     """
     whole = hashlib.sha256(",".join(map(str, shape)).encode() + b"\n")
     pixels, checksums = np.empty(shape[0], "<u8"), np.empty(shape[0], "<u8")
     image_bytes = int(np.prod(shape[1:]))
-    with open(path, "rb") as file, bar:
+    with open(path, "rb") as file, progress(desc=task, total=shape[0]) as bar:
         file.seek(HEADER_BYTES)
         for place in range(shape[0]):
             image = file.read(image_bytes)
@@ -77,6 +78,16 @@ def hash_images(path, shape, labels, bar):
                 checksums[place] = int.from_bytes(digest.digest()[:8], "little")
             bar.update()
     return whole.hexdigest(), pixels, checksums
+
+
+def progress(iterable=None, desc=None, unit=" images", **settings):
+    """A bar on a terminal; elsewhere a line every 30 s."""
+    settings = {"unit": unit, "unit_scale": True, **settings}
+    if sys.stderr.isatty():
+        return tqdm(iterable, desc, smoothing=0.05, dynamic_ncols=True, **settings)
+    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+    return tqdm(iterable, desc, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
+                bar_format=line, **settings)
 
 
 def seal(manifest):
@@ -112,3 +123,62 @@ def read_manifest(folder):
     if prints[0] == prints[1]:
         raise DataError(f"{folder}: by its manifest, train and test are the same images")
     return manifest
+
+
+def verify(folder):
+    """Compare every file with the manifest; raises DataError that says which image was altered."""
+    manifest, problems = read_manifest(folder), []
+    for split in SPLITS:
+        expected, known = manifest["fingerprints"][split], ""
+        official = FINGERPRINTS.get((manifest["name"], split))
+        if official == expected:
+            known = " (the known one)"
+        elif official:
+            problems.append(f"{split}: the fingerprint is not that of {manifest['name']}")
+        if "seal" in manifest:
+            shape = (manifest["counts"][split], *manifest["shape"])
+            problems += _problems(folder, split, shape, expected, manifest["checksums"])
+        else:  # written by hand: name, variant and fingerprints alone
+            array = open_array(folder / f"{split}.npy")
+            shape = array.shape
+            if fingerprint(array) != expected:
+                problems.append(f"{split}.npy does not have its fingerprint")
+        if not problems:
+            print(f"{split}: {shape[0]:,} images of {shape[1]}x{shape[2]}, fingerprint "
+                  f"{expected}{known}")
+    if problems:
+        raise DataError(f"{folder}: {'; '.join(problems)}: prepare the set again")
+    print(f"{folder}: {manifest['name']}, variant {manifest['variant']}: every byte is as it was "
+          "prepared")
+
+
+def _problems(folder, split, shape, expected, sealed):
+    """What is wrong with a split, in words. sealed: {file name: SHA-256} of the numbers."""
+    files = {f"{split}.npy": (shape, "|u1")}
+    for kind, dtype in NUMBERS.items():
+        if f"{split}_{kind}.npy" in sealed:
+            files[f"{split}_{kind}.npy"] = (shape[:1], dtype)
+    problems, numbers = [], {}
+    for name, (lengths, dtype) in files.items():
+        path, size = folder / name, int(np.prod(lengths)) * np.dtype(dtype).itemsize + HEADER_BYTES
+        if not path.exists() or path.stat().st_size != size:
+            found = f"has {path.stat().st_size:,} bytes" if path.exists() else "is missing"
+            return [f"{name} {found}: it had {size:,} bytes"]
+        with open(path, "rb") as file:
+            if file.read(HEADER_BYTES) != npy_header(lengths, dtype):
+                problems.append(f"{name}: its header was altered (before image 0)")
+        if name in sealed:
+            content = path.read_bytes()
+            numbers[name] = np.frombuffer(content, dtype, offset=HEADER_BYTES)
+            if hashlib.sha256(content).hexdigest() != sealed[name]:
+                problems.append(f"{name} was altered")
+    found, _, checksums = hash_images(
+        folder / f"{split}.npy", shape, numbers.get(f"{split}_labels.npy"), f"verify {split}")
+    differ = np.flatnonzero(numbers[f"{split}_checksums.npy"] != checksums)
+    what = "labels or checksums" if found == expected else "the pixels"
+    if len(differ):
+        images = ", ".join(map(str, differ[:5])) + (", ..." if len(differ) > 5 else "")
+        problems.append(f"{split}: {what} of image {images} ({len(differ):,} in all) were altered")
+    elif found != expected:
+        problems.append(f"{split}: the fingerprint in the manifest is another")
+    return problems

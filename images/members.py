@@ -88,10 +88,7 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
     left out. Raises DataError for links, devices and what else no image set holds.
     """
     try:
-        if path.is_dir():
-            yield from _in_folder(path)
-        else:
-            yield from _in_file(path, work, limit)
+        yield from _in_folder(path) if path.is_dir() else _in_file(path, work, limit)
     except OSError as error:
         raise DataError(f"{printable(error.filename or path)}: {error.strerror}") from None
 
@@ -117,27 +114,29 @@ def _in_folder(folder, prefix="", above=()):
 
 
 def _in_file(path, work, limit):
+    about = printable(path)
     if not path.is_file():
-        raise DataError(f"{printable(path)}: neither a file nor a folder")
+        raise DataError(f"{about}: neither a file nor a folder")
     with open(path, "rb") as file:
         head = file.read(512)
-        packing = [magic for magic in _UNPACKERS if head.startswith(magic)]
+        unpack = next((_UNPACKERS[magic] for magic in _UNPACKERS if head.startswith(magic)), None)
         if head[257:262] == b"ustar" or path.suffix == ".tar":
-            yield from _in_tar(file, path, printable(path))
+            yield from _in_tar(file, path, about)
         elif head.startswith(b"PK"):
-            yield from _in_zip(file, path, limit)
-        elif packing:
-            unpacked = _unpacked_tar(path, _UNPACKERS[packing[0]], work)
-            with open(unpacked, "rb") as tar:
-                yield from _in_tar(tar, unpacked, printable(path))
-        else:
+            yield from _in_zip(file, path, about, limit)
+        elif unpack is None:
             yield whole_file(path)
+        else:
+            unpacked = work / f"unpacked-{place_key(path)}.tar"
+            if not unpacked.exists():
+                with _damage(about, "packed tar"), unpack(path, "rb") as packed:
+                    copy_stream(packed, unpacked, 2 ** 26 + 100 * path.stat().st_size, about)
+            with open(unpacked, "rb") as tar:
+                yield from _in_tar(tar, unpacked, about)
 
 
 def _safe_name(name, archive):
-    is_outside = (name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name
-                  or re.match("[A-Za-z]:", name))
-    if is_outside:
+    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
         raise DataError(f"{archive}: holds a member {printable(name)!r}, which points outside: it "
                         "is refused")
     return re.sub("^(\\./)+", "", name)
@@ -155,13 +154,21 @@ def _in_tar(file, path, about, prefix="", offset=0):
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     with _damage(about, "tar"):
-        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")
+        tar = tarfile.open(fileobj=file, mode="r:")
         while (info := tar.next()) is not None:
             tar.members.clear()  # or they would all stay in memory
             name = _safe_name(info.name, about)
             if info.isdir():
                 continue
-            _refuse_special(info, end, about, printable(name))
+            special = [kind for kind, is_it in (
+                ("link", info.islnk() or info.issym()), ("sparse file", info.issparse()),
+                ("device", not info.isreg() or info.size < 0)) if is_it]
+            if special:
+                raise DataError(f"{about}: holds a {special[0]}, {printable(name)}: only files are "
+                                "taken")
+            if info.offset_data + info.size > end:
+                raise DataError(f"{about}: {printable(name)} declares {info.size:,} bytes, more "
+                                "than there are")
             if _is_hidden(name):
                 continue
             if not name.endswith(".tar"):
@@ -181,67 +188,38 @@ def _in_tar(file, path, about, prefix="", offset=0):
                                 "tars in one?")
 
 
-@contextlib.contextmanager
-def _damage(about, kind):
-    """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        if getattr(error, "errno", None):
-            raise
-        raise DataError(f"{about}: not a whole {kind} ({printable(error)}): fetch it "
-                        "again") from None
-
-
-def _refuse_special(info, end, about, name):
-    kind = None
-    if info.islnk() or info.issym():
-        kind = "link"
-    elif info.issparse():
-        kind = "sparse file"
-    elif not info.isreg() or info.size < 0:
-        kind = "device"
-    if kind:
-        raise DataError(f"{about}: holds a {kind}, {name}: only files are taken")
-    if info.offset_data + info.size > end:
-        raise DataError(f"{about}: {name} declares {info.size:,} bytes, more than there are")
-
-
-def _in_zip(file, path, limit):
-    about = printable(path)
+def _in_zip(file, path, about, limit):
     with _damage(about, "zip"), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             name = _safe_name(info.filename, about)
             if info.is_dir() or _is_hidden(name):
                 continue
-            _refuse_packing(info, limit, about, printable(name))
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+                raise DataError(f"{about}: holds a link or device, {printable(name)}: only files "
+                                "are taken")
+            is_packed, size = info.compress_type == zipfile.ZIP_DEFLATED, info.file_size
+            if info.flag_bits & 1 or not (is_packed or info.compress_type == zipfile.ZIP_STORED):
+                raise DataError(f"{about}: {printable(name)} is encrypted or packed by a method "
+                                "that is not deflate")
+            if size > limit or size > 2 ** 24 + 200 * info.compress_size:
+                raise DataError(f"{about}: {printable(name)} declares {size:,} bytes in "
+                                f"{info.compress_size:,}: refused")
             file.seek(info.header_offset + 26)
             skipped = sum(struct.unpack("<HH", file.read(4)))  # its name and more, once again
-            packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
-            yield Member(name, str(path), info.header_offset + 30 + skipped, info.file_size,
-                         packed, info.CRC)
+            yield Member(name, str(path), info.header_offset + 30 + skipped, size,
+                         info.compress_size if is_packed else 0, info.CRC)
 
 
-def _refuse_packing(info, limit, about, name):
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise DataError(f"{about}: holds a link or device, {name}: only files are taken")
-    known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if info.flag_bits & 1 or not known:
-        raise DataError(f"{about}: {name} is encrypted or packed by a method that is not deflate")
-    if info.file_size > limit or info.file_size > 2 ** 24 + 200 * info.compress_size:
-        raise DataError(f"{about}: {name} declares {info.file_size:,} bytes in "
-                        f"{info.compress_size:,}: refused")
-
-
-def _unpacked_tar(path, opener, work):
-    """A compressed tar as a plain one in the folder work."""
-    target, about = work / f"unpacked-{place_key(path)}.tar", printable(path)
-    if not target.exists():
-        with _damage(about, "packed tar"), opener(path, "rb") as packed:
-            copy_stream(packed, target, 2 ** 26 + 100 * path.stat().st_size, about)
-    return target
+@contextlib.contextmanager
+def _damage(about, kind):
+    """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DataError) or getattr(error, "errno", None):
+            raise
+        raise DataError(f"{about}: not a whole {kind} ({printable(error)}): fetch it "
+                        "again") from None
 
 
 def place_key(path, offset=0):
@@ -252,7 +230,7 @@ def place_key(path, offset=0):
 
 
 def copy_stream(stream, target, limit, about):
-    """A stream of at most limit bytes into a file, whole or not at all; returns their number."""
+    """A stream of at most limit bytes into a file, whole or not at all."""
     temporary, done = target.with_suffix(".tmp"), 0
     with named_in_errors(target), open(temporary, "wb") as file:
         while block := stream.read(2 ** 20):
@@ -261,7 +239,6 @@ def copy_stream(stream, target, limit, about):
                 raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
             file.write(block)
     os.replace(temporary, target)
-    return done
 
 
 def file_sha256(path, bar=None, start=0):

@@ -22,6 +22,7 @@ class Taken(typing.NamedTuple):
     """What a worker makes of a piece of the source."""
     pixels: bytes
     labels: list  # empty where there are none
+    count: int
     digests: bytes = b""  # SHA-256 of each image's file
     enlarged: int = 0
     bad: tuple | list = ()  # (name, reason) of those that cannot be taken
@@ -183,7 +184,7 @@ def take_rows(piece, size, resample, enlarge):
     """Rows and labels of Batches, as they are."""
     rows, labels = piece
     pixels = rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
-    return Taken(pixels.tobytes(), list(labels))
+    return Taken(pixels.tobytes(), list(labels), len(rows))
 
 
 def take_files(members, *settings):
@@ -214,4 +215,4 @@ def _take(items, read, size, resample, enlarge):
         labels += [-1 if value is None else value for value in label]
         digests.append(hashlib.sha256(content).digest())
         enlarged += int(is_enlarged)
-    return Taken(b"".join(pixels), labels, b"".join(digests), enlarged, bad)
+    return Taken(b"".join(pixels), labels, len(pixels), b"".join(digests), enlarged, bad)

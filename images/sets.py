@@ -86,32 +86,20 @@ SETS = {
     name: KnownSet(variant, (size, size, 3), {"train": train, "test": test},
                    source.format(size=size, variant=variant, whole=name.rpartition("-")[0]))
     for name, variant, size, train, test, source in _KNOWN}
-FINGERPRINTS = {  # of the sets that cannot differ from one machine to the next
-    ("cifar10-subset", "train"):
-        "50bf9f4dc953d9140fc8a0cc264cadfa7afcea6edb2f8fc66c6fee485c391a58",
-    ("cifar10-subset", "test"):
-        "9992641856ef710529d5e2429fb69a7f2106affe7dfc2d61f0ea34155668d0c7",
-    ("cifar10", "train"):
-        "7db256e89ed2d55f5f1c113beaf9a21a1e4c28f3f4fd374a35dc4301727cca4b",
-    ("cifar10", "test"):
-        "b90bf5fc55d5e0a76f1358afc9511ceb962591ae8418653bb5e5d103f36d4a46",
-    ("cifar10-animals", "train"):
-        "5ca1146327d53c7224f1886b866e6acad1ba0665e6730d3d02e6dbb9c6614e29",
-    ("cifar10-animals", "test"):
-        "ecb9f1ced606d71162f09fe2eda52536b120b4096d14cda9da0e03321f6502b0",
-    ("cifar10-vehicles", "train"):
-        "6af15a9318eda1200f4a0c68c68cae6740fa1c38ffcbd274f56831892cf2b0f3",
-    ("cifar10-vehicles", "test"):
-        "963f1076e4315658fa3fc265431f061cf8710e4f9ac133d1b72eb9c3d1161071",
-    ("cifar10-subset-animals", "train"):
-        "d9eabb9dbbabe1545348c0a06ba6a1b8f679a9e3f5ae7766854ee7843ed04bf0",
-    ("cifar10-subset-animals", "test"):
-        "ae64523835b5e9bcb577dba0b5a93727f6005c0bc0d6a7559af8e611494ee374",
-    ("cifar10-subset-vehicles", "train"):
-        "bc10c634ba6ba5eb9c11219d9860386d5a0884977ec6c120d9eb2c8fd0277e7d",
-    ("cifar10-subset-vehicles", "test"):
-        "0c59ff65e66249b3bb8b09d79a3fad74dc0e426d315b8a71f2f19cd793285ba8",
-}
+FINGERPRINTS = {(name, split): digits for name, split, digits in map(str.split, """
+cifar10-subset train 50bf9f4dc953d9140fc8a0cc264cadfa7afcea6edb2f8fc66c6fee485c391a58
+cifar10-subset test 9992641856ef710529d5e2429fb69a7f2106affe7dfc2d61f0ea34155668d0c7
+cifar10 train 7db256e89ed2d55f5f1c113beaf9a21a1e4c28f3f4fd374a35dc4301727cca4b
+cifar10 test b90bf5fc55d5e0a76f1358afc9511ceb962591ae8418653bb5e5d103f36d4a46
+cifar10-animals train 5ca1146327d53c7224f1886b866e6acad1ba0665e6730d3d02e6dbb9c6614e29
+cifar10-animals test ecb9f1ced606d71162f09fe2eda52536b120b4096d14cda9da0e03321f6502b0
+cifar10-vehicles train 6af15a9318eda1200f4a0c68c68cae6740fa1c38ffcbd274f56831892cf2b0f3
+cifar10-vehicles test 963f1076e4315658fa3fc265431f061cf8710e4f9ac133d1b72eb9c3d1161071
+cifar10-subset-animals train d9eabb9dbbabe1545348c0a06ba6a1b8f679a9e3f5ae7766854ee7843ed04bf0
+cifar10-subset-animals test ae64523835b5e9bcb577dba0b5a93727f6005c0bc0d6a7559af8e611494ee374
+cifar10-subset-vehicles train bc10c634ba6ba5eb9c11219d9860386d5a0884977ec6c120d9eb2c8fd0277e7d
+cifar10-subset-vehicles test 0c59ff65e66249b3bb8b09d79a3fad74dc0e426d315b8a71f2f19cd793285ba8
+""".strip().splitlines())}  # of the sets that cannot differ from one machine to the next
 
 
 def fingerprint(array):
@@ -134,19 +122,15 @@ def find_set(name, root=None):
     It has the set's name (for cifar10 also that of the official folder), or its manifest says so,
     or it holds the official files of cifar10.
     """
-    root = sets_root(root)
+    root, names = sets_root(root), (name, CIFAR10_FOLDER) if name == "cifar10" else (name,)
     if root is None:
         return None
-    for folder_name in (name, CIFAR10_FOLDER) if name == "cifar10" else (name,):
-        for folder in (root / folder_name, root):
-            if Path(os.path.abspath(folder)).name == folder_name and folder.is_dir():
-                return folder
-    has_files = name == "cifar10" and (root / "test_batch.bin").exists()
-    return root if has_files or _name_in_manifest(root) == name else None
-
-
-def _name_in_manifest(folder):
+    for folder in [*(root / folder for folder in names), root]:
+        if folder.is_dir() and Path(os.path.abspath(folder)).name in names:
+            return folder
+    if name == "cifar10" and (root / "test_batch.bin").exists():
+        return root
     try:
-        return json.loads((folder / MANIFEST).read_text())["name"]
+        return root if json.loads((root / MANIFEST).read_text())["name"] == name else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,6 +8,7 @@ import numpy as np
 from harness.errors import DataError
 from images.batches import find_batches, open_batch
 from images.decode import FILTERS, printable
+from images.folder import progress
 from images.members import list_members
 from images.readers import Batches, Files, Parquet
 from images.sets import CIFAR10_FILES, CIFAR10_FOLDER, SETS, SPLITS
@@ -178,17 +179,16 @@ def _open_parquet(request, paths, tables):
     return Parquet(files), files
 
 
-def list_files(request, reader, origins, work, bar):
+def list_files(request, reader, origins, work):
     """Take down the files of a source in their splits, sets of ImageNet by their base names.
 
-    bar: wraps what is iterated. Returns the share that was held out for test, or None where the
-    source has its splits.
+    Returns the share that was held out for test, or None where the source has its splits.
     """
     is_known = request.name in SETS
-    reader.list(bar(
-        (split, member.name.rpartition("/")[2] if is_known else member.name, member, path)
-        for split, paths in origins.items() for path in paths
-        for member in list_members(path, work)))
+    members = ((split, member.name.rpartition("/")[2] if is_known else member.name, member, path)
+               for split, paths in origins.items() for path in paths
+               for member in list_members(path, work))
+    reader.list(progress(members, "list", unit=" files"))
     if "" not in origins or not is_known and reader.split_by_folder():
         return None
     reader.hold_out(request.test_share)
