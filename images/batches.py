@@ -14,9 +14,9 @@ from harness.files import write_atomically
 from harness.machine import free_bytes
 from images.decode import printable
 from images.members import (
-    MAX_BATCH_BYTES, copy_stream, list_members, open_member, place_key, whole_file)
+    MAX_BATCH_BYTES, copy_stream, damage, list_members, open_member, place_key, whole_file)
 
-MAX_LABEL_BYTES = 2 ** 28
+_ARCHIVE = re.compile(r"(?i)imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar)")
 
 
 def find_batches(paths, pattern, work):
@@ -24,11 +24,9 @@ def find_batches(paths, pattern, work):
 
     pattern: of a batch's file name; its group is the name.
     """
-    archive = re.compile(r"(?i)imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar)")
     found, files = {}, [path for path in paths if not path.is_dir()]
-    for folder in filter(lambda path: path.is_dir(), paths):
-        files += [file for file in sorted(folder.rglob("*"))
-                  if pattern.fullmatch(file.name) or archive.fullmatch(file.name)]
+    files += [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))
+              if pattern.fullmatch(file.name) or _ARCHIVE.fullmatch(file.name)]
     for file in files:
         is_batch = pattern.fullmatch(file.name)
         for member in [whole_file(file)] if is_batch else list_members(file, work, MAX_BATCH_BYTES):
@@ -44,83 +42,59 @@ def find_batches(paths, pattern, work):
 def open_batch(member, size, work):
     """(rows, labels or None) of a .bin of CIFAR-10, an .npz or a pickle. Raises DataError.
 
-    Both are unpacked into the folder work; rows are mapped from there.
+    Both are unpacked into the folder work, as .npy files; the rows, written last, are mapped.
     """
-    key = place_key(member.path, member.offset)
-    rows_path, labels_path = (work / f"unpacked-{key}-{kind}.npy" for kind in ("rows", "labels"))
-    try:
-        if not labels_path.exists():
-            labels = np.asarray(_unpack(member, size, rows_path), np.int64).reshape(-1)
-            write_atomically(labels_path, lambda file: np.save(file, labels))
-        rows, labels = np.load(rows_path, mmap_mode="r"), np.load(labels_path)
-        if len(labels) not in (0, len(rows)):
-            raise DataError(f"{len(labels):,} labels for {len(rows):,} images")
-        return rows, labels if len(labels) else None
-    except Exception as error:  # whatever made-up bytes lead to
-        if getattr(error, "errno", None):  # a disk's
-            raise
-        reason = error
-        if not isinstance(error, DataError):
-            reason = f"no batch of images ({type(error).__name__}: {printable(error)})"
-        raise DataError(f"{printable(member.name)}: {reason}") from None
+    about, key = printable(member.name), place_key(member.path, member.offset)
+    paths = {kind: work / f"unpacked-{key}-{kind}.npy" for kind in ("labels", "data")}
+    with damage(about, "batch of images"):
+        if not paths["data"].exists():
+            _unpack(member, size, paths)
+        with open(paths["data"], "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or shape[1:] != (3 * size ** 2,):
+            raise DataError(f"{about}: its data is {dtype} of shape {shape}: must be uint8 (n, "
+                            f"{3 * size ** 2:,}) for {size}x{size} images")
+        rows, labels = np.load(paths["data"], mmap_mode="r"), None
+        if paths["labels"].exists():
+            labels = np.load(paths["labels"], mmap_mode="r").reshape(-1)
+            if len(labels) != len(rows):
+                raise DataError(f"{about}: {len(labels):,} labels for {len(rows):,} images")
+            labels = labels.astype(np.int64)
+        return rows, labels
 
 
-def _unpack(member, size, rows_path):
-    """Write the rows of a batch as a .npy file; returns the labels, maybe none."""
+def _unpack(member, size, paths):
+    """Write the labels, where there are some, and the data of a batch as .npy files."""
     with open_member(member) as file:
         is_npz = file.read(4) == b"PK\3\4"
         file.seek(0)
         if is_npz:
-            return _unpack_npz(file, size, rows_path)
+            return _unpack_npz(file, paths)
         needed, free = 2 * member.size, free_bytes(torch.device("cpu"))
         if needed > free:
-            raise DataError(f"needs {needed:,} bytes of memory; {free:,} are free")
+            raise DataError(f"{printable(member.name)}: needs {needed:,} bytes of memory; "
+                            f"{free:,} are free")
         if member.name.endswith(".bin"):
-            rows, labels = _records(file.read(), 1 + 3 * size ** 2)
+            stride = 1 + 3 * size ** 2
+            records = np.frombuffer(file.read(), np.uint8).reshape(-1, stride)
+            content = {"labels": records[:, 0], "data": records[:, 1:]}
         else:
             content = _Unpickler(file, encoding="bytes").load()
-            content = {name if isinstance(name, str) else name.decode("latin1"): value
-                       for name, value in content.items()}
-            rows, labels = content["data"], content.get("labels", ())
+            content = {key if isinstance(key, str) else key.decode("latin1"): value
+                       for key, value in content.items()}
         while file.read(2 ** 20):  # at its end a zip's checksum is compared
             pass
-    _check_rows(rows.dtype, rows.shape, size)
-    write_atomically(rows_path, lambda file: np.save(file, rows))
-    return labels
+    for kind in [kind for kind in paths if kind in content]:
+        array = np.asarray(content[kind])
+        write_atomically(paths[kind], lambda file: np.save(file, array, allow_pickle=False))
 
 
-def _records(content, stride):
-    if not content or len(content) % stride:
-        raise DataError(f"has {len(content):,} bytes, not a multiple of {stride:,}: cut off? fetch "
-                        "it again")
-    records = np.frombuffer(content, np.uint8).reshape(-1, stride)
-    return records[:, 1:], records[:, 0]
-
-
-def _unpack_npz(file, size, rows_path):
+def _unpack_npz(file, paths):
     with zipfile.ZipFile(file) as archive:
-        with archive.open("data.npy") as part:
-            np.lib.format.read_magic(part)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(part)
-            _check_rows(dtype, shape, size)
-            length = part.tell() + shape[0] * shape[1]
-        with archive.open("data.npy") as part:
-            copy_stream(part, rows_path, min(length, MAX_BATCH_BYTES), "its data")
-        if "labels.npy" not in archive.namelist():
-            return ()
-        if archive.getinfo("labels.npy").file_size > MAX_LABEL_BYTES:
-            raise DataError(f"its labels have more than {MAX_LABEL_BYTES:,} bytes: refused")
-        with archive.open("labels.npy") as part:
-            return np.lib.format.read_array(part, allow_pickle=False)
-
-
-def _check_rows(dtype, shape, size):
-    stride = 3 * size ** 2
-    if dtype != np.uint8 or len(shape) != 2 or shape[1] != stride:
-        other = [of for of in (32, 64) if shape[1:] == (3 * of ** 2,) and of != size]
-        hint = f" (is it the set of {other[0]} pixels?)" if other else ""
-        raise DataError(f"its data is {dtype} of shape {shape}: must be uint8 (n, {stride:,}) for "
-                        f"{size}x{size} images{hint}")
+        for kind in [kind for kind in paths if f"{kind}.npy" in archive.namelist()]:
+            with archive.open(f"{kind}.npy") as part:
+                copy_stream(part, paths[kind], MAX_BATCH_BYTES, f"its {kind}")
 
 
 # All that arrays consist of. An array is made empty, whatever is asked for: it has only what its

@@ -123,62 +123,57 @@ def _show(flags, load_images):
         raise DataError(f"{flags.png}: the contact sheet is a .png file: give it that name")
     if not flags.png.resolve().parent.is_dir():
         raise DataError(f"{flags.png}: there is no folder {flags.png.parent}")
-    blocks = [_sheet(load_images(flags.folder, split, flags.data_root)) for split in SPLITS]
-    height, width = sum(block.height for block in blocks), blocks[0].width
-    sheet = Image.new("RGB", (width + 24, height + 24), "white")
-    for block, above in zip(blocks, (0, blocks[0].height)):
-        sheet.paste(block, (12, 12 + above))
-    write_atomically(flags.png, lambda file: sheet.save(file, "PNG"))
+    sheets = [_sheet(load_images(flags.folder, split, flags.data_root)) for split in SPLITS]
+    width = max(sheet.shape[1] for sheet in sheets)
+    sheets = [np.pad(sheet, ((12, 0), (12, 12 + width - sheet.shape[1]), (0, 0)),
+                     constant_values=255) for sheet in sheets]
+    image = Image.fromarray(np.concatenate(sheets))
+    write_atomically(flags.png, lambda file: image.save(file, "PNG"))
     print(flags.png)
 
 
-def _sheet(images, columns=16, rows=4, gap=2, head=52):
-    """An image of some images, and what set they are."""
+def _sheet(images, columns=16, rows=4):
+    """Some images in rows, below what set they are: (H, W, 3)."""
     number, height, width, channels = images.array.shape
     count, scale = min(columns * rows, number), max(1, 64 // height)
-    step_x, step_y = width * scale + gap, height * scale + gap
     rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * step_x - gap, head + rows * step_y), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pixels = images.array[np.linspace(0, number - 1, count).round().astype(int)]
+    pixels = pixels if channels == 3 else pixels[..., :1].repeat(3, 3)
+    pixels = np.pad(pixels.repeat(scale, 1).repeat(scale, 2),
+                    ((0, columns * rows - count), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    grid = np.concatenate([np.concatenate(row, 1) for row in pixels.reshape(
+        rows, columns, *pixels.shape[1:])])
+    head = Image.new("RGB", (grid.shape[1], 52), "white")
+    draw, font = ImageDraw.Draw(head), ImageFont.load_default(14)
     draw.text((0, 0), f"{images.name}, variant {images.variant}: {images.split}, {number:,} images "
               f"of {height}x{width}, {count} shown at {scale}x", "black", font)
     draw.text((0, 19), f"fingerprint {images.fingerprint[:32]}...", "dimgray", font)
-    places = np.linspace(0, number - 1, count).round().astype(int)
-    for place, pixels in enumerate(images.array[places]):
-        pixels = pixels if channels == 3 else np.repeat(pixels[..., :1], 3, 2)
-        pixels = pixels.repeat(scale, 0).repeat(scale, 1)
-        row, column = divmod(place, columns)
-        sheet.paste(Image.fromarray(pixels), (column * step_x, head + row * step_y))
-    return sheet
+    return np.concatenate([np.asarray(head), grid])
 
 
 def _list(root):
     """All known sets: counts, and where each is on this machine."""
     root = sets_root(root)
     where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
-    print(f"{'set':<28} {'pixels':>6} {'train':>10} {'test':>7}  on this machine{where}")
+    line = "{:<28} {:>6} {:>10} {:>7}  {}".format
+    print(line("set", "pixels", "train", "test", f"on this machine{where}"))
     for name, known in SETS.items():
         train, test = known.counts["train"], known.counts["test"]
-        train, test = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
-        print(f"{name:<28} {known.shape[0]:>6} {train:>10} {test:>7}  {_where(name, root)}")
+        counts = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
+        print(line(name, known.shape[0], *counts, _where(name, root)))
         print(f"    from {known.source}")
     for folder in sorted(root.iterdir()) if root and root.is_dir() else ():
         if (folder / MANIFEST).exists() and folder.name not in SETS:
-            print(_line_of_ones_own(folder))
+            try:
+                made = read_manifest(folder)
+            except DataError as error:
+                print(error)
+                continue
+            counts = [made.get("counts", {}).get(split, "") for split in SPLITS]  # "": by hand
+            print(line(made["name"], made.get("shape", [""])[0], *counts,
+                       f"{folder}: variant {made['variant']}"))
     print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
           "(cifar10 needs no --source).")
-
-
-def _line_of_ones_own(folder):
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        return str(error)
-    size, *_ = manifest.get("shape", [""])  # one that is written by hand has neither
-    counts = manifest.get("counts")
-    train, test = (f"{counts[split]:,}" if counts else "" for split in SPLITS)
-    return (f"{manifest['name']:<28} {size:>6} {train:>10} {test:>7}  {folder}: variant "
-            f"{manifest['variant']}")
 
 
 def _where(name, root):

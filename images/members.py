@@ -42,29 +42,29 @@ def whole_file(path, name=None):
 
 
 def open_member(member):
-    """A file to read a member's bytes from; zipfile inflates them, and checks their number and CRC.
+    """A file to read a member's bytes from; BadZipFile, EOFError or zlib.error tell of damage.
 
-    It is told where they lie: a zip's list of a million names is not read again for each. Reading
-    raises BadZipFile, EOFError or zlib.error for damage.
+    zipfile inflates them, and checks their CRC. It is told where they lie: a zip's list of a
+    million names is not read again for each.
     """
     file = open(member.path, "rb")
     file.seek(member.offset)
-    if member.crc < 0 and member.offset == 0:
+    if member.crc >= 0:
+        info = zipfile.ZipInfo()
+        info.file_size, info.compress_size = member.size, member.packed or member.size
+        info.compress_type = zipfile.ZIP_DEFLATED if member.packed else zipfile.ZIP_STORED
+        info.CRC = member.crc
+        return zipfile.ZipExtFile(file, "r", info, close_fileobj=True)
+    if member.offset == 0:
         return file
-    if member.crc < 0:  # in a tar
-        with file:
-            return io.BytesIO(file.read(member.size))
-    info = zipfile.ZipInfo()
-    info.file_size, info.compress_size = member.size, member.packed or member.size
-    info.compress_type = zipfile.ZIP_DEFLATED if member.packed else zipfile.ZIP_STORED
-    info.CRC = member.crc
-    return zipfile.ZipExtFile(file, "r", info, close_fileobj=True)
+    with file:  # a tar
+        return io.BytesIO(file.read(member.size))
 
 
-def read_member(member, limit=MAX_IMAGE_BYTES):
-    """The bytes of a file. Raises BadImage where they are not what was listed."""
-    if member.size > limit:
-        raise BadImage(f"declares {member.size:,} bytes: more than {limit:,} are refused")
+def read_member(member):
+    """The bytes of an image's file. Raises BadImage where they are not what was listed."""
+    if member.size > MAX_IMAGE_BYTES:
+        raise BadImage(f"declares {member.size:,} bytes: more than {MAX_IMAGE_BYTES:,} are refused")
     try:
         with open_member(member) as file:
             content = file.read(member.size + 1)
@@ -72,10 +72,8 @@ def read_member(member, limit=MAX_IMAGE_BYTES):
         content = b""
     except zipfile.BadZipFile:
         raise BadImage("is damaged: its checksum in the zip differs") from None
-    except zlib.error as error:
-        raise BadImage(f"is damaged: {error}") from None
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from None
+    except (zlib.error, OSError) as error:
+        raise BadImage(f"cannot be read: {getattr(error, 'strerror', error)}") from None
     if len(content) != member.size:
         raise BadImage(f"does not have the {member.size:,} bytes that it had or declares")
     return content
@@ -94,23 +92,20 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
 
 
 def _in_folder(folder, prefix="", above=()):
-    real = folder.resolve()
-    if real in above:
-        raise DataError(f"{printable(folder)}: a link to a folder that holds it")
-    for name in sorted(os.listdir(folder)):
-        if _is_hidden(name):
-            continue
-        path = folder / name
-        mode = path.stat().st_mode
+    above = (*above, folder.resolve())
+    for path in filter(lambda path: not _is_hidden(path.name), folder.iterdir()):
+        mode, name = path.stat().st_mode, prefix + path.name
         if stat.S_ISDIR(mode):
-            yield from _in_folder(path, f"{prefix}{name}/", (*above, real))
+            if path.resolve() in above:
+                raise DataError(f"{printable(path)}: a link to a folder that holds it")
+            yield from _in_folder(path, f"{name}/", above)
         elif not stat.S_ISREG(mode):
             raise DataError(f"{printable(path)}: neither a file nor a folder")
         elif name.endswith(".tar"):
             with open(path, "rb") as file:
-                yield from _in_tar(file, path, printable(path), f"{prefix}{name[:-4]}/")
+                yield from _in_tar(file, path, printable(path), f"{name[:-4]}/")
         else:
-            yield whole_file(path, prefix + name)
+            yield whole_file(path, name)
 
 
 def _in_file(path, work, limit):
@@ -129,7 +124,7 @@ def _in_file(path, work, limit):
         else:
             unpacked = work / f"unpacked-{place_key(path)}.tar"
             if not unpacked.exists():
-                with _damage(about, "packed tar"), unpack(path, "rb") as packed:
+                with damage(about, "packed tar"), unpack(path, "rb") as packed:
                     copy_stream(packed, unpacked, 2 ** 26 + 100 * path.stat().st_size, about)
             with open(unpacked, "rb") as tar:
                 yield from _in_tar(tar, unpacked, about)
@@ -143,7 +138,7 @@ def _safe_name(name, archive):
 
 
 def _is_hidden(name):
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return re.search(r"(^|/)(\.|__MACOSX(/|$))", name)
 
 
 def _in_tar(file, path, about, prefix="", offset=0):
@@ -153,7 +148,7 @@ def _in_tar(file, path, about, prefix="", offset=0):
     """
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
-    with _damage(about, "tar"):
+    with damage(about, "tar"):
         tar = tarfile.open(fileobj=file, mode="r:")
         while (info := tar.next()) is not None:
             tar.members.clear()  # or they would all stay in memory
@@ -189,7 +184,7 @@ def _in_tar(file, path, about, prefix="", offset=0):
 
 
 def _in_zip(file, path, about, limit):
-    with _damage(about, "zip"), zipfile.ZipFile(file) as archive:
+    with damage(about, "zip"), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             name = _safe_name(info.filename, about)
             if info.is_dir() or _is_hidden(name):
@@ -211,7 +206,7 @@ def _in_zip(file, path, about, limit):
 
 
 @contextlib.contextmanager
-def _damage(about, kind):
+def damage(about, kind):
     """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
     try:
         yield

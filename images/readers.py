@@ -2,9 +2,9 @@
 
 A piece comes with the function by which a worker makes Taken of it.
 """
-import contextlib
 import hashlib
 import os
+import re
 import sqlite3
 import typing
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from harness.errors import DataError
 from images.decode import BadImage, decode, printable
-from images.members import Member, read_member
+from images.members import Member, damage, read_member
 
 FILES_A_PIECE, ROWS_A_PIECE = 32, 512
 TEST_FOLDERS = {"test", "val", "valid", "validation"}
@@ -33,8 +33,9 @@ class Files:
 
     def __init__(self, path):
         self.db = sqlite3.connect(path)
-        self.db.create_function("first_folder", 1, _first_folder, deterministic=True)
         self.db.create_function("sha256", 1, lambda name: hashlib.sha256(name).digest())
+        self.db.create_function("first_folder", 1, lambda name: (
+            name.rpartition(b"/")[0].partition(b"/")[0].decode(errors="replace")))
 
     def list(self, members):
         """Take the list down: (split or "", name, Member, source). Each name must come once."""
@@ -43,22 +44,19 @@ class Files:
             "start INT, size INT, packed INT, crc INT, PRIMARY KEY (split, name)) WITHOUT ROWID")
         for split, name, member, source in members:
             key = name.encode(errors="surrogateescape")  # on any machine the same
-            row = split, key, os.fsencode(member.path), *member[2:]
             try:
-                self.db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                self.db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                (split, key, os.fsencode(member.path), *member[2:]))
             except sqlite3.IntegrityError:
                 raise DataError(f"{printable(source)}: a second file of the name "
                                 f"{printable(name)}: each must be there once") from None
-            except OverflowError:
-                raise DataError(f"{printable(source)}: {printable(name)} declares an absurd "
-                                "size") from None
         self.db.commit()
 
     def split_by_folder(self):
         """train/ and test/ (or val/, ...) are the splits. False where there are no such folders."""
         folders = self._folders()
         if len(folders) == 1 and not folders & {"", "train", *TEST_FOLDERS}:  # all lies in one
-            self._change("UPDATE files SET name = substr(name, instr(name, X'2F') + 1)")
+            self._change("name = substr(name, instr(name, X'2F') + 1)")
             folders = self._folders()
         test = folders & TEST_FOLDERS
         if "train" not in folders or not test:
@@ -67,23 +65,22 @@ class Files:
             others = ", ".join(sorted(map(printable, folders - {"train", ""}))) or "files"
             raise DataError(f"beside train/ there are {others}: a set has train/ and one of test/, "
                             "val/, valid/ or validation/, and nothing else")
-        self._change("UPDATE files SET split = CASE first_folder(name) WHEN 'train' THEN 'train' "
-                     "ELSE 'test' END")
+        self._change("split = CASE first_folder(name) WHEN 'train' THEN 'train' ELSE 'test' END")
         return True
 
     def _folders(self):
         return {row[0] for row in self.db.execute(
             "SELECT DISTINCT first_folder(name) FROM files LIMIT 100")}
 
-    def _change(self, statement, *values):
+    def _change(self, change, *values):
         with self.db:
-            self.db.execute(statement, values)
+            self.db.execute(f"UPDATE files SET {change}", values)
 
     def hold_out(self, share):
         """The share (at least one) whose names have the smallest SHA-256 is the test split."""
-        count = max(1, round(share * self.count("")))
-        self._change("UPDATE files SET split = CASE WHEN name IN (SELECT name FROM files ORDER BY "
-                     "sha256(name) LIMIT ?) THEN 'test' ELSE 'train' END", count)
+        self._change("split = CASE WHEN name IN (SELECT name FROM files ORDER BY sha256(name) "
+                     "LIMIT ?) THEN 'test' ELSE 'train' END",
+                     max(1, round(share * self.count(""))))
 
     def count(self, split):
         query = "SELECT COUNT(*) FROM files WHERE split = ?"
@@ -93,13 +90,9 @@ class Files:
         rows = self.db.execute("SELECT name, path, start, size, packed, crc FROM files WHERE "
                                "split = ? ORDER BY name LIMIT -1 OFFSET ?", [split, start])
         while piece := rows.fetchmany(FILES_A_PIECE):
-            yield take_files, [Member(os.fsdecode(name), os.fsdecode(path), *place)
-                               for name, path, *place in piece]
-
-
-def _first_folder(name):
-    folder, slash, _ = name.partition(b"/")
-    return folder.decode(errors="replace") if slash else ""
+            members = [Member(os.fsdecode(name), os.fsdecode(path), *place)
+                       for name, path, *place in piece]
+            yield take_images, [(member.name, member) for member in members]
 
 
 class Batches:
@@ -130,7 +123,7 @@ class Parquet:
             import pyarrow.parquet
         except ImportError:  # it is not among the requirements
             raise DataError("parquet files need pyarrow: pip install pyarrow") from None
-        self.files, self.pyarrow = files, pyarrow
+        self.files, self.open = files, pyarrow.parquet.ParquetFile
 
     def count(self, split):
         return sum(self._open(path)[0].metadata.num_rows for path in self.files[split])
@@ -139,43 +132,28 @@ class Parquet:
         for path in self.files[split]:
             file, columns = self._open(path)
             first = 0
-            with self._damage(path):
+            with damage(path, "parquet file"):
                 for batch in file.iter_batches(FILES_A_PIECE, columns=columns):
                     values = [batch.column(name).to_pylist() for name in columns]
                     items = [(f"{path.name}, row {row}", *item)
                              for row, item in enumerate(zip(*values), first)]
                     if start < first + len(items):
-                        yield take_cells, items[max(0, start - first):]
+                        yield take_images, items[max(0, start - first):]
                     first += len(items)
             start = max(0, start - first)
 
     def _open(self, path):
         """(the file, its columns of images and labels)"""
-        with self._damage(path):
-            file = self.pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2 ** 20)
-        kinds = {field.name: field.type for field in file.schema_arrow}
-        images = [name for name, kind in kinds.items() if self._holds_images(name, kind)]
+        with damage(path, "parquet file"):
+            file = self.open(path, pre_buffer=False, buffer_size=2 ** 20)
+        kinds = {field.name: str(field.type) for field in file.schema_arrow}
+        images = [name for name, kind in kinds.items() if re.match("struct<(.*, )?bytes: ", kind)
+                  or name in ("image", "img") and kind in ("binary", "large_binary")]
         if len(images) != 1:
             raise DataError(f"{path}: of its columns {', '.join(map(printable, kinds))} one must "
                             "hold images (a struct with bytes, or binary values named image)")
-        labels = [name for name in ("label", "labels")
-                  if name in kinds and self.pyarrow.types.is_integer(kinds[name])]
+        labels = [name for name in ("label", "labels") if re.match("u?int", kinds.get(name, ""))]
         return file, images + labels[:1]
-
-    def _holds_images(self, name, kind):
-        types = self.pyarrow.types
-        if types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return name in ("image", "img") and (types.is_binary(kind) or types.is_large_binary(kind))
-
-    @contextlib.contextmanager
-    def _damage(self, path):
-        try:
-            yield
-        except (self.pyarrow.ArrowException, OSError) as error:
-            reason = printable(str(error).splitlines()[0])
-            raise DataError(f"{path}: not a whole parquet file ({reason}): fetch it "
-                            "again") from None
 
 
 # ---- in a worker
@@ -187,26 +165,16 @@ def take_rows(piece, size, resample, enlarge):
     return Taken(pixels.tobytes(), list(labels), len(rows))
 
 
-def take_files(members, *settings):
-    return _take([(member.name, member) for member in members], read_member, *settings)
-
-
-def take_cells(items, *settings):
-    """Rows of Parquet: names, images and maybe labels."""
-    def read(image):
-        content = image["bytes"] if isinstance(image, dict) else image
-        if content is None:
-            raise BadImage("has no bytes")
-        return content
-    return _take(items, read, *settings)
-
-
-def _take(items, read, size, resample, enlarge):
-    """Decode images. items: name, what their bytes are read from, maybe a label."""
+def take_images(items, size, resample, enlarge):
+    """Decode images. Items: name, a Member or a cell of a parquet file, maybe a label."""
     pixels, labels, digests, enlarged, bad = [], [], [], 0, []
     for name, place, *label in items:
         try:
-            content = read(place)
+            content = place["bytes"] if isinstance(place, dict) else place
+            if isinstance(place, Member):
+                content = read_member(place)
+            if content is None:
+                raise BadImage("has no bytes")
             array, is_enlarged = decode(content, size, resample, enlarge)
         except BadImage as error:
             bad.append((name, str(error)))

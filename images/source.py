@@ -94,7 +94,9 @@ def open_source(request, paths, work):
     """
     if request.variant in _BATCHES:
         return _open_batches(request, paths, work)
-    tables = [table for path in paths for table in _tables(path)]
+    tables = [path for path in paths if path.is_file() and path.suffix == ".parquet"]
+    tables += [table for path in paths for place in ("*.parquet", "data/*.parquet")
+               for table in sorted(path.glob(place))]
     if tables or request.variant == "parquet":
         return _open_parquet(request, paths, tables)
     names = _SPLIT_NAMES.get(request.variant) or _SPLIT_NAMES.get(request.name.split("-")[0])
@@ -124,12 +126,6 @@ def _find(request, paths, split, names):
                     f"{_among(paths)}")
 
 
-def _tables(path):
-    if path.is_dir():
-        return sorted(path.glob("*.parquet")) + sorted((path / "data").glob("*.parquet"))
-    return [path] if path.suffix == ".parquet" else []
-
-
 def _open_batches(request, paths, work):
     pattern, advice = _BATCHES[request.variant]
     found, archives = find_batches(paths, pattern, work)
@@ -144,21 +140,15 @@ def _open_batches(request, paths, work):
     batches, test = {split: [] for split in SPLITS}, ("test_batch", "val_data")
     for name in sorted(found, key=lambda name: (name in test, len(name), name)):  # 2 before 10
         rows, labels = open_batch(found[name], request.size, work)
-        if name in official and not (request.incomplete
-                                     or _record_sha256(rows, labels) == official[name]):
-            about = f"{printable(found[name].name)} of {printable(found[name].path)}"
-            raise DataError(f"cifar10: {about} is altered or has other images ({len(rows):,} of "
-                            "them; the SHA-256 of its records is not the official one): fetch it "
-                            "again")
+        if name in official and not request.incomplete:
+            records = rows if labels is None else np.column_stack([labels.astype(np.uint8), rows])
+            if hashlib.sha256(records.tobytes()).hexdigest() != official[name]:
+                about = f"{printable(found[name].name)} of {printable(found[name].path)}"
+                raise DataError(f"cifar10: {about} is altered or has other images ({len(rows):,} "
+                                "of them; the SHA-256 of its records is not the official one): "
+                                "fetch it again")
         batches["test" if name in test else "train"].append((rows, labels))
     return Batches(batches), {"": archives}
-
-
-def _record_sha256(rows, labels):
-    """SHA-256 of a batch of CIFAR-10 as it stands in the official binary file."""
-    if labels is None:
-        return None
-    return hashlib.sha256(np.column_stack([labels.astype(np.uint8), rows])).hexdigest()
 
 
 def _open_parquet(request, paths, tables):
