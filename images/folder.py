@@ -29,7 +29,7 @@ def npy_header(shape, kind="|u1"):
 
 def open_array(path):
     """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
-    array = _load(path, "r")
+    array = _load(path, mmap_mode="r")
     is_array = isinstance(array, np.ndarray)
     if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
         kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
@@ -46,9 +46,9 @@ def open_labels(path, count):
     return labels
 
 
-def _load(path, mmap_mode=None):
+def _load(path, **settings):
     try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        return np.load(path, allow_pickle=False, **settings)
     except FileNotFoundError:
         raise DataError(f"data {str(path)!r}: no such file") from None
     except Exception as error:  # np.load raises nearly everything on damaged files
@@ -63,30 +63,26 @@ def hash_images(path, shape, labels, task):
     """
     whole = hashlib.sha256(",".join(map(str, shape)).encode() + b"\n")
     pixels, checksums = np.empty(shape[0], "<u8"), np.empty(shape[0], "<u8")
-    image_bytes = int(np.prod(shape[1:]))
-    with open(path, "rb") as file, progress(desc=task, total=shape[0]) as bar:
+    with open(path, "rb") as file, progress(range(shape[0]), task) as places:
         file.seek(HEADER_BYTES)
-        for place in range(shape[0]):
-            image = file.read(image_bytes)
-            if len(image) != image_bytes:
-                raise DataError(f"{path}: cut off in image {place:,}")
+        for place in places:
+            image = file.read(int(np.prod(shape[1:])))
             whole.update(image)
             digest = hashlib.sha256(image)
             pixels[place] = checksums[place] = int.from_bytes(digest.digest()[:8], "little")
             if labels is not None:
                 digest.update(int(labels[place]).to_bytes(8, "little", signed=True))
                 checksums[place] = int.from_bytes(digest.digest()[:8], "little")
-            bar.update()
     return whole.hexdigest(), pixels, checksums
 
 
 def progress(iterable=None, desc=None, unit=" images", **settings):
     """A bar on a terminal; elsewhere a line every 30 s."""
-    settings = {"unit": unit, "unit_scale": True, **settings}
+    settings |= {"desc": desc, "unit": unit, "unit_scale": True}
     if sys.stderr.isatty():
-        return tqdm(iterable, desc, smoothing=0.05, dynamic_ncols=True, **settings)
+        return tqdm(iterable, smoothing=0.05, dynamic_ncols=True, **settings)
     line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-    return tqdm(iterable, desc, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
+    return tqdm(iterable, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
                 bar_format=line, **settings)
 
 
@@ -97,14 +93,14 @@ def seal(manifest):
 
 
 def read_manifest(folder):
-    """The manifest of a folder: what was written, with name, variant and fingerprints.
+    """The manifest of a folder: name, variant, fingerprints, and what else it was written with.
 
     One that is written by hand has no seal and may have nothing else. Raises DataError.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        prints = [str(manifest["fingerprints"][split]) for split in SPLITS]
+        train, test = (str(manifest["fingerprints"][split]) for split in SPLITS)
         is_sealed = manifest.get("seal", seal(manifest)) == seal(manifest)
         manifest["name"], manifest["variant"] = str(manifest["name"]), str(manifest["variant"])
     except FileNotFoundError:
@@ -117,10 +113,10 @@ def read_manifest(folder):
                         f"({type(error).__name__}: {error})") from None
     if not is_sealed:
         raise DataError(f"{path}: was altered (it no longer fits its seal): prepare the set again")
-    if not all(re.fullmatch("[0-9a-f]{64}", digits) for digits in prints):
+    if not re.fullmatch("[0-9a-f]{128}", train + test) or len(train) != len(test):
         raise DataError(f"{path}: fingerprints of train and test must be 64 hex digits each, as "
                         "data.fingerprint(array) gives them")
-    if prints[0] == prints[1]:
+    if train == test:
         raise DataError(f"{folder}: by its manifest, train and test are the same images")
     return manifest
 
@@ -129,11 +125,9 @@ def verify(folder):
     """Compare every file with the manifest; raises DataError that says which image was altered."""
     manifest, problems = read_manifest(folder), []
     for split in SPLITS:
-        expected, known = manifest["fingerprints"][split], ""
+        expected = manifest["fingerprints"][split]
         official = FINGERPRINTS.get((manifest["name"], split))
-        if official == expected:
-            known = " (the known one)"
-        elif official:
+        if official not in (None, expected):
             problems.append(f"{split}: the fingerprint is not that of {manifest['name']}")
         if "seal" in manifest:
             shape = (manifest["counts"][split], *manifest["shape"])
@@ -144,8 +138,8 @@ def verify(folder):
             if fingerprint(array) != expected:
                 problems.append(f"{split}.npy does not have its fingerprint")
         if not problems:
-            print(f"{split}: {shape[0]:,} images of {shape[1]}x{shape[2]}, fingerprint "
-                  f"{expected}{known}")
+            print(f"{split}: {shape[0]:,} images of {shape[1]}x{shape[2]}, fingerprint {expected}"
+                  f"{' (the known one)' if official else ''}")
     if problems:
         raise DataError(f"{folder}: {'; '.join(problems)}: prepare the set again")
     print(f"{folder}: {manifest['name']}, variant {manifest['variant']}: every byte is as it was "
@@ -154,27 +148,25 @@ def verify(folder):
 
 def _problems(folder, split, shape, expected, sealed):
     """What is wrong with a split, in words. sealed: {file name: SHA-256} of the numbers."""
-    files = {f"{split}.npy": (shape, "|u1")}
-    for kind, dtype in NUMBERS.items():
-        if f"{split}_{kind}.npy" in sealed:
-            files[f"{split}_{kind}.npy"] = (shape[:1], dtype)
     problems, numbers = [], {}
-    for name, (lengths, dtype) in files.items():
+    for kind, dtype in {"": "|u1", **NUMBERS}.items():
+        name, lengths = (f"{split}_{kind}.npy", shape[:1]) if kind else (f"{split}.npy", shape)
+        if kind and name not in sealed:
+            continue
         path, size = folder / name, int(np.prod(lengths)) * np.dtype(dtype).itemsize + HEADER_BYTES
         if not path.exists() or path.stat().st_size != size:
             found = f"has {path.stat().st_size:,} bytes" if path.exists() else "is missing"
             return [f"{name} {found}: it had {size:,} bytes"]
         with open(path, "rb") as file:
-            if file.read(HEADER_BYTES) != npy_header(lengths, dtype):
-                problems.append(f"{name}: its header was altered (before image 0)")
-        if name in sealed:
-            content = path.read_bytes()
-            numbers[name] = np.frombuffer(content, dtype, offset=HEADER_BYTES)
-            if hashlib.sha256(content).hexdigest() != sealed[name]:
-                problems.append(f"{name} was altered")
+            header, content = file.read(HEADER_BYTES), file.read() if kind else b""
+        if header != npy_header(lengths, dtype):
+            problems.append(f"{name}: its header was altered (before image 0)")
+        if kind and hashlib.sha256(header + content).hexdigest() != sealed[name]:
+            problems.append(f"{name} was altered")
+        numbers[kind] = np.frombuffer(content, dtype)
     found, _, checksums = hash_images(
-        folder / f"{split}.npy", shape, numbers.get(f"{split}_labels.npy"), f"verify {split}")
-    differ = np.flatnonzero(numbers[f"{split}_checksums.npy"] != checksums)
+        folder / f"{split}.npy", shape, numbers.get("labels"), f"verify {split}")
+    differ = np.flatnonzero(numbers["checksums"] != checksums)
     what = "labels or checksums" if found == expected else "the pixels"
     if len(differ):
         images = ", ".join(map(str, differ[:5])) + (", ..." if len(differ) > 5 else "")

@@ -35,7 +35,7 @@ from images.folder import (
     HEADER_BYTES, NUMBERS, hash_images, npy_header, progress, read_manifest, seal)
 from images.members import file_sha256
 from images.readers import Files
-from images.sets import ARCHIVES, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
+from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
 from images.source import check_counts, list_files, open_source
 
 STATE = "state.json"
@@ -92,27 +92,23 @@ class _Making:
         self.request, self.paths, self.work = request, paths, work
         wanted = json.loads(json.dumps({
             **dataclasses.asdict(request), "sources": [_as_it_is(path) for path in paths]}))
-        self.state = self._begun(wanted) or {
+        self.state = {
             "request": wanted, "held_out_share": None, "archives": None, "skipped": [],
             "splits": {split: {"seen": 0, "images": 0, "enlarged": 0} for split in SPLITS}}
-
-    def _begun(self, wanted):
-        """The state that an earlier try of the same request has left, or None."""
+        if not (work / STATE).exists():
+            return
         try:
-            state = json.loads((self.work / STATE).read_text())
-            begun = state["request"]
-            changed = [key for key in wanted if begun.get(key) != wanted[key]]
-            is_empty = not any(split["images"] for split in state["splits"].values())
-        except FileNotFoundError:
-            return None
+            begun = json.loads((work / STATE).read_text())
+            changed = [key for key in wanted if begun["request"].get(key) != wanted[key]]
+            is_empty = not any(split["images"] for split in begun["splits"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{self.work / STATE} is damaged: remove {self.work} to begin "
-                            "again") from None
+            raise DataError(f"{work / STATE} is damaged: remove {work} to begin again") from None
         if changed and not is_empty:
-            raise DataError(f"{self.work}: was begun as {begun.get('name')} with another "
+            raise DataError(f"{work}: was begun as {begun['request'].get('name')} with another "
                             f"{' and '.join(changed)} (or its files have changed since): give the "
-                            f"same command, another --out, or remove {self.work} to begin again")
-        return None if changed else state
+                            f"same command, another --out, or remove {work} to begin again")
+        if not changed:
+            self.state = begun
 
     def run(self, workers, skip_corrupt, enlarge):
         reader, origins = self._open_source()
@@ -142,11 +138,12 @@ class _Making:
     def _open_source(self):
         if self.paths and not isinstance(self.paths[0], str):
             return open_source(self.request, self.paths, self.work)
-        url = self.paths[0] if self.paths else CIFAR10_URL
+        url, known = (self.paths or [CIFAR10_URL])[0], None
+        if url == CIFAR10_URL:
+            known = CHECKSUMS["cifar-10-binary.tar.gz"]
         key = hashlib.sha256(url.encode()).hexdigest()[:8]
         archive = self.work / f"{key}-{printable(url.rpartition('/')[2])[:80]}.gz"
         if not archive.exists():
-            known = ARCHIVES["cifar-10-binary.tar.gz"] if url == CIFAR10_URL else None
             download(url, archive, known)
         try:
             return open_source(self.request, [archive], self.work)
@@ -161,7 +158,7 @@ class _Making:
         self.state["archives"] = []
         with progress(desc="checksums", total=sum(sizes.values()), unit="B") as bar:
             for path, size in sizes.items():
-                sha256, known = file_sha256(path, bar), ARCHIVES.get(path.name)
+                sha256, known = file_sha256(path, bar), CHECKSUMS.get(path.name)
                 if must_fit and known not in (None, sha256):
                     raise DataError(f"{printable(path)} is not the known archive: its SHA-256 is "
                                     f"{sha256[:12]}..., not {known[:12]}...: fetch it again, or "

@@ -16,23 +16,10 @@ CIFAR10_PARTS = {  # sets of their own: cifar10-animals, ...
 }
 CIFAR10_FOLDER = "cifar-10-batches-bin"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_FILES = {  # SHA-256
-    "train": {
-        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-    },
-    "test": {
-        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
-    },
-}
-ARCHIVES = {  # SHA-256, where known
-    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    "train_64x64.tar": "e2a2c1947a748d0d256e98e6d82800d855441dc9e4de2e71a773f1324c4524d7",
-    "valid_64x64.tar": "eeac03ec4f585baf871d2b4cb9c974bfe345e74878a74e5820fe6eb1041629cd",
-}
+CHECKSUMS = {name: sha256 for sha256, name in map(  # of archives and files, where known
+    str.split, Path(__file__).with_name("sha256sums").read_text().splitlines())}
+CIFAR10_FILES = {split: {name: CHECKSUMS[name] for name in CHECKSUMS if name.startswith(start)}
+                 for split, start in (("train", "data_batch"), ("test", "test_batch"))}
 MANIFEST, PARTIAL = "manifest.json", "partial"  # in a prepared folder; in one that is being made
 
 
