@@ -41,16 +41,14 @@ def decode(content, size, resample=None, enlarge=False):
     except Exception as error:  # Pillow raises nearly everything on damaged files
         reason = f"{' '.join(str(error).split())} ({type(error).__name__})"
         raise BadImage(f"is damaged: {printable(reason)}") from None
-    width, height = image.size
+    (width, height), side = image.size, min(image.size)
     if (width, height) == (size, size):
         return np.asarray(image), False
+    about = f"is {width}x{height} pixels"
     if resample is None:
-        raise BadImage(f"is {width}x{height} pixels, not {size}x{size}: without a filter nothing "
-                       "is resized")
-    side = min(width, height)
+        raise BadImage(f"{about}, not {size}x{size}: without a filter nothing is resized")
     if side < size and not enlarge:
-        raise BadImage(f"is {width}x{height} pixels, smaller than {size}x{size}: --enlarge-small "
-                       "enlarges such images")
+        raise BadImage(f"{about}, smaller than {size}x{size}: --enlarge-small enlarges such images")
     left, top = (width - side) // 2, (height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return np.asarray(image.resize((size, size), FILTERS[resample])), side < size

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 
 from harness.errors import DataError
-from harness.files import named_in_errors
+from harness.files import write_atomically
 from images.decode import BadImage, printable
 
 MAX_IMAGE_BYTES = 2 ** 27  # of an image's file: larger ones are refused, whatever they hold
@@ -220,20 +220,18 @@ def damage(about, kind):
 def place_key(path, offset=0):
     """A name for what was unpacked from a place in a file, as the file is now."""
     status = os.stat(path)
-    place = repr((os.fsencode(path), offset, status.st_size, status.st_mtime_ns))
+    place = repr((str(path), offset, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def copy_stream(stream, target, limit, about):
-    """A stream of at most limit bytes into a file, whole or not at all."""
-    temporary, done = target.with_suffix(".tmp"), 0
-    with named_in_errors(target), open(temporary, "wb") as file:
+    """A stream of at most limit bytes into a file."""
+    def write(file):
         while block := stream.read(2 ** 20):
-            done += len(block)
-            if done > limit:
-                raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
             file.write(block)
-    os.replace(temporary, target)
+            if file.tell() > limit:
+                raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
+    write_atomically(target, write)
 
 
 def file_sha256(path, bar=None, start=0):

@@ -36,7 +36,7 @@ from images.folder import (
 from images.members import file_sha256
 from images.readers import Files
 from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
-from images.source import check_counts, list_files, open_source
+from images.source import check_counts, open_source
 
 STATE = "state.json"
 SAVE_EVERY_S = 1
@@ -114,7 +114,7 @@ class _Making:
         reader, origins = self._open_source()
         is_of_files, is_new = isinstance(reader, Files), self.state["archives"] is None
         if is_of_files and is_new:
-            self.state["held_out_share"] = list_files(self.request, reader, origins, self.work)
+            self.state["held_out_share"] = reader.list(self.request, origins, self.work)
         counts = {split: reader.count(split) for split in SPLITS}
         check_counts(self.request, counts)
         if is_new:
@@ -228,19 +228,33 @@ class _Making:
 
     def _seal(self, source_counts, is_of_files):
         """Write headers, checksums and the manifest."""
-        request, splits = self.request, self.state["splits"]
+        request, work, splits = self.request, self.work, self.state["splits"]
         counts = {split: splits[split]["images"] for split in SPLITS}
-        labelled = all((self.work / f"{split}_labels.npy").stat().st_size
-                       == HEADER_BYTES + 8 * counts[split] for split in SPLITS)
+        labelled = all((work / f"{split}_labels.npy").stat().st_size == HEADER_BYTES + 8 * count
+                       for split, count in counts.items())
         prints, pixels, sealed, origins = {}, {}, {}, list(self.state["archives"])
-        for split in SPLITS:
-            if not counts[split]:
+        for split, count in counts.items():
+            if not count:
                 raise DataError(f"{split}: no image could be taken")
-            prints[split], pixels[split] = self._seal_split(split, counts[split], labelled, sealed)
+            path, shape, arrays = work / f"{split}.npy", (count, request.size, request.size, 3), {}
+            with open(path, "rb+") as file:
+                file.write(npy_header(shape))
+            if labelled:
+                arrays["labels"] = np.fromfile(
+                    work / f"{split}_labels.npy", "<i8", offset=HEADER_BYTES)
+            prints[split], pixels[split], arrays["checksums"] = hash_images(
+                path, shape, arrays.get("labels"), f"hash {split}")
+            if FINGERPRINTS.get((request.full_name, split)) not in (None, prints[split]):
+                raise DataError(f"{request.name} {split}: the fingerprint is {prints[split]}, not "
+                                "the known one: the source is altered")
+            for kind, array in arrays.items():
+                name, content = f"{split}_{kind}.npy", npy_header(array.shape, NUMBERS[kind])
+                content += array.tobytes()
+                write_atomically(work / name, lambda file: file.write(content))
+                sealed[name] = hashlib.sha256(content).hexdigest()
             if is_of_files:
-                digests = file_sha256(self.work / f"{split}_digests.npy", start=HEADER_BYTES)
-                origins.append({"images": split, "files": counts[split],
-                                "sha256_of_their_sha256": digests})
+                digests = file_sha256(work / f"{split}_digests.npy", start=HEADER_BYTES)
+                origins.append({"images": split, "files": count, "sha256_of_their_sha256": digests})
         if prints["train"] == prints["test"]:
             raise DataError("train and test are the same images: give the folder that holds both "
                             "splits")
@@ -259,28 +273,7 @@ class _Making:
                      "libjpeg": features.version("libjpeg_turbo") or features.version("jpg")},
         }
         manifest["seal"] = seal(manifest)
-        write_atomically(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-    def _seal_split(self, split, count, labelled, sealed):
-        """Write headers and checksums of a split; returns its fingerprint and pixels' hashes."""
-        path, shape = self.work / f"{split}.npy", (count, self.request.size, self.request.size, 3)
-        arrays = {}
-        if labelled:
-            labels = self.work / f"{split}_labels.npy"
-            arrays["labels"] = np.fromfile(labels, "<i8", offset=HEADER_BYTES)
-        with open(path, "rb+") as file:
-            file.write(npy_header(shape))
-        found, pixels, arrays["checksums"] = hash_images(
-            path, shape, arrays.get("labels"), f"hash {split}")
-        if FINGERPRINTS.get((self.request.full_name, split)) not in (None, found):
-            raise DataError(f"{self.request.name} {split}: the fingerprint is {found[:12]}..., not "
-                            "the known one: the source is altered")
-        for kind, array in arrays.items():
-            name, content = f"{split}_{kind}.npy", npy_header(array.shape, NUMBERS[kind])
-            content += array.tobytes()
-            write_atomically(self.work / name, lambda file: file.write(content))
-            sealed[name] = hashlib.sha256(content).hexdigest()
-        return found, pixels
+        write_atomically(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _as_it_is(path):

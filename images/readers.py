@@ -12,7 +12,9 @@ import numpy as np
 
 from harness.errors import DataError
 from images.decode import BadImage, decode, printable
-from images.members import Member, damage, read_member
+from images.folder import progress
+from images.members import Member, damage, list_members, read_member
+from images.sets import SETS
 
 FILES_A_PIECE, ROWS_A_PIECE = 32, 512
 TEST_FOLDERS = {"test", "val", "valid", "validation"}
@@ -37,27 +39,43 @@ class Files:
         self.db.create_function("first_folder", 1, lambda name: (
             name.rpartition(b"/")[0].partition(b"/")[0].decode(errors="replace")))
 
-    def list(self, members):
-        """Take the list down: (split or "", name, Member, source). Each name must come once."""
+    def list(self, request, origins, work):
+        """Take the list down, sets of ImageNet by their base names, each of which must come once.
+
+        Returns the share that was held out for test, or None where the source has its splits.
+        """
+        is_known = request.name in SETS
         self.db.executescript(
             "DROP TABLE IF EXISTS files; CREATE TABLE files (split TEXT, name BLOB, path BLOB, "
             "start INT, size INT, packed INT, crc INT, PRIMARY KEY (split, name)) WITHOUT ROWID")
-        for split, name, member, source in members:
+        members = ((split, path, member) for split, paths in origins.items() for path in paths
+                   for member in list_members(path, work))
+        for split, path, member in progress(members, "list", unit=" files"):
+            name = member.name.rpartition("/")[2] if is_known else member.name
             key = name.encode(errors="surrogateescape")  # on any machine the same
             try:
                 self.db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
                                 (split, key, os.fsencode(member.path), *member[2:]))
             except sqlite3.IntegrityError:
-                raise DataError(f"{printable(source)}: a second file of the name "
-                                f"{printable(name)}: each must be there once") from None
+                raise DataError(f"{printable(path)}: a second file of the name {printable(name)}: "
+                                "each must be there once") from None
+        share = None
+        if "" in origins and (is_known or not self._split_by_folder()):
+            share = request.test_share
+            self.db.execute(  # those whose names have the smallest SHA-256, at least one
+                "UPDATE files SET split = CASE WHEN name IN (SELECT name FROM files ORDER BY "
+                "sha256(name) LIMIT ?) THEN 'test' ELSE 'train' END",
+                [max(1, round(share * self.count("")))])
         self.db.commit()
+        return share
 
-    def split_by_folder(self):
+    def _split_by_folder(self):
         """train/ and test/ (or val/, ...) are the splits. False where there are no such folders."""
-        folders = self._folders()
+        query = "SELECT DISTINCT first_folder(name) FROM files LIMIT 100"
+        folders = {row[0] for row in self.db.execute(query)}
         if len(folders) == 1 and not folders & {"", "train", *TEST_FOLDERS}:  # all lies in one
-            self._change("name = substr(name, instr(name, X'2F') + 1)")
-            folders = self._folders()
+            self.db.execute("UPDATE files SET name = substr(name, instr(name, X'2F') + 1)")
+            folders = {row[0] for row in self.db.execute(query)}
         test = folders & TEST_FOLDERS
         if "train" not in folders or not test:
             return False
@@ -65,22 +83,9 @@ class Files:
             others = ", ".join(sorted(map(printable, folders - {"train", ""}))) or "files"
             raise DataError(f"beside train/ there are {others}: a set has train/ and one of test/, "
                             "val/, valid/ or validation/, and nothing else")
-        self._change("split = CASE first_folder(name) WHEN 'train' THEN 'train' ELSE 'test' END")
+        self.db.execute("UPDATE files SET split = CASE first_folder(name) WHEN 'train' THEN "
+                        "'train' ELSE 'test' END")
         return True
-
-    def _folders(self):
-        return {row[0] for row in self.db.execute(
-            "SELECT DISTINCT first_folder(name) FROM files LIMIT 100")}
-
-    def _change(self, change, *values):
-        with self.db:
-            self.db.execute(f"UPDATE files SET {change}", values)
-
-    def hold_out(self, share):
-        """The share (at least one) whose names have the smallest SHA-256 is the test split."""
-        self._change("split = CASE WHEN name IN (SELECT name FROM files ORDER BY sha256(name) "
-                     "LIMIT ?) THEN 'test' ELSE 'train' END",
-                     max(1, round(share * self.count(""))))
 
     def count(self, split):
         query = "SELECT COUNT(*) FROM files WHERE split = ?"

@@ -8,20 +8,16 @@ import numpy as np
 from harness.errors import DataError
 from images.batches import find_batches, open_batch
 from images.decode import FILTERS, printable
-from images.folder import progress
-from images.members import list_members
 from images.readers import Batches, Files, Parquet
 from images.sets import CIFAR10_FILES, CIFAR10_FOLDER, SETS, SPLITS
 
-HELD_OUT = {"imagenet21k": 1 / 256}  # the share of images that are the test split
 _RESERVED = ("imagenet32", "imagenet64", "imagenet1k", "imagenet21k", "cifar10")
-_BATCHES = {  # file names, and what is asked for where they are not there
-    "cifar10": (re.compile(r"(data_batch_[1-5]|test_batch)(?:\.bin)?"),
-                "{missing} (.bin or the pickle) not found in {paths}: give the folder "
-                f"{CIFAR10_FOLDER}, cifar-10-batches-py or their archive"),
-    "chrabaszcz": (re.compile(r"(train_data_batch_\d{1,3}|val_data)(?:\.npz|\.pkl|\.pickle)?"),
-                   "train_data_batch_1 to 10 and val_data are needed, loose or in {source}: not "
-                   "found in {paths}"),
+_BATCHES = {  # names of files, and what is needed
+    "cifar10": (r"(data_batch_[1-5]|test_batch)(?:\.bin)?",
+                f"give the folder {CIFAR10_FOLDER} (.bin), cifar-10-batches-py (pickles) or their "
+                "archive"),
+    "chrabaszcz": (r"(train_data_batch_\d{1,3}|val_data)(?:\.npz|\.pkl|\.pickle)?",
+                   "train_data_batch_1 to 10 and val_data are needed, loose or in their zips"),
 }
 _SPLIT_NAMES = {  # of the files or folders of a split
     "oord": (("train_{size}x{size}.tar", "train_{size}x{size}"),
@@ -40,7 +36,7 @@ class Request:
     resample: str | None
     counts: dict  # known ones, else None
     incomplete: bool
-    test_share: float | None
+    test_share: float | None  # held out where the source has no test images
 
     @property
     def full_name(self):
@@ -61,8 +57,8 @@ def make_request(name, size=None, resample=None, incomplete=False, test_share=No
         if value not in (None, allowed):
             raise DataError(f"--{flag} {value}: {name} has its own ({allowed or 'none'}): leave "
                             "the flag out, or choose a name of your own")
-    return Request(name, known.variant, known.shape[0], own, known.counts, incomplete,
-                   HELD_OUT.get(name.split("-")[0]))
+    share = 1 / 256 if name.startswith("imagenet21k") else None
+    return Request(name, known.variant, known.shape[0], own, known.counts, incomplete, share)
 
 
 def _request_of_ones_own(name, size, resample, incomplete, test_share):
@@ -71,11 +67,9 @@ def _request_of_ones_own(name, size, resample, incomplete, test_share):
         near = [known for known in SETS if known.startswith(name)]
         near = near or [known for known in SETS if not known.startswith("cifar10-")]
         raise DataError(f"{printable(name)!r} is no known set ({', '.join(near)}); a name of your "
-                        "own has letters, digits, '.', '_' and '-', and does not begin like a "
-                        "known one")
+                        "own has letters, digits, '.', '_' and '-', and does not begin like these")
     if size is None:
-        raise DataError(f"{name} is a name of your own: give the size of its images by --size, "
-                        "like --size 64")
+        raise DataError(f"{name} is a name of your own: give its images' size, like --size 64")
     if not 1 <= size <= 4096:
         raise DataError(f"--size {size}: must be 1 to 4096 pixels")
     share = 0.1 if test_share is None else test_share
@@ -92,51 +86,41 @@ def open_source(request, paths, work):
 
     work: a folder for what is unpacked. Raises DataError.
     """
+    given = ", ".join(map(printable, paths))
     if request.variant in _BATCHES:
-        return _open_batches(request, paths, work)
+        return _open_batches(request, paths, given, work)
     tables = [path for path in paths if path.is_file() and path.suffix == ".parquet"]
     tables += [table for path in paths for place in ("*.parquet", "data/*.parquet")
                for table in sorted(path.glob(place))]
     if tables or request.variant == "parquet":
-        return _open_parquet(request, paths, tables)
+        return _open_parquet(request, tables, given)
     names = _SPLIT_NAMES.get(request.variant) or _SPLIT_NAMES.get(request.name.split("-")[0])
     if names is None and request.name not in SETS and len(paths) > 1:
         raise DataError(f"--source: {request.name} is made from one folder, tar or zip, not from "
                         f"{len(paths)}")
-    origins = {"": paths}
-    if names:
-        origins = {split: [_find(request, paths, split, some)]
-                   for split, some in zip(SPLITS, names)}
+    origins = {} if names else {"": paths}
+    for split, some in zip(SPLITS, names or ()):
+        some = [name.format(size=request.size) for name in some]
+        found = [place for name in some for path in paths for place in (
+            path, path / name, path / "ILSVRC/Data/CLS-LOC" / name, path / "Data/CLS-LOC" / name)
+            if place.name == name and place.exists()]
+        if not found:
+            raise DataError(f"{request.name}: {split} is needed as {' or '.join(some)}: not found "
+                            f"in {given}")
+        origins[split] = found[:1]
     return Files(work / "files.sqlite"), origins
 
 
-def _among(paths):
-    return ", ".join(map(printable, paths))
-
-
-def _find(request, paths, split, names):
-    names = [name.format(size=request.size) for name in names]
-    for name in names:
-        for path in paths:
-            for found in (path, path / name, path / "ILSVRC/Data/CLS-LOC" / name,
-                          path / "Data/CLS-LOC" / name):
-                if found.name == name and found.exists():
-                    return found
-    raise DataError(f"{request.name}: {split} is needed as {' or '.join(names)}: not found in "
-                    f"{_among(paths)}")
-
-
-def _open_batches(request, paths, work):
+def _open_batches(request, paths, given, work):
     pattern, advice = _BATCHES[request.variant]
-    found, archives = find_batches(paths, pattern, work)
+    found, archives = find_batches(paths, re.compile(pattern), work)
     official = {file.removesuffix(".bin"): sha256 for files in CIFAR10_FILES.values()
                 for file, sha256 in files.items()}
     needed = official if request.name == "cifar10" else ["val_data"]
     missing = [name for name in needed if name not in found]
     if missing or len(found) < 2:
-        advice = advice.format(missing=", ".join(missing), paths=_among(paths),
-                               source=SETS[request.name].source)
-        raise DataError(f"{request.name}: {advice}")
+        raise DataError(f"{request.name}: {', '.join(missing or ['train_data_batch_1'])} not found "
+                        f"in {given}: {advice}")
     batches, test = {split: [] for split in SPLITS}, ("test_batch", "val_data")
     for name in sorted(found, key=lambda name: (name in test, len(name), name)):  # 2 before 10
         rows, labels = open_batch(found[name], request.size, work)
@@ -151,9 +135,7 @@ def _open_batches(request, paths, work):
     return Batches(batches), {"": archives}
 
 
-def _open_parquet(request, paths, tables):
-    if not tables:
-        raise DataError(f"{request.name}: no .parquet files in {_among(paths)}")
+def _open_parquet(request, tables, given):
     groups = {}
     for file in tables:
         groups.setdefault(re.match("[A-Za-z]*", file.name)[0], []).append(file)
@@ -162,27 +144,12 @@ def _open_parquet(request, paths, tables):
         test = test[:1]  # ImageNet's test images have no labels and are not the paper's
     has_others = request.name not in SETS and len(groups) > 2
     if "train" not in groups or len(test) != 1 or has_others:
-        raise DataError(f"{request.name}: of the parquet files some must be named train-... and "
-                        f"some validation-... or test-...; {len(tables):,} are there, like "
-                        f"{_among([file.name for file in tables[:3]])}")
+        some = "".join(f" ({printable(file.name)}, ...)" for file in tables[:1])
+        raise DataError(f"{request.name}: of the parquet files in {given} some must be named "
+                        f"train-... and some validation-... or test-...; {len(tables):,} are "
+                        f"there{some}")
     files = {"train": groups["train"], "test": groups[test[0]]}
     return Parquet(files), files
-
-
-def list_files(request, reader, origins, work):
-    """Take down the files of a source in their splits, sets of ImageNet by their base names.
-
-    Returns the share that was held out for test, or None where the source has its splits.
-    """
-    is_known = request.name in SETS
-    members = ((split, member.name.rpartition("/")[2] if is_known else member.name, member, path)
-               for split, paths in origins.items() for path in paths
-               for member in list_members(path, work))
-    reader.list(progress(members, "list", unit=" files"))
-    if "" not in origins or not is_known and reader.split_by_folder():
-        return None
-    reader.hold_out(request.test_share)
-    return request.test_share
 
 
 def check_counts(request, counts):
@@ -198,8 +165,6 @@ def check_counts(request, counts):
              and known.shape[0] == request.size and not name.startswith("cifar10-")]
     found = ", ".join(f"{counts[split]:,} {split} images, not {request.counts[split]:,}"
                       for split in wrong)
-    likely = "a part is missing, or it is another set"
-    if other:
-        likely = f"likely another variant: {', '.join(other)}"
+    likely = f"likely another variant: {', '.join(other)}" if other else "a part is missing?"
     raise DataError(f"{request.name}: the source has {found}: {likely}. --incomplete prepares it "
                     f"as {request.name}-incomplete, which is no evidence for {request.name}")
