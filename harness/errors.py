@@ -39,3 +39,8 @@ def short(error):
     """The kind of an error and the beginning of what it says."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return textwrap.shorten(text, 250, placeholder=" ...")
+
+
+def printable(name):
+    """A name for a message of one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))

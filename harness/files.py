@@ -1,6 +1,7 @@
 """Files that are whole or not there at all."""
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 import uuid
@@ -50,3 +51,15 @@ def remove_leftovers(folder, name="", older_than_s=0):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()
+
+
+def file_sha256(path, bar=None, start=0):
+    """Hex SHA-256 of a file from a byte on. bar: is told how many were read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while block := file.read(2 ** 22):
+            digest.update(block)
+            if bar is not None:
+                bar.update(len(block))
+    return digest.hexdigest()

@@ -22,8 +22,7 @@ from harness.flags import ArgumentParser, one_line_errors
 from images.decode import FILTERS
 from images.folder import read_manifest, verify
 from images.prepare import prepare
-from images.sets import (
-    CIFAR10_FILES, CIFAR10_PARTS, MANIFEST, PARTIAL, SETS, SPLITS, find_set, sets_root)
+from images.sets import CIFAR10_FILES, MANIFEST, PARTIAL, SETS, SPLITS, find_set, sets_root
 from images.source import make_request
 
 
@@ -32,14 +31,7 @@ def main(load_images, arguments=None):
     flags = _parser().parse_args(arguments)
     try:
         with one_line_errors("data.py"):
-            if flags.command == "prepare":
-                _prepare(flags)
-            elif flags.command == "verify":
-                verify(flags.folder)
-            elif flags.command == "show":
-                _show(flags, load_images)
-            else:
-                _list(flags.data_root)
+            flags.run(flags, load_images)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -54,7 +46,9 @@ def _parser():
                       help="what you have: folders or archives, or a URL for cifar10 (default for "
                            "cifar10: its home page)")
     make.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
-    make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)",
+                      default=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
     make.add_argument("--skip-corrupt", action="store_true",
                       help="leave out images that cannot be taken, and record each")
     make.add_argument("--enlarge-small", action="store_true",
@@ -69,28 +63,28 @@ def _parser():
     own.add_argument("--test-share", type=float, metavar="F",
                      help="share of images held out for test where there are no folders train/ and "
                           "test/ (default: 0.1)")
+    make.set_defaults(run=_prepare)
     check = commands.add_parser("verify", help="compare every file of a set with its manifest")
+    check.set_defaults(run=lambda flags, _: verify(flags.folder))
     check.add_argument("folder", type=Path, metavar="DIR")
     sheet = commands.add_parser("show", help="draw a contact sheet of a set")
     sheet.add_argument("folder", metavar="DIR",
                        help="a prepared folder, a known set or a .npy file")
     sheet.add_argument("png", type=Path, metavar="OUT.png")
+    sheet.set_defaults(run=_show)
     overview = commands.add_parser(
         "list", help="all known sets, what each needs, and what is on this machine")
+    overview.set_defaults(run=_list)
     for command in (sheet, overview):
         command.add_argument("--data-root", metavar="DIR",
                              help="holds the image sets (default: $JET_DATA)")
     return parser
 
 
-def _prepare(flags):
+def _prepare(flags, _):
     request = make_request(flags.name, flags.size, flags.filter, flags.incomplete, flags.test_share)
-    workers = flags.workers
-    if workers is None:
-        known = hasattr(os, "sched_getaffinity")
-        workers = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-    if not 1 <= workers <= 1024:
-        raise DataError(f"--workers {workers}: must be 1 to 1024")
+    if not 1 <= flags.workers <= 1024:
+        raise DataError(f"--workers {flags.workers}: must be 1 to 1024")
     if not flags.source and request.name != "cifar10":
         known = f" ({SETS[request.name].source})" if request.name in SETS else ""
         raise DataError(f"{request.name}: give what you have of it by --source PATH{known}")
@@ -100,7 +94,7 @@ def _prepare(flags):
     begun = time.monotonic()
     try:
         manifest = prepare(request, flags.source if has_url else list(map(Path, flags.source)),
-                           flags.out, workers, flags.skip_corrupt, flags.enlarge_small)
+                           flags.out, flags.workers, flags.skip_corrupt, flags.enlarge_small)
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -151,9 +145,9 @@ def _sheet(images, columns=16, rows=4):
     return np.concatenate([np.asarray(head), grid])
 
 
-def _list(root):
+def _list(flags, _):
     """All known sets: counts, and where each is on this machine."""
-    root = sets_root(root)
+    root = sets_root(flags.data_root)
     where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
     line = "{:<28} {:>6} {:>10} {:>7}  {}".format
     print(line("set", "pixels", "train", "test", f"on this machine{where}"))
@@ -169,7 +163,8 @@ def _list(root):
             except DataError as error:
                 print(error)
                 continue
-            counts = [made.get("counts", {}).get(split, "") for split in SPLITS]  # "": by hand
+            counts = made.get("counts", {})  # one that is written by hand has none
+            counts = [f"{counts[split]:,}" if counts else "" for split in SPLITS]
             print(line(made["name"], made.get("shape", [""])[0], *counts,
                        f"{folder}: variant {made['variant']}"))
     print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
@@ -178,11 +173,9 @@ def _list(root):
 
 def _where(name, root):
     """Where a known set is, as load_images finds it, or "missing"."""
-    whole, _, part = name.rpartition("-")
-    if part in CIFAR10_PARTS:
-        return _where(whole, root)
-    if name == "cifar10-subset":
+    if name.startswith("cifar10-subset"):
         return "here: embedded in assets/"
+    name = "cifar10" if name.startswith("cifar10") else name  # and its parts
     folder = find_set(name, root)
     if folder is None:
         return "missing"
@@ -194,6 +187,6 @@ def _where(name, root):
         return f"prepared: {folder}" if found == name else f"{folder} holds {found}, not {name}"
     if (folder / PARTIAL).is_dir():
         return f"begun: {folder}: the same command goes on"
-    files = [file for split in SPLITS for file in CIFAR10_FILES[split]]
-    is_whole = name == "cifar10" and all((folder / file).exists() for file in files)
+    is_whole = name == "cifar10" and all(
+        (folder / file).exists() for files in CIFAR10_FILES.values() for file in files)
     return f"here: {folder}" if is_whole else f"{folder}: files are missing"

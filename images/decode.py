@@ -4,7 +4,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from harness.errors import DataError
+from harness.errors import DataError, printable
 
 MAX_PIXELS = 2 ** 26  # of an image: larger ones are refused, whatever they hold
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -14,11 +14,6 @@ FILTERS = {"box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS,
 
 class BadImage(DataError):
     """An image that cannot be taken, and why."""
-
-
-def printable(name):
-    """A name for a message of one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
 
 
 def decode(content, size, resample=None, enlarge=False):

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.errors import DataError
+from images.members import damage
 from images.sets import FINGERPRINTS, MANIFEST, PARTIAL, SPLITS, fingerprint
 
 NUMBERS = {"labels": "<i8", "checksums": "<u8"}  # files of one number an image
@@ -25,35 +26,6 @@ def npy_header(shape, kind="|u1"):
     text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {tuple(shape)!r}, }}"
     length = (HEADER_BYTES - 10).to_bytes(2, "little")
     return b"\x93NUMPY\x01\x00" + length + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
-
-
-def open_array(path):
-    """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
-    array = _load(path, mmap_mode="r")
-    is_array = isinstance(array, np.ndarray)
-    if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
-        kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
-        raise DataError(f"data {str(path)!r}: {kind}: must be uint8 (N, H, W, C) and not empty")
-    return array
-
-
-def open_labels(path, count):
-    """The labels of a prepared folder: int64 (N,). Raises DataError."""
-    labels = _load(path)
-    if labels.dtype != np.int64 or labels.shape != (count,):
-        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
-                        "the set again")
-    return labels
-
-
-def _load(path, **settings):
-    try:
-        return np.load(path, allow_pickle=False, **settings)
-    except FileNotFoundError:
-        raise DataError(f"data {str(path)!r}: no such file") from None
-    except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())})") from None
 
 
 def hash_images(path, shape, labels, task):
@@ -133,7 +105,8 @@ def verify(folder):
             shape = (manifest["counts"][split], *manifest["shape"])
             problems += _problems(folder, split, shape, expected, manifest["checksums"])
         else:  # written by hand: name, variant and fingerprints alone
-            array = open_array(folder / f"{split}.npy")
+            with damage(folder / f"{split}.npy", "array"):
+                array = np.load(folder / f"{split}.npy", mmap_mode="r")
             shape = array.shape
             if fingerprint(array) != expected:
                 problems.append(f"{split}.npy does not have its fingerprint")

@@ -18,9 +18,9 @@ import typing
 import zipfile
 import zlib
 
-from harness.errors import DataError
+from harness.errors import DataError, printable
 from harness.files import write_atomically
-from images.decode import BadImage, printable
+from images.decode import BadImage
 
 MAX_IMAGE_BYTES = 2 ** 27  # of an image's file: larger ones are refused, whatever they hold
 MAX_BATCH_BYTES = 2 ** 32  # of a batch or archive that must be unpacked
@@ -68,12 +68,10 @@ def read_member(member):
     try:
         with open_member(member) as file:
             content = file.read(member.size + 1)
-    except EOFError:
-        content = b""
-    except zipfile.BadZipFile:
-        raise BadImage("is damaged: its checksum in the zip differs") from None
-    except (zlib.error, OSError) as error:
-        raise BadImage(f"cannot be read: {getattr(error, 'strerror', error)}") from None
+    except (EOFError, zlib.error, zipfile.BadZipFile):
+        raise BadImage("is damaged: its checksum in the zip differs, or it ends early") from None
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from None
     if len(content) != member.size:
         raise BadImage(f"does not have the {member.size:,} bytes that it had or declares")
     return content
@@ -83,33 +81,12 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
     """Yield a Member for each file in a folder, a tar, a zip or the tars in a folder or a tar.
 
     work: a folder for what must be unpacked. limit: bytes of a member of a zip. Hidden files are
-    left out. Raises DataError for links, devices and what else no image set holds.
+    left out. Raises DataError for links, devices and what else no image set holds, and OSError.
     """
-    try:
-        yield from _in_folder(path) if path.is_dir() else _in_file(path, work, limit)
-    except OSError as error:
-        raise DataError(f"{printable(error.filename or path)}: {error.strerror}") from None
-
-
-def _in_folder(folder, prefix="", above=()):
-    above = (*above, folder.resolve())
-    for path in filter(lambda path: not _is_hidden(path.name), folder.iterdir()):
-        mode, name = path.stat().st_mode, prefix + path.name
-        if stat.S_ISDIR(mode):
-            if path.resolve() in above:
-                raise DataError(f"{printable(path)}: a link to a folder that holds it")
-            yield from _in_folder(path, f"{name}/", above)
-        elif not stat.S_ISREG(mode):
-            raise DataError(f"{printable(path)}: neither a file nor a folder")
-        elif name.endswith(".tar"):
-            with open(path, "rb") as file:
-                yield from _in_tar(file, path, printable(path), f"{name[:-4]}/")
-        else:
-            yield whole_file(path, name)
-
-
-def _in_file(path, work, limit):
     about = printable(path)
+    if path.is_dir():
+        yield from _in_folder(path)
+        return
     if not path.is_file():
         raise DataError(f"{about}: neither a file nor a folder")
     with open(path, "rb") as file:
@@ -130,15 +107,34 @@ def _in_file(path, work, limit):
                 yield from _in_tar(tar, unpacked, about)
 
 
-def _safe_name(name, archive):
-    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
-        raise DataError(f"{archive}: holds a member {printable(name)!r}, which points outside: it "
-                        "is refused")
-    return re.sub("^(\\./)+", "", name)
+def _in_folder(folder, prefix="", above=()):
+    above = (*above, folder.resolve())
+    for path in filter(lambda path: not _is_hidden(path.name), folder.iterdir()):
+        mode, name = path.stat().st_mode, prefix + path.name
+        if stat.S_ISDIR(mode):
+            if path.resolve() in above:
+                raise DataError(f"{printable(path)}: a link to a folder that holds it")
+            yield from _in_folder(path, f"{name}/", above)
+        elif not stat.S_ISREG(mode):
+            raise DataError(f"{printable(path)}: neither a file nor a folder")
+        elif name.endswith(".tar"):
+            with open(path, "rb") as file:
+                yield from _in_tar(file, path, printable(path), f"{name[:-4]}/")
+        else:
+            yield whole_file(path, name)
 
 
 def _is_hidden(name):
     return re.search(r"(^|/)(\.|__MACOSX(/|$))", name)
+
+
+def _inside(name, about):
+    """The name of an archive's member; "" for one that is hidden."""
+    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
+        raise DataError(f"{about}: holds a member {printable(name)!r}, which points outside: it is "
+                        "refused")
+    name = re.sub("^(\\./)+", "", name)
+    return "" if _is_hidden(name) else name
 
 
 def _in_tar(file, path, about, prefix="", offset=0):
@@ -152,8 +148,8 @@ def _in_tar(file, path, about, prefix="", offset=0):
         tar = tarfile.open(fileobj=file, mode="r:")
         while (info := tar.next()) is not None:
             tar.members.clear()  # or they would all stay in memory
-            name = _safe_name(info.name, about)
-            if info.isdir():
+            name = _inside(info.name, about)
+            if info.isdir() or not name:
                 continue
             special = [kind for kind, is_it in (
                 ("link", info.islnk() or info.issym()), ("sparse file", info.issparse()),
@@ -164,8 +160,6 @@ def _in_tar(file, path, about, prefix="", offset=0):
             if info.offset_data + info.size > end:
                 raise DataError(f"{about}: {printable(name)} declares {info.size:,} bytes, more "
                                 "than there are")
-            if _is_hidden(name):
-                continue
             if not name.endswith(".tar"):
                 yield Member(prefix + name, str(path), offset + info.offset_data, info.size)
             elif offset:
@@ -186,8 +180,8 @@ def _in_tar(file, path, about, prefix="", offset=0):
 def _in_zip(file, path, about, limit):
     with damage(about, "zip"), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            name = _safe_name(info.filename, about)
-            if info.is_dir() or _is_hidden(name):
+            name = _inside(info.filename, about)
+            if info.is_dir() or not name:
                 continue
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
                 raise DataError(f"{about}: holds a link or device, {printable(name)}: only files "
@@ -210,8 +204,11 @@ def damage(about, kind):
     """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
-        if isinstance(error, DataError) or getattr(error, "errno", None):
+        if getattr(error, "errno", None):
+            error.filename = error.filename or about
             raise
         raise DataError(f"{about}: not a whole {kind} ({printable(error)}): fetch it "
                         "again") from None
@@ -232,14 +229,3 @@ def copy_stream(stream, target, limit, about):
             if file.tell() > limit:
                 raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
     write_atomically(target, write)
-
-
-def file_sha256(path, bar=None, start=0):
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while block := file.read(2 ** 22):
-            digest.update(block)
-            if bar is not None:
-                bar.update(len(block))
-    return digest.hexdigest()

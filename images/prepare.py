@@ -25,15 +25,14 @@ import PIL
 from PIL import features
 
 from harness.claim import Claim
-from harness.errors import DataError
-from harness.files import write_atomically
+from harness.errors import DataError, printable
+from harness.download import download
+from harness.files import file_sha256, write_atomically
+from harness.in_order import in_order
 from harness.machine import code_version
 from harness.signals import Signals
-from images.decode import printable
-from images.download import download
 from images.folder import (
     HEADER_BYTES, NUMBERS, hash_images, npy_header, progress, read_manifest, seal)
-from images.members import file_sha256
 from images.readers import Files
 from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
 from images.source import check_counts, open_source
@@ -128,7 +127,8 @@ class _Making:
             try:
                 for split in SPLITS:
                     pieces = reader.pieces(split, self.state["splits"][split]["seen"])
-                    taken = _in_order(pool, pieces, settings, 2 * workers + 2)
+                    taken = in_order((pool.submit(function, piece, *settings)
+                                      for function, piece in pieces), 2 * workers + 1)
                     self._append(split, counts[split], taken, skip_corrupt, signals)
             except concurrent.futures.process.BrokenProcessPool:
                 raise DataError("a worker process was ended (is memory short? fewer --workers need "
@@ -285,8 +285,6 @@ def _as_it_is(path):
     return [str(path.resolve()), *size]
 
 
-# ---- workers
-
 def _start_worker(parent):
     """A worker ends when the process that started it has ended, however that was."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -297,18 +295,3 @@ def _start_worker(parent):
             time.sleep(0.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_order(pool, pieces, settings, ahead):
-    """Yield what workers make of pieces, in order; so many are at work or waiting at a time."""
-    pending = []
-    try:
-        for function, piece in pieces:
-            pending.append(pool.submit(function, piece, *settings))
-            if len(pending) == ahead:
-                yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
-    finally:
-        for future in pending:
-            future.cancel()

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 
-from harness.errors import DataError
-from images.batches import find_batches, open_batch
-from images.decode import FILTERS, printable
-from images.readers import Batches, Files, Parquet
+from harness.errors import DataError, printable
+from images.decode import FILTERS
+from images.members import MAX_BATCH_BYTES, list_members, whole_file
+from images.readers import Batches, Files, Parquet, open_batch
 from images.sets import CIFAR10_FILES, CIFAR10_FOLDER, SETS, SPLITS
 
 _RESERVED = ("imagenet32", "imagenet64", "imagenet1k", "imagenet21k", "cifar10")
@@ -113,7 +113,7 @@ def open_source(request, paths, work):
 
 def _open_batches(request, paths, given, work):
     pattern, advice = _BATCHES[request.variant]
-    found, archives = find_batches(paths, re.compile(pattern), work)
+    found, archives = _find_batches(paths, re.compile(pattern), work)
     official = {file.removesuffix(".bin"): sha256 for files in CIFAR10_FILES.values()
                 for file, sha256 in files.items()}
     needed = official if request.name == "cifar10" else ["val_data"]
@@ -133,6 +133,27 @@ def _open_batches(request, paths, given, work):
                                 "fetch it again")
         batches["test" if name in test else "train"].append((rows, labels))
     return Batches(batches), {"": archives}
+
+
+def _find_batches(paths, pattern, work):
+    """({name: Member}, the files that hold them) of folders, tars, zips and batches.
+
+    pattern: of a batch's file name; its group is the name.
+    """
+    archive = re.compile(r"(?i)imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar)")
+    found, files = {}, [path for path in paths if not path.is_dir()]
+    files += [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))
+              if pattern.fullmatch(file.name) or archive.fullmatch(file.name)]
+    for file in files:
+        is_batch = pattern.fullmatch(file.name)
+        for member in [whole_file(file)] if is_batch else list_members(file, work, MAX_BATCH_BYTES):
+            match = pattern.fullmatch(member.name.rpartition("/")[2])
+            if match and match[1] in found:
+                raise DataError(f"{printable(member.path)}: a second {match[1]}, beside that of "
+                                f"{printable(found[match[1]].path)}: give one of them")
+            if match:
+                found[match[1]] = member
+    return found, files
 
 
 def _open_parquet(request, tables, given):

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from data import load_images
+from harness.download import download
 from harness.errors import DataError
 from images.decode import BadImage, decode
-from images.download import download
 from images.readers import Batches
 from test_prepare import run
 

@@ -3,9 +3,10 @@ import http.client
 import os
 import urllib.request
 
-from harness.errors import DataError
-from images.decode import printable
-from images.members import MAX_BATCH_BYTES, file_sha256
+from harness.errors import DataError, printable
+from harness.files import file_sha256
+
+MAX_BYTES = 2 ** 32
 
 
 def download(url, path, sha256=None):
@@ -53,9 +54,9 @@ def _fetch(url, part, tag):
             tag.write_text(mark)
         print(f"{url}: {f'{total - done:,} of {total:,}' if total else 'all'} bytes to fetch")
         with open(part, "ab") as file:
-            while max(done, total or 0) <= MAX_BATCH_BYTES and (block := answer.read(2 ** 16)):
+            while max(done, total or 0) <= MAX_BYTES and (block := answer.read(2 ** 16)):
                 file.write(block)
                 done += len(block)
-    if max(done, total or 0) > MAX_BATCH_BYTES:
-        raise DataError(f"{url}: has more than {MAX_BATCH_BYTES:,} bytes: refused")
+    if max(done, total or 0) > MAX_BYTES:
+        raise DataError(f"{url}: has more than {MAX_BYTES:,} bytes: refused")
     return None if total in (None, done) else f"broke off at {done:,} of {total:,} bytes"
