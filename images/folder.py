@@ -8,12 +8,11 @@
 import hashlib
 import json
 import re
-import sys
 
 import numpy as np
-from tqdm import tqdm
 
 from harness.errors import DataError
+from harness.progress import progress
 from images.members import damage
 from images.sets import FINGERPRINTS, MANIFEST, PARTIAL, SPLITS, fingerprint
 
@@ -48,16 +47,6 @@ def hash_images(path, shape, labels, task):
     return whole.hexdigest(), pixels, checksums
 
 
-def progress(iterable=None, desc=None, unit=" images", **settings):
-    """A bar on a terminal; elsewhere a line every 30 s."""
-    settings |= {"desc": desc, "unit": unit, "unit_scale": True}
-    if sys.stderr.isatty():
-        return tqdm(iterable, smoothing=0.05, dynamic_ncols=True, **settings)
-    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-    return tqdm(iterable, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
-                bar_format=line, **settings)
-
-
 def seal(manifest):
     """SHA-256 of a manifest without its seal, as JSON with sorted keys."""
     content = {key: value for key, value in manifest.items() if key != "seal"}
@@ -73,7 +62,6 @@ def read_manifest(folder):
     try:
         manifest = json.loads(path.read_text())
         train, test = (str(manifest["fingerprints"][split]) for split in SPLITS)
-        is_sealed = manifest.get("seal", seal(manifest)) == seal(manifest)
         manifest["name"], manifest["variant"] = str(manifest["name"]), str(manifest["variant"])
     except FileNotFoundError:
         reason = f"no {MANIFEST}; a set is a folder with train.npy, test.npy and {MANIFEST}"
@@ -83,7 +71,7 @@ def read_manifest(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no manifest with name, variant and fingerprints "
                         f"({type(error).__name__}: {error})") from None
-    if not is_sealed:
+    if manifest.get("seal", seal(manifest)) != seal(manifest):
         raise DataError(f"{path}: was altered (it no longer fits its seal): prepare the set again")
     if not re.fullmatch("[0-9a-f]{128}", train + test) or len(train) != len(test):
         raise DataError(f"{path}: fingerprints of train and test must be 64 hex digits each, as "

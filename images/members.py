@@ -1,7 +1,6 @@
 """The files of a folder or an archive, where their bytes lie: nothing is unpacked under its name.
 
-Archives are not trusted: what points outside, links, devices, and more bytes than there are or than
-an image set needs end in a DataError that names the file.
+Archives are not trusted: what no image set needs ends in a DataError that names the file.
 """
 import bz2
 import contextlib
@@ -24,6 +23,7 @@ from images.decode import BadImage
 
 MAX_IMAGE_BYTES = 2 ** 27  # of an image's file: larger ones are refused, whatever they hold
 MAX_BATCH_BYTES = 2 ** 32  # of a batch or archive that must be unpacked
+_SPECIAL = {tarfile.SYMTYPE: "link", tarfile.LNKTYPE: "link"}
 _UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -44,8 +44,7 @@ def whole_file(path, name=None):
 def open_member(member):
     """A file to read a member's bytes from; BadZipFile, EOFError or zlib.error tell of damage.
 
-    zipfile inflates them, and checks their CRC. It is told where they lie: a zip's list of a
-    million names is not read again for each.
+    zipfile is told where they lie: a zip's list of a million names is not read again for each.
     """
     file = open(member.path, "rb")
     file.seek(member.offset)
@@ -81,7 +80,7 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
     """Yield a Member for each file in a folder, a tar, a zip or the tars in a folder or a tar.
 
     work: a folder for what must be unpacked. limit: bytes of a member of a zip. Hidden files are
-    left out. Raises DataError for links, devices and what else no image set holds, and OSError.
+    left out.
     """
     about = printable(path)
     if path.is_dir():
@@ -138,10 +137,7 @@ def _inside(name, about):
 
 
 def _in_tar(file, path, about, prefix="", offset=0):
-    """The members of a tar that begins at an offset of the file `path`, and of the tars in it.
-
-    file: the tar, to be read. about: what to call it in messages.
-    """
+    """The members of a tar, which begins at an offset of the file `path`, and of the tars in it."""
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     with damage(about, "tar"):
@@ -151,12 +147,9 @@ def _in_tar(file, path, about, prefix="", offset=0):
             name = _inside(info.name, about)
             if info.isdir() or not name:
                 continue
-            special = [kind for kind, is_it in (
-                ("link", info.islnk() or info.issym()), ("sparse file", info.issparse()),
-                ("device", not info.isreg() or info.size < 0)) if is_it]
-            if special:
-                raise DataError(f"{about}: holds a {special[0]}, {printable(name)}: only files are "
-                                "taken")
+            if info.issparse() or not info.isreg() or info.size < 0:
+                kind = "sparse file" if info.issparse() else _SPECIAL.get(info.type, "device")
+                raise DataError(f"{about}: holds a {kind}, {printable(name)}: only files are taken")
             if info.offset_data + info.size > end:
                 raise DataError(f"{about}: {printable(name)} declares {info.size:,} bytes, more "
                                 "than there are")

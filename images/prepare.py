@@ -30,9 +30,10 @@ from harness.download import download
 from harness.files import file_sha256, write_atomically
 from harness.in_order import in_order
 from harness.machine import code_version
+from harness.progress import progress
 from harness.signals import Signals
 from images.folder import (
-    HEADER_BYTES, NUMBERS, hash_images, npy_header, progress, read_manifest, seal)
+    HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal)
 from images.readers import Files
 from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
 from images.source import check_counts, open_source
@@ -55,8 +56,6 @@ def prepare(request, paths, out, workers, skip_corrupt=False, enlarge=False):
         shutil.rmtree(work, ignore_errors=True)
         print(f"{out}: prepared already; `verify` checks it")
         return manifest
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out}: is a file, and must be a folder")
     others = sorted(set(os.listdir(out)) - {PARTIAL}) if out.exists() else []
     if others and not (work / MANIFEST).exists():
         raise DataError(f"--out {out}: is not empty ({printable(others[0])}), and no set that was "
@@ -178,8 +177,7 @@ class _Making:
         """Append what the workers make of a split to its files."""
         done, saved, files = self.state["splits"][split], time.monotonic(), []
         try:
-            files += [self._open(split, "", 3 * self.request.size ** 2),
-                      self._open(split, "_labels", 8), self._open(split, "_digests", 32)]
+            files = self._open_files(split)
             with progress(desc=split, total=total, initial=done["seen"]) as bar:
                 for piece in taken:
                     if piece.bad and not skip_corrupt:
@@ -211,20 +209,22 @@ class _Making:
                     stack.enter_context(file)
                 self._save(files)
 
-    def _open(self, split, kind, width):
-        """A growing file of a split, cut back to what is known to be whole; without its header."""
-        path, count = self.work / f"{split}{kind}.npy", self.state["splits"][split]["images"]
-        file = open(path, "ab")
-        if count == 0:
-            file.truncate(0)
-            file.write(bytes(HEADER_BYTES))
-        is_used = kind == "" or file.tell() > HEADER_BYTES
-        whole = HEADER_BYTES + (width * count if is_used else 0)
-        if file.tell() < whole:
-            raise DataError(f"{path} is shorter than {STATE} says: remove {self.work} to begin "
-                            "again")
-        file.truncate(whole)
-        return file
+    def _open_files(self, split):
+        """The growing files of a split, cut back to what is whole; headers come at the end."""
+        count, files = self.state["splits"][split]["images"], []
+        for kind, width in (("", 3 * self.request.size ** 2), ("_labels", 8), ("_digests", 32)):
+            path, whole = self.work / f"{split}{kind}.npy", HEADER_BYTES + width * count
+            files.append(open(path, "ab"))
+            if count == 0:
+                files[-1].truncate(0)
+                files[-1].write(bytes(HEADER_BYTES))
+            if kind and files[-1].tell() == HEADER_BYTES:  # the source has none
+                continue
+            if files[-1].tell() < whole:
+                raise DataError(f"{path} is shorter than {STATE} says: remove {self.work} to "
+                                "begin again")
+            files[-1].truncate(whole)
+        return files
 
     def _seal(self, source_counts, is_of_files):
         """Write headers, checksums and the manifest."""

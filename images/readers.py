@@ -17,8 +17,8 @@ import torch
 from harness.errors import DataError, printable
 from harness.files import write_atomically
 from harness.machine import free_bytes
+from harness.progress import progress
 from images.decode import BadImage, decode
-from images.folder import progress
 from images.members import (
     MAX_BATCH_BYTES, Member, copy_stream, damage, list_members, open_member, place_key,
     read_member)
@@ -109,10 +109,7 @@ class Files:
 
 
 class Batches:
-    """Images in arrays: {split: [(rows, labels (n,) or None)]}.
-
-    A row is a red, a green and a blue plane, one after another: uint8.
-    """
+    """Images in arrays: {split: [(rows of a red, a green and a blue plane, labels or None)]}."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -204,7 +201,7 @@ def take_images(items, size, resample, enlarge):
 def open_batch(member, size, work):
     """(rows, labels or None) of a .bin of CIFAR-10, an .npz or a pickle. Raises DataError.
 
-    Both are unpacked into the folder work, as .npy files; the rows, written last, are mapped.
+    Both become .npy files in the folder work, the labels first; the rows are mapped.
     """
     about, key = printable(member.name), place_key(member.path, member.offset)
     paths = {kind: work / f"unpacked-{key}-{kind}.npy" for kind in ("labels", "data")}
@@ -259,10 +256,8 @@ def _unpack_npz(file, paths):
                 copy_stream(part, paths[kind], MAX_BATCH_BYTES, f"its {kind}")
 
 
-# All that arrays consist of. An array is made empty, whatever is asked for: it has only what its
-# state brings.
-_ALLOWED = {
-    "multiarray._reconstruct": lambda *_: np.empty(0, np.uint8),
+_ALLOWED = {  # all that arrays consist of
+    "multiarray._reconstruct": lambda *_: np.empty(0, np.uint8),  # to which a state is given
     "numeric._frombuffer": lambda content, dtype, shape, order, *_:
         np.frombuffer(content, dtype).reshape(shape, order=order),
     "numpy.ndarray": None,

@@ -57,10 +57,9 @@ def sets_root(root=None):
 
 
 def find_set(name, root=None):
-    """The folder of a known set in sets_root(root), or that folder itself; None if there is none.
+    """The folder of a known set in sets_root(root), or that itself; None if there is none.
 
-    It has the set's name (for cifar10 also that of the official folder), or its manifest says so,
-    or it holds the official files of cifar10.
+    It has the set's name, or its manifest says so, or it holds the official files of cifar10.
     """
     root, names = sets_root(root), (name, CIFAR10_FOLDER) if name == "cifar10" else (name,)
     if root is None:

@@ -136,10 +136,7 @@ def _open_batches(request, paths, given, work):
 
 
 def _find_batches(paths, pattern, work):
-    """({name: Member}, the files that hold them) of folders, tars, zips and batches.
-
-    pattern: of a batch's file name; its group is the name.
-    """
+    """({name: Member}, the files that hold them). pattern: of file names; its group is the name."""
     archive = re.compile(r"(?i)imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar)")
     found, files = {}, [path for path in paths if not path.is_dir()]
     files += [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))
