@@ -19,11 +19,8 @@ class BadImage(DataError):
 def decode(content, size, resample=None, enlarge=False):
     """((size, size, 3) uint8, whether it was enlarged) of the bytes of a file. Raises BadImage.
 
-    Decoded at full size; the largest centred square is cut out (the odd pixel remains at the right
-    or bottom) and resized by Pillow's filter: first each row, then each column, each rounded to 8
-    bits (halves up), the filter stretched over the area that a new pixel covers and cut off at the
-    edges. Without a filter the image must be size x size. Grey levels, palettes and CMYK become RGB
-    as Pillow does it; orientation tags and colour profiles are not applied.
+    The largest centred square (the odd pixel remains at the right or bottom) is resized as
+    docs/images.md says; without a filter the image must be size x size.
     """
     try:
         image = _load_rgb(content)

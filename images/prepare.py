@@ -34,7 +34,7 @@ from harness.progress import progress
 from harness.signals import Signals
 from images.folder import (
     HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal)
-from images.readers import Files
+from images.readers import Files, take_images
 from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
 from images.source import check_counts, open_source
 
@@ -126,8 +126,8 @@ class _Making:
             try:
                 for split in SPLITS:
                     pieces = reader.pieces(split, self.state["splits"][split]["seen"])
-                    taken = in_order((pool.submit(function, piece, *settings)
-                                      for function, piece in pieces), 2 * workers + 1)
+                    taken = in_order((pool.submit(take_images, piece, *settings)
+                                      for piece in pieces), 2 * workers + 1)
                     self._append(split, counts[split], taken, skip_corrupt, signals)
             except concurrent.futures.process.BrokenProcessPool:
                 raise DataError("a worker process was ended (is memory short? fewer --workers need "
@@ -137,9 +137,8 @@ class _Making:
     def _open_source(self):
         if self.paths and not isinstance(self.paths[0], str):
             return open_source(self.request, self.paths, self.work)
-        url, known = (self.paths or [CIFAR10_URL])[0], None
-        if url == CIFAR10_URL:
-            known = CHECKSUMS["cifar-10-binary.tar.gz"]
+        url = self.paths[0] if self.paths else CIFAR10_URL
+        known = CHECKSUMS["cifar-10-binary.tar.gz"] if url == CIFAR10_URL else None
         key = hashlib.sha256(url.encode()).hexdigest()[:8]
         archive = self.work / f"{key}-{printable(url.rpartition('/')[2])[:80]}.gz"
         if not archive.exists():

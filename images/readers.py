@@ -1,7 +1,6 @@
 """Readers of a source: count(split), and pieces(split, start) from the start-th image on.
 
-A piece comes with the function by which a worker makes Taken of it. Files are not trusted: a pickle
-runs nothing, sizes are checked before memory is taken.
+A worker makes Taken of a piece by take_images. Files are not trusted: a pickle runs nothing.
 """
 import hashlib
 import os
@@ -33,9 +32,9 @@ class Taken(typing.NamedTuple):
     pixels: bytes
     labels: list  # empty where there are none
     count: int
-    digests: bytes = b""  # SHA-256 of each image's file
-    enlarged: int = 0
-    bad: tuple | list = ()  # (name, reason) of those that cannot be taken
+    digests: bytes  # SHA-256 of each image's file
+    enlarged: int
+    bad: list  # (name, reason) of those that cannot be taken
 
 
 class Files:
@@ -105,7 +104,7 @@ class Files:
         while piece := rows.fetchmany(FILES_A_PIECE):
             members = [Member(os.fsdecode(name), os.fsdecode(path), *place)
                        for name, path, *place in piece]
-            yield take_images, [(member.name, member) for member in members]
+            yield [(member.name, member) for member in members]
 
 
 class Batches:
@@ -121,7 +120,9 @@ class Batches:
         for rows, labels in self.batches[split]:
             for first in range(start, len(rows), ROWS_A_PIECE):
                 part = slice(first, first + ROWS_A_PIECE)
-                yield take_rows, (np.array(rows[part]), [] if labels is None else labels[part])
+                names = [""] * len(rows[part])
+                columns = [] if labels is None else [labels[part].tolist()]
+                yield list(zip(names, np.array(rows[part]), *columns))
             start = max(0, start - len(rows))
 
 
@@ -148,7 +149,7 @@ class Parquet:
                     items = [(f"{path.name}, row {row}", *item)
                              for row, item in enumerate(zip(*values), first)]
                     if start < first + len(items):
-                        yield take_images, items[max(0, start - first):]
+                        yield items[max(0, start - first):]
                     first += len(items)
             start = max(0, start - first)
 
@@ -166,26 +167,18 @@ class Parquet:
         return file, images + labels[:1]
 
 
-# ---- in a worker
-
-def take_rows(piece, size, resample, enlarge):
-    """Rows and labels of Batches, as they are."""
-    rows, labels = piece
-    pixels = rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)
-    return Taken(pixels.tobytes(), list(labels), len(rows))
-
-
 def take_images(items, size, resample, enlarge):
-    """Decode images. Items: name, a Member or a cell of a parquet file, maybe a label."""
+    """Decode images: name, a Member, a cell of a parquet file or a row of a batch, maybe label."""
     pixels, labels, digests, enlarged, bad = [], [], [], 0, []
     for name, place, *label in items:
         try:
-            content = place["bytes"] if isinstance(place, dict) else place
-            if isinstance(place, Member):
-                content = read_member(place)
-            if content is None:
-                raise BadImage("has no bytes")
-            array, is_enlarged = decode(content, size, resample, enlarge)
+            if isinstance(place, np.ndarray):
+                content, is_enlarged = place, False
+                array = place.reshape(3, size, size).transpose(1, 2, 0)
+            else:
+                content = read_member(place) if isinstance(place, Member) else place
+                content = content["bytes"] if isinstance(content, dict) else content
+                array, is_enlarged = decode(content, size, resample, enlarge)
         except BadImage as error:
             bad.append((name, str(error)))
             continue
@@ -195,8 +188,6 @@ def take_images(items, size, resample, enlarge):
         enlarged += int(is_enlarged)
     return Taken(b"".join(pixels), labels, len(pixels), b"".join(digests), enlarged, bad)
 
-
-# ---- batches: many images in one array
 
 def open_batch(member, size, work):
     """(rows, labels or None) of a .bin of CIFAR-10, an .npz or a pickle. Raises DataError.

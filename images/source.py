@@ -113,9 +113,22 @@ def open_source(request, paths, work):
 
 def _open_batches(request, paths, given, work):
     pattern, advice = _BATCHES[request.variant]
-    found, archives = _find_batches(paths, re.compile(pattern), work)
-    official = {file.removesuffix(".bin"): sha256 for files in CIFAR10_FILES.values()
-                for file, sha256 in files.items()}
+    archive = r"(?i:imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar))"
+    files = [path for path in paths if not path.is_dir()]
+    files += [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))
+              if re.fullmatch(f"{pattern}|{archive}", file.name)]
+    found = {}
+    for file in files:
+        is_one = re.fullmatch(pattern, file.name)
+        for member in [whole_file(file)] if is_one else list_members(file, work, MAX_BATCH_BYTES):
+            match = re.fullmatch(pattern, member.name.rpartition("/")[2])
+            if match and match[1] in found:
+                raise DataError(f"{printable(member.path)}: a second {match[1]}, beside that of "
+                                f"{printable(found[match[1]].path)}: give one of them")
+            if match:
+                found[match[1]] = member
+    official = {file.removesuffix(".bin"): sha256 for some in CIFAR10_FILES.values()
+                for file, sha256 in some.items()}
     needed = official if request.name == "cifar10" else ["val_data"]
     missing = [name for name in needed if name not in found]
     if missing or len(found) < 2:
@@ -132,25 +145,7 @@ def _open_batches(request, paths, given, work):
                                 "of them; the SHA-256 of its records is not the official one): "
                                 "fetch it again")
         batches["test" if name in test else "train"].append((rows, labels))
-    return Batches(batches), {"": archives}
-
-
-def _find_batches(paths, pattern, work):
-    """({name: Member}, the files that hold them). pattern: of file names; its group is the name."""
-    archive = re.compile(r"(?i)imagenet.*\.zip|cifar-10-.*\.(tar\.gz|tgz|tar)")
-    found, files = {}, [path for path in paths if not path.is_dir()]
-    files += [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))
-              if pattern.fullmatch(file.name) or archive.fullmatch(file.name)]
-    for file in files:
-        is_batch = pattern.fullmatch(file.name)
-        for member in [whole_file(file)] if is_batch else list_members(file, work, MAX_BATCH_BYTES):
-            match = pattern.fullmatch(member.name.rpartition("/")[2])
-            if match and match[1] in found:
-                raise DataError(f"{printable(member.path)}: a second {match[1]}, beside that of "
-                                f"{printable(found[match[1]].path)}: give one of them")
-            if match:
-                found[match[1]] = member
-    return found, files
+    return Batches(batches), {"": files}
 
 
 def _open_parquet(request, tables, given):

@@ -20,7 +20,7 @@ from data import load_images
 from harness.download import download
 from harness.errors import DataError
 from images.decode import BadImage, decode
-from images.readers import Batches
+from images.readers import Batches, take_images
 from test_prepare import run
 
 CIFAR = {split: load_images("cifar10-subset", split) for split in ("train", "test")}
@@ -557,7 +557,7 @@ def test_encrypted_zips_are_refused(tmp_path, capsys):
 def test_batches_go_on_from_any_image(start):
     rows = np.random.default_rng(0).integers(0, 256, (1100, 1 + 12), dtype=np.uint8)
     batches = Batches({"train": [(rows[:700, 1:], rows[:700, 0]), (rows[700:, 1:], rows[700:, 0])]})
-    done = [read(piece, 2, None, False) for read, piece in batches.pieces("train", start)]
+    done = [take_images(piece, 2, None, False) for piece in batches.pieces("train", start)]
     wanted = rows[start:, 1:].reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1)
     assert b"".join(pixels for pixels, *_ in done) == wanted.tobytes()
     assert [label for _, labels, *_ in done for label in labels] == rows[start:, 0].tolist()
