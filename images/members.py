@@ -108,8 +108,11 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
 
 def _in_folder(folder, prefix="", above=()):
     above = (*above, folder.resolve())
-    for path in filter(lambda path: not _is_hidden(path.name), folder.iterdir()):
-        mode, name = path.stat().st_mode, prefix + path.name
+    for path in folder.iterdir():
+        name = prefix + path.name.replace("\\", "/")
+        if _is_hidden(name):
+            continue
+        mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             if path.resolve() in above:
                 raise DataError(f"{printable(path)}: a link to a folder that holds it")
@@ -128,11 +131,11 @@ def _is_hidden(name):
 
 
 def _inside(name, about):
-    """The name of an archive's member; "" for one that is hidden."""
+    """The name of an archive's member, with slashes; "" for one that is hidden."""
     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
         raise DataError(f"{about}: holds a member {printable(name)!r}, which points outside: it is "
                         "refused")
-    name = re.sub("^(\\./)+", "", name)
+    name = re.sub("^(\\./)+", "", name.replace("\\", "/"))
     return "" if _is_hidden(name) else name
 
 
@@ -174,7 +177,7 @@ def _in_zip(file, path, about, limit):
     with damage(about, "zip"), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             name = _inside(info.filename, about)
-            if info.is_dir() or not name:
+            if not name or name.endswith("/"):
                 continue
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
                 raise DataError(f"{about}: holds a link or device, {printable(name)}: only files "

@@ -114,7 +114,9 @@ class _Making:
         if is_of_files and is_new:
             self.state["held_out_share"] = reader.list(self.request, origins, self.work)
         counts = {split: reader.count(split) for split in SPLITS}
-        check_counts(self.request, counts)
+        check_counts(self.request, counts, self.state["held_out_share"])
+        if self.state["held_out_share"]:
+            print(f"test: {counts['test']:,} held out of {sum(counts.values()):,}")
         if is_new:
             self._hash_archives([path for paths in origins.values() for path in paths])
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")

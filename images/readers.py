@@ -21,10 +21,11 @@ from images.decode import BadImage, decode
 from images.members import (
     MAX_BATCH_BYTES, Member, copy_stream, damage, list_members, open_member, place_key,
     read_member)
-from images.sets import SETS
+from images.sets import SETS, SPLITS
 
 FILES_A_PIECE, ROWS_A_PIECE = 32, 512
-TEST_FOLDERS = {"test", "val", "valid", "validation"}
+SPLIT_WORDS = {**dict.fromkeys(["train", "training"], "train"),  # names of folders, in any case
+               **dict.fromkeys(["test", "testing", "val", "valid", "validation"], "test")}
 
 
 class Taken(typing.NamedTuple):
@@ -43,32 +44,35 @@ class Files:
     def __init__(self, path):
         self.db = sqlite3.connect(path)
         self.db.create_function("sha256", 1, lambda name: hashlib.sha256(name).digest())
-        self.db.create_function("first_folder", 1, lambda name: (
-            name.rpartition(b"/")[0].partition(b"/")[0].decode(errors="replace")))
 
     def list(self, request, origins, work):
         """Take the list down, sets of ImageNet by their base names, each of which must come once.
 
         Returns the share that was held out for test, or None where the source has its splits.
         """
-        is_known = request.name in SETS
+        is_known, tops, words = request.name in SETS, set(), set()
         self.db.executescript(
-            "DROP TABLE IF EXISTS files; CREATE TABLE files (split TEXT, name BLOB, path BLOB, "
-            "start INT, size INT, packed INT, crc INT, PRIMARY KEY (split, name)) WITHOUT ROWID")
+            "DROP TABLE IF EXISTS files; CREATE TABLE files (split TEXT, name BLOB, word TEXT, "
+            "path BLOB, start INT, size INT, packed INT, crc INT, PRIMARY KEY (split, name)) "
+            "WITHOUT ROWID")
         members = ((split, path, member) for split, paths in origins.items() for path in paths
                    for member in list_members(path, work))
         for split, path, member in progress(members, "list", unit=" files"):
-            name = member.name.rpartition("/")[2] if is_known else member.name
+            *folders, base = member.name.split("/")
+            name = base if is_known else member.name
+            word = next((word for word in map(str.lower, folders) if word in SPLIT_WORDS), "")
+            tops.add("".join(folders[:1]))
+            words.add(word)
             key = name.encode(errors="surrogateescape")  # on any machine the same
             try:
-                self.db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                (split, key, os.fsencode(member.path), *member[2:]))
+                self.db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                                (split, key, word, os.fsencode(member.path), *member[2:]))
             except sqlite3.IntegrityError:
                 raise DataError(f"{printable(path)}: a second file of the name {printable(name)}: "
                                 "each must be there once") from None
         share = None
-        if "" in origins and (is_known or not self._split_by_folder()):
-            share = request.test_share
+        if "" in origins and (is_known or not self._split_by_folder(tops, words)):
+            share = request.test_share or 0.1
             self.db.execute(  # those whose names have the smallest SHA-256, at least one
                 "UPDATE files SET split = CASE WHEN name IN (SELECT name FROM files ORDER BY "
                 "sha256(name) LIMIT ?) THEN 'test' ELSE 'train' END",
@@ -76,22 +80,20 @@ class Files:
         self.db.commit()
         return share
 
-    def _split_by_folder(self):
-        """train/ and test/ (or val/, ...) are the splits. False where there are no such folders."""
-        query = "SELECT DISTINCT first_folder(name) FROM files LIMIT 100"
-        folders = {row[0] for row in self.db.execute(query)}
-        if len(folders) == 1 and not folders & {"", "train", *TEST_FOLDERS}:  # all lies in one
+    def _split_by_folder(self, tops, words):
+        """Folders train, test, val, ... are the splits. False where not both splits are there."""
+        if len(tops) == 1 and not {top.lower() for top in tops} & {"", *words}:  # all lies in one
             self.db.execute("UPDATE files SET name = substr(name, instr(name, X'2F') + 1)")
-            folders = {row[0] for row in self.db.execute(query)}
-        test = folders & TEST_FOLDERS
-        if "train" not in folders or not test:
+        if {SPLIT_WORDS[word] for word in words if word} != set(SPLITS):
             return False
-        if folders != {"train", *test} or len(test) > 1:
-            others = ", ".join(sorted(map(printable, folders - {"train", ""}))) or "files"
-            raise DataError(f"beside train/ there are {others}: a set has train/ and one of test/, "
-                            "val/, valid/ or validation/, and nothing else")
-        self.db.execute("UPDATE files SET split = CASE first_folder(name) WHEN 'train' THEN "
-                        "'train' ELSE 'test' END")
+        if len(words) > 2:
+            rows = self.db.execute("SELECT MIN(name) FROM files GROUP BY word ORDER BY word")
+            some = ", ".join(printable(name.decode(errors="replace")) for name, in rows)
+            raise DataError(f"the source has {some}: a set has folders train/ (or training/) and "
+                            "one of test/, testing/, val/, valid/ or validation/, and nothing "
+                            "beside them")
+        self.db.execute("UPDATE files SET split = CASE WHEN word LIKE 'train%' THEN 'train' "
+                        "ELSE 'test' END")
         return True
 
     def count(self, split):

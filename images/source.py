@@ -36,7 +36,7 @@ class Request:
     resample: str | None
     counts: dict  # known ones, else None
     incomplete: bool
-    test_share: float | None  # held out where the source has no test images
+    test_share: float | None  # to be held out where the source has no test images
 
     @property
     def full_name(self):
@@ -72,13 +72,12 @@ def _request_of_ones_own(name, size, resample, incomplete, test_share):
         raise DataError(f"{name} is a name of your own: give its images' size, like --size 64")
     if not 1 <= size <= 4096:
         raise DataError(f"--size {size}: must be 1 to 4096 pixels")
-    share = 0.1 if test_share is None else test_share
-    if not 0 < share < 1:
-        raise DataError(f"--test-share {share:g}: must be between 0 and 1")
+    if test_share is not None and not 0 < test_share < 1:
+        raise DataError(f"--test-share {test_share:g}: must be between 0 and 1")
     if incomplete:
         raise DataError(f"--incomplete is for known sets; of {name} no counts are known")
     variant = f"{size}px-{resample}" if resample else f"{size}px"
-    return Request(name, variant, size, resample, dict.fromkeys(SPLITS), False, share)
+    return Request(name, variant, size, resample, dict.fromkeys(SPLITS), False, test_share)
 
 
 def open_source(request, paths, work):
@@ -165,8 +164,11 @@ def _open_parquet(request, tables, given):
     return Parquet(files), files
 
 
-def check_counts(request, counts):
-    """Refuse a source that has other counts than a known set."""
+def check_counts(request, counts, held_out_share):
+    """Refuse a source that has other counts than a known set, or another split than was wanted."""
+    if request.name not in SETS and request.test_share not in (None, held_out_share):
+        raise DataError(f"--test-share {request.test_share:g}: the source has test images of its "
+                        "own: leave the flag out")
     for split in SPLITS:
         if not counts[split]:
             raise DataError(f"{request.name}: there are no {split} images in the source")
