@@ -1,8 +1,7 @@
 """Making a prepared folder, once; killed at any time, the same command goes on.
 
 Until all is there, it is in the folder partial/ inside, with state.json, which says how much of
-each file is whole. Images are taken in a fixed order, decoded by all cores and appended: the bytes
-do not depend on kills or on the number of workers.
+each file is whole. Images are appended in a fixed order, whatever the number of workers.
 """
 import concurrent.futures
 import contextlib
@@ -25,15 +24,14 @@ import PIL
 from PIL import features
 
 from harness.claim import Claim
-from harness.errors import DataError, printable
 from harness.download import download
+from harness.errors import DataError, printable
 from harness.files import file_sha256, write_atomically
 from harness.in_order import in_order
 from harness.machine import code_version
 from harness.progress import progress
 from harness.signals import Signals
-from images.folder import (
-    HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal)
+from images.folder import HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal
 from images.readers import Files, take_images
 from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
 from images.source import check_counts, open_source

@@ -11,7 +11,6 @@ from images.members import MAX_BATCH_BYTES, list_members, whole_file
 from images.readers import Batches, Files, Parquet, open_batch
 from images.sets import CIFAR10_FILES, CIFAR10_FOLDER, SETS, SPLITS
 
-_RESERVED = ("imagenet32", "imagenet64", "imagenet1k", "imagenet21k", "cifar10")
 _BATCHES = {  # names of files, and what is needed
     "cifar10": (r"(data_batch_[1-5]|test_batch)(?:\.bin)?",
                 f"give the folder {CIFAR10_FOLDER} (.bin), cifar-10-batches-py (pickles) or their "
@@ -63,7 +62,7 @@ def make_request(name, size=None, resample=None, incomplete=False, test_share=No
 
 def _request_of_ones_own(name, size, resample, incomplete, test_share):
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) and not name.endswith("-incomplete")
-    if not is_name or name.startswith(_RESERVED):
+    if not is_name or name.startswith(tuple(known.split("-")[0] for known in SETS)):
         near = [known for known in SETS if known.startswith(name)]
         near = near or [known for known in SETS if not known.startswith("cifar10-")]
         raise DataError(f"{printable(name)!r} is no known set ({', '.join(near)}); a name of your "
@@ -154,8 +153,8 @@ def _open_parquet(request, tables, given):
     test = [word for word in ("validation", "valid", "val", "test") if word in groups]
     if request.name in SETS:
         test = test[:1]  # ImageNet's test images have no labels and are not the paper's
-    has_others = request.name not in SETS and len(groups) > 2
-    if "train" not in groups or len(test) != 1 or has_others:
+    is_clear = len(test) == 1 and (request.name in SETS or len(groups) == 2)
+    if "train" not in groups or not is_clear:
         some = "".join(f" ({printable(file.name)}, ...)" for file in tables[:1])
         raise DataError(f"{request.name}: of the parquet files in {given} some must be named "
                         f"train-... and some validation-... or test-...; {len(tables):,} are "
