@@ -9,7 +9,6 @@ A bits-per-dimension number means something only beside the set that it was meas
 set carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and
 counts. `python data.py list` tells which are here; images/ makes them from what is published.
 """
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 
 from harness.errors import DataError
+from harness.in_order import in_order
 from harness.machine import free_bytes
-from images.folder import open_array, open_labels, read_manifest
+from images.folder import read_manifest
 from images.sets import (  # noqa: F401 (some are only part of this module's interface)
     CIFAR10_CLASSES, CIFAR10_FILES, CIFAR10_FOLDER, CIFAR10_PARTS, FINGERPRINTS, MANIFEST, PARTIAL,
     SETS, SPLITS, KnownSet, find_set, fingerprint, sets_root)
@@ -96,7 +96,7 @@ def load_images(name_or_path, split, root=None):
     if path.is_dir():
         return _load_folder(path, split)
     if path.suffix == ".npy":
-        return ImageSet(array=open_array(path), labels=None, name=name, variant="unknown",
+        return ImageSet(array=_open_array(path), labels=None, name=name, variant="unknown",
                         split=split)
     near = difflib.get_close_matches(name, SETS, 3, 0.5) or list(SETS)[:3]
     raise DataError(f"data {name!r}: neither a known set (like {', '.join(near)}), nor a folder, "
@@ -173,7 +173,7 @@ def _load_folder(folder, split, name=None):
     """A prepared set. Where name is given it must be that set, with its shape and counts."""
     manifest = read_manifest(folder)
     recorded, path = manifest["fingerprints"][split], folder / f"{split}.npy"
-    array, labels = open_array(path), None
+    array, labels = _open_array(path), None
     if array.nbytes <= VERIFY_BYTES and fingerprint(array) != recorded:
         raise DataError(f"{path} does not have the fingerprint of its manifest: it was altered, or "
                         "the manifest is of another set")
@@ -185,9 +185,38 @@ def _load_folder(folder, split, name=None):
             raise DataError(f"{path} has shape {array.shape}: {name} {split} is "
                             f"({known.counts[split]}, {', '.join(map(str, shape))})")
     if f"{split}_labels.npy" in manifest.get("checksums", {}):
-        labels = open_labels(folder / f"{split}_labels.npy", len(array))
+        labels = _open_labels(folder / f"{split}_labels.npy", len(array))
     return ImageSet(array=array, labels=labels, name=manifest["name"], variant=manifest["variant"],
                     split=split, known_fingerprint=recorded)
+
+
+def _open_array(path):
+    """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
+    array = _load(path, mmap_mode="r")
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
+        kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
+        raise DataError(f"data {str(path)!r}: {kind}: must be uint8 (N, H, W, C) and not empty")
+    return array
+
+
+def _open_labels(path, count):
+    """The labels of a prepared folder: int64 (N,). Raises DataError."""
+    labels = _load(path)
+    if labels.dtype != np.int64 or labels.shape != (count,):
+        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
+                        "the set again")
+    return labels
+
+
+def _load(path, **settings):
+    try:
+        return np.load(path, allow_pickle=False, **settings)
+    except FileNotFoundError:
+        raise DataError(f"data {str(path)!r}: no such file") from None
+    except Exception as error:  # np.load raises nearly everything on damaged files
+        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())})") from None
 
 
 # Every random draw has a key of its own, so that no draw depends on what was drawn before it: a
@@ -270,14 +299,9 @@ def prefetch(function, items, ahead):
     if not ahead:
         yield from map(function, items)
         return
-    thread, pending = ThreadPoolExecutor(1), collections.deque()
+    thread = ThreadPoolExecutor(1)
     try:
-        for item in items:
-            pending.append(thread.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from in_order((thread.submit(function, item) for item in items), ahead)
     finally:
         thread.shutdown(cancel_futures=True)
 

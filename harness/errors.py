@@ -1,4 +1,5 @@
 """What ends a program in one line: a user's mistake, a damaged file, a full disk; never our bug."""
+import re
 import textwrap
 
 
@@ -28,7 +29,8 @@ class NonFiniteError(TrainingError, ValueError):
 
 def printable(text, max_length=2000):
     """A text from elsewhere for a terminal: one line, no control characters, not endless."""
-    text = "".join(character if character.isprintable() else " " for character in str(text))
+    text = "".join(letter if letter.isprintable() else "?"
+                   for letter in re.sub(r"[\t\n\r]+", " ", str(text)))
     if len(text) > max_length:
         text = f"{text[:max_length - 200]} ... {text[-195:]}"
     return text

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -118,3 +119,15 @@ def check_npz(path):
                 shape, _, dtype = read(array)
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"{member.filename} is cut: shape {shape} needs more bytes")
+
+
+def file_sha256(path, bar=None, start=0):
+    """Hex SHA-256 of a file from a byte on. bar: is told how many were read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while block := file.read(2 ** 22):
+            digest.update(block)
+            if bar is not None:
+                bar.update(len(block))
+    return digest.hexdigest()

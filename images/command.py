@@ -8,6 +8,7 @@
 """
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,12 +20,10 @@ from harness.errors import DataError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from images.decode import FILTERS
-from images.folder import read_manifest
-from images.prepare import is_url, prepare
-from images.sets import (
-    CIFAR10_FILES, CIFAR10_PARTS, MANIFEST, PARTIAL, SETS, SPLITS, find_set, sets_root)
+from images.folder import read_manifest, verify
+from images.prepare import prepare
+from images.sets import CIFAR10_FILES, MANIFEST, PARTIAL, SETS, SPLITS, find_set, sets_root
 from images.source import make_request
-from images.verify import verify
 
 
 def main(load_images, arguments=None):
@@ -32,14 +31,7 @@ def main(load_images, arguments=None):
     flags = _parser().parse_args(arguments)
     try:
         with one_line_errors("data.py"):
-            if flags.command == "prepare":
-                _prepare(flags)
-            elif flags.command == "verify":
-                verify(flags.folder)
-            elif flags.command == "show":
-                _show(flags, load_images)
-            else:
-                list_sets(flags.data_root)
+            flags.run(flags, load_images)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -54,7 +46,9 @@ def _parser():
                       help="what you have: folders or archives, or a URL for cifar10 (default for "
                            "cifar10: its home page)")
     make.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
-    make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    has_affinity = hasattr(os, "sched_getaffinity")
+    make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)",
+                      default=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
     make.add_argument("--skip-corrupt", action="store_true",
                       help="leave out images that cannot be taken, and record each")
     make.add_argument("--enlarge-small", action="store_true",
@@ -69,39 +63,38 @@ def _parser():
     own.add_argument("--test-share", type=float, metavar="F",
                      help="share of images held out for test where there are no folders train/ and "
                           "test/ (default: 0.1)")
+    make.set_defaults(run=_prepare)
     check = commands.add_parser("verify", help="compare every file of a set with its manifest")
+    check.set_defaults(run=lambda flags, _: verify(flags.folder))
     check.add_argument("folder", type=Path, metavar="DIR")
     sheet = commands.add_parser("show", help="draw a contact sheet of a set")
     sheet.add_argument("folder", metavar="DIR",
                        help="a prepared folder, a known set or a .npy file")
     sheet.add_argument("png", type=Path, metavar="OUT.png")
+    sheet.set_defaults(run=_show)
     overview = commands.add_parser(
         "list", help="all known sets, what each needs, and what is on this machine")
+    overview.set_defaults(run=_list)
     for command in (sheet, overview):
         command.add_argument("--data-root", metavar="DIR",
                              help="holds the image sets (default: $JET_DATA)")
     return parser
 
 
-def _prepare(flags):
+def _prepare(flags, _):
     request = make_request(flags.name, flags.size, flags.filter, flags.incomplete, flags.test_share)
-    workers = flags.workers
-    if workers is None:
-        known = hasattr(os, "sched_getaffinity")
-        workers = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-    if not 1 <= workers <= 1024:
-        raise DataError(f"--workers {workers}: must be 1 to 1024")
+    if not 1 <= flags.workers <= 1024:
+        raise DataError(f"--workers {flags.workers}: must be 1 to 1024")
     if not flags.source and request.name != "cifar10":
         known = f" ({SETS[request.name].source})" if request.name in SETS else ""
         raise DataError(f"{request.name}: give what you have of it by --source PATH{known}")
-    has_url = any(map(is_url, flags.source))
+    has_url = any(re.match("https?://", path) for path in flags.source)
     if has_url and (request.name != "cifar10" or len(flags.source) > 1):
         raise DataError("--source: a URL is for cifar10, alone; fetch other sets first")
     begun = time.monotonic()
     try:
         manifest = prepare(request, flags.source if has_url else list(map(Path, flags.source)),
-                           flags.out, workers, skip_corrupt=flags.skip_corrupt,
-                           enlarge=flags.enlarge_small)
+                           flags.out, flags.workers, flags.skip_corrupt, flags.enlarge_small)
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -122,73 +115,65 @@ def _show(flags, load_images):
     """Draw a contact sheet: images of each split, at equal distances through it."""
     if flags.png.suffix != ".png":
         raise DataError(f"{flags.png}: the contact sheet is a .png file: give it that name")
-    if not flags.png.resolve().parent.is_dir():
-        raise DataError(f"{flags.png}: there is no folder {flags.png.parent}")
-    blocks = [_sheet(load_images(flags.folder, split, flags.data_root)) for split in SPLITS]
-    height, width = sum(block.height for block in blocks), blocks[0].width
-    sheet = Image.new("RGB", (width + 24, height + 24), "white")
-    for block, above in zip(blocks, (0, blocks[0].height)):
-        sheet.paste(block, (12, 12 + above))
-    write_atomically(flags.png, lambda file: sheet.save(file, "PNG"))
+    sheets = [_sheet(load_images(flags.folder, split, flags.data_root)) for split in SPLITS]
+    width = max(sheet.shape[1] for sheet in sheets)
+    sheets = [np.pad(sheet, ((12, 0), (12, 12 + width - sheet.shape[1]), (0, 0)),
+                     constant_values=255) for sheet in sheets]
+    image = Image.fromarray(np.concatenate(sheets))
+    write_atomically(flags.png, lambda file: image.save(file, "PNG"))
     print(flags.png)
 
 
-def _sheet(images, columns=16, rows=4, gap=2, head=52):
-    """An image of some images, and what set they are."""
+def _sheet(images, columns=16, rows=4):
+    """Some images in rows, below what set they are: (H, W, 3)."""
     number, height, width, channels = images.array.shape
     count, scale = min(columns * rows, number), max(1, 64 // height)
-    step_x, step_y = width * scale + gap, height * scale + gap
     rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * step_x - gap, head + rows * step_y), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pixels = images.array[np.linspace(0, number - 1, count).round().astype(int)]
+    pixels = pixels if channels == 3 else pixels[..., :1].repeat(3, 3)
+    pixels = np.pad(pixels.repeat(scale, 1).repeat(scale, 2),
+                    ((0, columns * rows - count), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    grid = np.concatenate([np.concatenate(row, 1) for row in pixels.reshape(
+        rows, columns, *pixels.shape[1:])])
+    head = Image.new("RGB", (grid.shape[1], 52), "white")
+    draw, font = ImageDraw.Draw(head), ImageFont.load_default(14)
     draw.text((0, 0), f"{images.name}, variant {images.variant}: {images.split}, {number:,} images "
               f"of {height}x{width}, {count} shown at {scale}x", "black", font)
     draw.text((0, 19), f"fingerprint {images.fingerprint[:32]}...", "dimgray", font)
-    places = np.linspace(0, number - 1, count).round().astype(int)
-    for place, pixels in enumerate(images.array[places]):
-        pixels = pixels if channels == 3 else np.repeat(pixels[..., :1], 3, 2)
-        pixels = pixels.repeat(scale, 0).repeat(scale, 1)
-        row, column = divmod(place, columns)
-        sheet.paste(Image.fromarray(pixels), (column * step_x, head + row * step_y))
-    return sheet
+    return np.concatenate([np.asarray(head), grid])
 
 
-def list_sets(root, tell=print):
+def _list(flags, _):
     """All known sets: counts, and where each is on this machine."""
-    root = sets_root(root)
+    root = sets_root(flags.data_root)
     where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
-    tell(f"{'set':<28} {'pixels':>6} {'train':>10} {'test':>7}  on this machine{where}")
+    line = "{:<28} {:>6} {:>10} {:>7}  {}".format
+    print(line("set", "pixels", "train", "test", f"on this machine{where}"))
     for name, known in SETS.items():
         train, test = known.counts["train"], known.counts["test"]
-        train, test = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
-        tell(f"{name:<28} {known.shape[0]:>6} {train:>10} {test:>7}  {_where(name, root)}")
-        tell(f"    from {known.source}")
+        counts = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
+        print(line(name, known.shape[0], *counts, _where(name, root)))
+        print(f"    from {known.source}")
     for folder in sorted(root.iterdir()) if root and root.is_dir() else ():
         if (folder / MANIFEST).exists() and folder.name not in SETS:
-            tell(_line_of_ones_own(folder))
-    tell("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
-         "(cifar10 needs no --source).")
-
-
-def _line_of_ones_own(folder):
-    try:
-        manifest = read_manifest(folder)
-        size, counts = manifest["shape"][0], manifest["counts"]
-        return (f"{manifest['name']:<28} {size:>6} {counts['train']:>10,} {counts['test']:>7,}  "
-                f"{folder}: variant {manifest['variant']}")
-    except KeyError:  # written by hand
-        return f"{manifest['name']:<28} {'':>6} {'':>10} {'':>7}  {folder}"
-    except DataError as error:
-        return str(error)
+            try:
+                made = read_manifest(folder)
+            except DataError as error:
+                print(error)
+                continue
+            counts = made.get("counts", {})  # one that is written by hand has none
+            counts = [f"{counts[split]:,}" if counts else "" for split in SPLITS]
+            print(line(made["name"], made.get("shape", [""])[0], *counts,
+                       f"{folder}: variant {made['variant']}"))
+    print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
+          "(cifar10 needs no --source).")
 
 
 def _where(name, root):
     """Where a known set is, as load_images finds it, or "missing"."""
-    whole, _, part = name.rpartition("-")
-    if part in CIFAR10_PARTS:
-        return _where(whole, root)
-    if name == "cifar10-subset":
+    if name.startswith("cifar10-subset"):
         return "here: embedded in assets/"
+    name = "cifar10" if name.startswith("cifar10") else name  # and its parts
     folder = find_set(name, root)
     if folder is None:
         return "missing"
@@ -200,6 +185,6 @@ def _where(name, root):
         return f"prepared: {folder}" if found == name else f"{folder} holds {found}, not {name}"
     if (folder / PARTIAL).is_dir():
         return f"begun: {folder}: the same command goes on"
-    files = [file for split in SPLITS for file in CIFAR10_FILES[split]]
-    is_whole = name == "cifar10" and all((folder / file).exists() for file in files)
+    is_whole = name == "cifar10" and all(
+        (folder / file).exists() for files in CIFAR10_FILES.values() for file in files)
     return f"here: {folder}" if is_whole else f"{folder}: files are missing"

@@ -4,7 +4,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from harness.errors import DataError
+from harness.errors import DataError, printable
 
 MAX_PIXELS = 2 ** 26  # of an image: larger ones are refused, whatever they hold
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -16,19 +16,11 @@ class BadImage(DataError):
     """An image that cannot be taken, and why."""
 
 
-def printable(name):
-    """A name for a message of one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
-
-
 def decode(content, size, resample=None, enlarge=False):
     """((size, size, 3) uint8, whether it was enlarged) of the bytes of a file. Raises BadImage.
 
-    Decoded at full size; the largest centred square is cut out (the odd pixel remains at the right
-    or bottom) and resized by Pillow's filter: first each row, then each column, each rounded to 8
-    bits (halves up), the filter stretched over the area that a new pixel covers and cut off at the
-    edges. Without a filter the image must be size x size. Grey levels, palettes and CMYK become RGB
-    as Pillow does it; orientation tags and colour profiles are not applied.
+    The largest centred square (the odd pixel remains at the right or bottom) is resized as
+    docs/images.md says; without a filter the image must be size x size.
     """
     try:
         image = _load_rgb(content)
@@ -41,16 +33,14 @@ def decode(content, size, resample=None, enlarge=False):
     except Exception as error:  # Pillow raises nearly everything on damaged files
         reason = f"{' '.join(str(error).split())} ({type(error).__name__})"
         raise BadImage(f"is damaged: {printable(reason)}") from None
-    width, height = image.size
+    (width, height), side = image.size, min(image.size)
     if (width, height) == (size, size):
         return np.asarray(image), False
+    about = f"is {width}x{height} pixels"
     if resample is None:
-        raise BadImage(f"is {width}x{height} pixels, not {size}x{size}: without a filter nothing "
-                       "is resized")
-    side = min(width, height)
+        raise BadImage(f"{about}, not {size}x{size}: without a filter nothing is resized")
     if side < size and not enlarge:
-        raise BadImage(f"is {width}x{height} pixels, smaller than {size}x{size}: --enlarge-small "
-                       "enlarges such images")
+        raise BadImage(f"{about}, smaller than {size}x{size}: --enlarge-small enlarges such images")
     left, top = (width - side) // 2, (height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return np.asarray(image.resize((size, size), FILTERS[resample])), side < size

@@ -1,4 +1,4 @@
-"""A prepared folder: arrays of images and of numbers, and the manifest that seals them.
+"""A prepared folder: arrays of images and of numbers, the manifest that seals them, and `verify`.
 
     train.npy, test.npy      uint8 (N, H, W, 3)
     *_labels.npy             int64 (N,), where the source has numbers for labels
@@ -12,11 +12,12 @@ import re
 import numpy as np
 
 from harness.errors import DataError
-from images.sets import MANIFEST, PARTIAL, SPLITS
+from harness.progress import progress
+from images.members import damage
+from images.sets import FINGERPRINTS, MANIFEST, PARTIAL, SPLITS, fingerprint
 
 NUMBERS = {"labels": "<i8", "checksums": "<u8"}  # files of one number an image
 HEADER_BYTES = 128
-_BLOCK = 2048  # images hashed at a time
 
 
 def npy_header(shape, kind="|u1"):
@@ -26,56 +27,23 @@ def npy_header(shape, kind="|u1"):
     return b"\x93NUMPY\x01\x00" + length + text.ljust(HEADER_BYTES - 11).encode() + b"\n"
 
 
-def open_array(path):
-    """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"data {str(path)!r}: no such file") from None
-    except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"data {str(path)!r}: not a readable .npy file ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())})") from None
-    is_array = isinstance(array, np.ndarray)
-    if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
-        kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
-        raise DataError(f"data {str(path)!r}: {kind}: must be uint8 (N, H, W, C) and not empty")
-    return array
-
-
-def open_labels(path, count):
-    """The labels of a prepared folder: int64 (N,). Raises DataError."""
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"{path}: not readable ({type(error).__name__}): prepare the set "
-                        "again") from None
-    if labels.dtype != np.int64 or labels.shape != (count,):
-        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
-                        "the set again")
-    return labels
-
-
-def hash_images(path, shape, labels, bar):
+def hash_images(path, shape, labels, task):
     """(fingerprint, first 8 bytes of each image's SHA-256, the same with its label) of a split.
 
-    The file is read, not mapped: a map counts as memory. bar: is told of each block.
+    The file is read, not mapped: a map counts as memory. task: what the progress bar says.
     """
     whole = hashlib.sha256(",".join(map(str, shape)).encode() + b"\n")
     pixels, checksums = np.empty(shape[0], "<u8"), np.empty(shape[0], "<u8")
-    image_bytes = int(np.prod(shape[1:]))
-    with open(path, "rb") as file, bar:
+    with open(path, "rb") as file, progress(range(shape[0]), task) as places:
         file.seek(HEADER_BYTES)
-        for place in range(shape[0]):
-            image = file.read(image_bytes)
-            if len(image) != image_bytes:
-                raise DataError(f"{path}: cut off in image {place:,}")
+        for place in places:
+            image = file.read(int(np.prod(shape[1:])))
             whole.update(image)
             digest = hashlib.sha256(image)
             pixels[place] = checksums[place] = int.from_bytes(digest.digest()[:8], "little")
             if labels is not None:
                 digest.update(int(labels[place]).to_bytes(8, "little", signed=True))
                 checksums[place] = int.from_bytes(digest.digest()[:8], "little")
-            bar.update()
     return whole.hexdigest(), pixels, checksums
 
 
@@ -86,15 +54,14 @@ def seal(manifest):
 
 
 def read_manifest(folder):
-    """The manifest of a folder: what was written, with name, variant and fingerprints.
+    """The manifest of a folder: name, variant, fingerprints, and what else it was written with.
 
     One that is written by hand has no seal and may have nothing else. Raises DataError.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        prints = [str(manifest["fingerprints"][split]) for split in SPLITS]
-        is_sealed = manifest.get("seal", seal(manifest)) == seal(manifest)
+        train, test = (str(manifest["fingerprints"][split]) for split in SPLITS)
         manifest["name"], manifest["variant"] = str(manifest["name"]), str(manifest["variant"])
     except FileNotFoundError:
         reason = f"no {MANIFEST}; a set is a folder with train.npy, test.npy and {MANIFEST}"
@@ -104,11 +71,67 @@ def read_manifest(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no manifest with name, variant and fingerprints "
                         f"({type(error).__name__}: {error})") from None
-    if not is_sealed:
+    if manifest.get("seal", seal(manifest)) != seal(manifest):
         raise DataError(f"{path}: was altered (it no longer fits its seal): prepare the set again")
-    if not all(re.fullmatch("[0-9a-f]{64}", digits) for digits in prints):
+    if not re.fullmatch("[0-9a-f]{128}", train + test) or len(train) != len(test):
         raise DataError(f"{path}: fingerprints of train and test must be 64 hex digits each, as "
                         "data.fingerprint(array) gives them")
-    if prints[0] == prints[1]:
+    if train == test:
         raise DataError(f"{folder}: by its manifest, train and test are the same images")
     return manifest
+
+
+def verify(folder):
+    """Compare every file with the manifest; raises DataError that says which image was altered."""
+    manifest, problems = read_manifest(folder), []
+    for split in SPLITS:
+        expected = manifest["fingerprints"][split]
+        official = FINGERPRINTS.get((manifest["name"], split))
+        if official not in (None, expected):
+            problems.append(f"{split}: the fingerprint is not that of {manifest['name']}")
+        if "seal" in manifest:
+            shape = (manifest["counts"][split], *manifest["shape"])
+            problems += _problems(folder, split, shape, expected, manifest["checksums"])
+        else:  # written by hand: name, variant and fingerprints alone
+            with damage(folder / f"{split}.npy", "array"):
+                array = np.load(folder / f"{split}.npy", mmap_mode="r")
+            shape = array.shape
+            if fingerprint(array) != expected:
+                problems.append(f"{split}.npy does not have its fingerprint")
+        if not problems:
+            print(f"{split}: {shape[0]:,} images of {shape[1]}x{shape[2]}, fingerprint {expected}"
+                  f"{' (the known one)' if official else ''}")
+    if problems:
+        raise DataError(f"{folder}: {'; '.join(problems)}: prepare the set again")
+    print(f"{folder}: {manifest['name']}, variant {manifest['variant']}: every byte is as it was "
+          "prepared")
+
+
+def _problems(folder, split, shape, expected, sealed):
+    """What is wrong with a split, in words. sealed: {file name: SHA-256} of the numbers."""
+    problems, numbers = [], {}
+    for kind, dtype in {"": "|u1", **NUMBERS}.items():
+        name, lengths = (f"{split}_{kind}.npy", shape[:1]) if kind else (f"{split}.npy", shape)
+        if kind and name not in sealed:
+            continue
+        path, size = folder / name, int(np.prod(lengths)) * np.dtype(dtype).itemsize + HEADER_BYTES
+        if not path.exists() or path.stat().st_size != size:
+            found = f"has {path.stat().st_size:,} bytes" if path.exists() else "is missing"
+            return [f"{name} {found}: it had {size:,} bytes"]
+        with open(path, "rb") as file:
+            header, content = file.read(HEADER_BYTES), file.read() if kind else b""
+        if header != npy_header(lengths, dtype):
+            problems.append(f"{name}: its header was altered (before image 0)")
+        if kind and hashlib.sha256(header + content).hexdigest() != sealed[name]:
+            problems.append(f"{name} was altered")
+        numbers[kind] = np.frombuffer(content, dtype)
+    found, _, checksums = hash_images(
+        folder / f"{split}.npy", shape, numbers.get("labels"), f"verify {split}")
+    differ = np.flatnonzero(numbers["checksums"] != checksums)
+    what = "labels or checksums" if found == expected else "the pixels"
+    if len(differ):
+        images = ", ".join(map(str, differ[:5])) + (", ..." if len(differ) > 5 else "")
+        problems.append(f"{split}: {what} of image {images} ({len(differ):,} in all) were altered")
+    elif found != expected:
+        problems.append(f"{split}: the fingerprint in the manifest is another")
+    return problems

@@ -1,7 +1,6 @@
 """The files of a folder or an archive, where their bytes lie: nothing is unpacked under its name.
 
-Archives are not trusted: what points outside, links, devices, and more bytes than there are or than
-an image set needs end in a DataError that names the file.
+Archives are not trusted: what no image set needs ends in a DataError that names the file.
 """
 import bz2
 import contextlib
@@ -18,12 +17,13 @@ import typing
 import zipfile
 import zlib
 
-from harness.errors import DataError
-from harness.files import named_in_errors
-from images.decode import BadImage, printable
+from harness.errors import DataError, printable
+from harness.files import write_atomically
+from images.decode import BadImage
 
 MAX_IMAGE_BYTES = 2 ** 27  # of an image's file: larger ones are refused, whatever they hold
 MAX_BATCH_BYTES = 2 ** 32  # of a batch or archive that must be unpacked
+_SPECIAL = {tarfile.SYMTYPE: "link", tarfile.LNKTYPE: "link"}
 _UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
@@ -42,38 +42,33 @@ def whole_file(path, name=None):
 
 
 def open_member(member):
-    """A file to read a member's bytes from; zipfile inflates them, and checks their number and CRC.
+    """A file to read a member's bytes from; BadZipFile, EOFError or zlib.error tell of damage.
 
-    It is told where they lie: a zip's list of a million names is not read again for each. Reading
-    raises BadZipFile, EOFError or zlib.error for damage.
+    zipfile is told where they lie: a zip's list of a million names is not read again for each.
     """
     file = open(member.path, "rb")
     file.seek(member.offset)
-    if member.crc < 0 and member.offset == 0:
+    if member.crc >= 0:
+        info = zipfile.ZipInfo()
+        info.file_size, info.compress_size = member.size, member.packed or member.size
+        info.compress_type = zipfile.ZIP_DEFLATED if member.packed else zipfile.ZIP_STORED
+        info.CRC = member.crc
+        return zipfile.ZipExtFile(file, "r", info, close_fileobj=True)
+    if member.offset == 0:
         return file
-    if member.crc < 0:  # in a tar
-        with file:
-            return io.BytesIO(file.read(member.size))
-    info = zipfile.ZipInfo()
-    info.file_size, info.compress_size = member.size, member.packed or member.size
-    info.compress_type = zipfile.ZIP_DEFLATED if member.packed else zipfile.ZIP_STORED
-    info.CRC = member.crc
-    return zipfile.ZipExtFile(file, "r", info, close_fileobj=True)
+    with file:  # a tar
+        return io.BytesIO(file.read(member.size))
 
 
-def read_member(member, limit=MAX_IMAGE_BYTES):
-    """The bytes of a file. Raises BadImage where they are not what was listed."""
-    if member.size > limit:
-        raise BadImage(f"declares {member.size:,} bytes: more than {limit:,} are refused")
+def read_member(member):
+    """The bytes of an image's file. Raises BadImage where they are not what was listed."""
+    if member.size > MAX_IMAGE_BYTES:
+        raise BadImage(f"declares {member.size:,} bytes: more than {MAX_IMAGE_BYTES:,} are refused")
     try:
         with open_member(member) as file:
             content = file.read(member.size + 1)
-    except EOFError:
-        content = b""
-    except zipfile.BadZipFile:
-        raise BadImage("is damaged: its checksum in the zip differs") from None
-    except zlib.error as error:
-        raise BadImage(f"is damaged: {error}") from None
+    except (EOFError, zlib.error, zipfile.BadZipFile):
+        raise BadImage("is damaged: its checksum in the zip differs, or it ends early") from None
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from None
     if len(content) != member.size:
@@ -85,85 +80,82 @@ def list_members(path, work, limit=MAX_IMAGE_BYTES):
     """Yield a Member for each file in a folder, a tar, a zip or the tars in a folder or a tar.
 
     work: a folder for what must be unpacked. limit: bytes of a member of a zip. Hidden files are
-    left out. Raises DataError for links, devices and what else no image set holds.
+    left out.
     """
-    try:
-        if path.is_dir():
-            yield from _in_folder(path)
+    about = printable(path)
+    if path.is_dir():
+        yield from _in_folder(path)
+        return
+    if not path.is_file():
+        raise DataError(f"{about}: neither a file nor a folder")
+    with open(path, "rb") as file:
+        head = file.read(512)
+        unpack = next((_UNPACKERS[magic] for magic in _UNPACKERS if head.startswith(magic)), None)
+        if head[257:262] == b"ustar" or path.suffix == ".tar":
+            yield from _in_tar(file, path, about)
+        elif head.startswith(b"PK"):
+            yield from _in_zip(file, path, about, limit)
+        elif unpack is None:
+            yield whole_file(path)
         else:
-            yield from _in_file(path, work, limit)
-    except OSError as error:
-        raise DataError(f"{printable(error.filename or path)}: {error.strerror}") from None
+            unpacked = work / f"unpacked-{place_key(path)}.tar"
+            if not unpacked.exists():
+                with damage(about, "packed tar"), unpack(path, "rb") as packed:
+                    copy_stream(packed, unpacked, 2 ** 26 + 100 * path.stat().st_size, about)
+            with open(unpacked, "rb") as tar:
+                yield from _in_tar(tar, unpacked, about)
 
 
 def _in_folder(folder, prefix="", above=()):
-    real = folder.resolve()
-    if real in above:
-        raise DataError(f"{printable(folder)}: a link to a folder that holds it")
-    for name in sorted(os.listdir(folder)):
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        name = prefix + path.name.replace("\\", "/")
         if _is_hidden(name):
             continue
-        path = folder / name
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            yield from _in_folder(path, f"{prefix}{name}/", (*above, real))
+            if path.resolve() in above:
+                raise DataError(f"{printable(path)}: a link to a folder that holds it")
+            yield from _in_folder(path, f"{name}/", above)
         elif not stat.S_ISREG(mode):
             raise DataError(f"{printable(path)}: neither a file nor a folder")
         elif name.endswith(".tar"):
             with open(path, "rb") as file:
-                yield from _in_tar(file, path, printable(path), f"{prefix}{name[:-4]}/")
+                yield from _in_tar(file, path, printable(path), f"{name[:-4]}/")
         else:
-            yield whole_file(path, prefix + name)
-
-
-def _in_file(path, work, limit):
-    if not path.is_file():
-        raise DataError(f"{printable(path)}: neither a file nor a folder")
-    with open(path, "rb") as file:
-        head = file.read(512)
-        packing = [magic for magic in _UNPACKERS if head.startswith(magic)]
-        if head[257:262] == b"ustar" or path.suffix == ".tar":
-            yield from _in_tar(file, path, printable(path))
-        elif head.startswith(b"PK"):
-            yield from _in_zip(file, path, limit)
-        elif packing:
-            unpacked = _unpacked_tar(path, _UNPACKERS[packing[0]], work)
-            with open(unpacked, "rb") as tar:
-                yield from _in_tar(tar, unpacked, printable(path))
-        else:
-            yield whole_file(path)
-
-
-def _safe_name(name, archive):
-    is_outside = (name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name
-                  or re.match("[A-Za-z]:", name))
-    if is_outside:
-        raise DataError(f"{archive}: holds a member {printable(name)!r}, which points outside: it "
-                        "is refused")
-    return re.sub("^(\\./)+", "", name)
+            yield whole_file(path, name)
 
 
 def _is_hidden(name):
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return re.search(r"(^|/)(\.|__MACOSX(/|$))", name)
+
+
+def _inside(name, about):
+    """The name of an archive's member, with slashes; "" for one that is hidden."""
+    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
+        raise DataError(f"{about}: holds a member {printable(name)!r}, which points outside: it is "
+                        "refused")
+    name = re.sub("^(\\./)+", "", name.replace("\\", "/"))
+    return "" if _is_hidden(name) else name
 
 
 def _in_tar(file, path, about, prefix="", offset=0):
-    """The members of a tar that begins at an offset of the file `path`, and of the tars in it.
-
-    file: the tar, to be read. about: what to call it in messages.
-    """
+    """The members of a tar, which begins at an offset of the file `path`, and of the tars in it."""
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
-    with _damage(about, "tar"):
-        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")
+    with damage(about, "tar"):
+        tar = tarfile.open(fileobj=file, mode="r:")
         while (info := tar.next()) is not None:
             tar.members.clear()  # or they would all stay in memory
-            name = _safe_name(info.name, about)
-            if info.isdir():
+            name = _inside(info.name, about)
+            if info.isdir() or not name:
                 continue
-            _refuse_special(info, end, about, printable(name))
-            if _is_hidden(name):
-                continue
+            if info.issparse() or not info.isreg() or info.size < 0:
+                kind = "sparse file" if info.issparse() else _SPECIAL.get(info.type, "device")
+                raise DataError(f"{about}: holds a {kind}, {printable(name)}: only files are taken")
+            if info.offset_data + info.size > end:
+                raise DataError(f"{about}: {printable(name)} declares {info.size:,} bytes, more "
+                                "than there are")
             if not name.endswith(".tar"):
                 yield Member(prefix + name, str(path), offset + info.offset_data, info.size)
             elif offset:
@@ -181,8 +173,30 @@ def _in_tar(file, path, about, prefix="", offset=0):
                                 "tars in one?")
 
 
+def _in_zip(file, path, about, limit):
+    with damage(about, "zip"), zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            name = _inside(info.filename, about)
+            if not name or name.endswith("/"):
+                continue
+            if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+                raise DataError(f"{about}: holds a link or device, {printable(name)}: only files "
+                                "are taken")
+            is_packed, size = info.compress_type == zipfile.ZIP_DEFLATED, info.file_size
+            if info.flag_bits & 1 or not (is_packed or info.compress_type == zipfile.ZIP_STORED):
+                raise DataError(f"{about}: {printable(name)} is encrypted or packed by a method "
+                                "that is not deflate")
+            if size > limit or size > 2 ** 24 + 200 * info.compress_size:
+                raise DataError(f"{about}: {printable(name)} declares {size:,} bytes in "
+                                f"{info.compress_size:,}: refused")
+            file.seek(info.header_offset + 26)
+            skipped = sum(struct.unpack("<HH", file.read(4)))  # its name and more, once again
+            yield Member(name, str(path), info.header_offset + 30 + skipped, size,
+                         info.compress_size if is_packed else 0, info.CRC)
+
+
 @contextlib.contextmanager
-def _damage(about, kind):
+def damage(about, kind):
     """The libraries raise nearly everything on damaged files; errors of a disk have a number."""
     try:
         yield
@@ -190,86 +204,24 @@ def _damage(about, kind):
         raise
     except Exception as error:
         if getattr(error, "errno", None):
+            error.filename = error.filename or about
             raise
         raise DataError(f"{about}: not a whole {kind} ({printable(error)}): fetch it "
                         "again") from None
 
 
-def _refuse_special(info, end, about, name):
-    kind = None
-    if info.islnk() or info.issym():
-        kind = "link"
-    elif info.issparse():
-        kind = "sparse file"
-    elif not info.isreg() or info.size < 0:
-        kind = "device"
-    if kind:
-        raise DataError(f"{about}: holds a {kind}, {name}: only files are taken")
-    if info.offset_data + info.size > end:
-        raise DataError(f"{about}: {name} declares {info.size:,} bytes, more than there are")
-
-
-def _in_zip(file, path, limit):
-    about = printable(path)
-    with _damage(about, "zip"), zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            name = _safe_name(info.filename, about)
-            if info.is_dir() or _is_hidden(name):
-                continue
-            _refuse_packing(info, limit, about, printable(name))
-            file.seek(info.header_offset + 26)
-            skipped = sum(struct.unpack("<HH", file.read(4)))  # its name and more, once again
-            packed = info.compress_size if info.compress_type == zipfile.ZIP_DEFLATED else 0
-            yield Member(name, str(path), info.header_offset + 30 + skipped, info.file_size,
-                         packed, info.CRC)
-
-
-def _refuse_packing(info, limit, about, name):
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise DataError(f"{about}: holds a link or device, {name}: only files are taken")
-    known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if info.flag_bits & 1 or not known:
-        raise DataError(f"{about}: {name} is encrypted or packed by a method that is not deflate")
-    if info.file_size > limit or info.file_size > 2 ** 24 + 200 * info.compress_size:
-        raise DataError(f"{about}: {name} declares {info.file_size:,} bytes in "
-                        f"{info.compress_size:,}: refused")
-
-
-def _unpacked_tar(path, opener, work):
-    """A compressed tar as a plain one in the folder work."""
-    target, about = work / f"unpacked-{place_key(path)}.tar", printable(path)
-    if not target.exists():
-        with _damage(about, "packed tar"), opener(path, "rb") as packed:
-            copy_stream(packed, target, 2 ** 26 + 100 * path.stat().st_size, about)
-    return target
-
-
 def place_key(path, offset=0):
     """A name for what was unpacked from a place in a file, as the file is now."""
     status = os.stat(path)
-    place = repr((os.fsencode(path), offset, status.st_size, status.st_mtime_ns))
+    place = repr((str(path), offset, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def copy_stream(stream, target, limit, about):
-    """A stream of at most limit bytes into a file, whole or not at all; returns their number."""
-    temporary, done = target.with_suffix(".tmp"), 0
-    with named_in_errors(target), open(temporary, "wb") as file:
+    """A stream of at most limit bytes into a file."""
+    def write(file):
         while block := stream.read(2 ** 20):
-            done += len(block)
-            if done > limit:
-                raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
             file.write(block)
-    os.replace(temporary, target)
-    return done
-
-
-def file_sha256(path, bar=None, start=0):
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while block := file.read(2 ** 22):
-            digest.update(block)
-            if bar is not None:
-                bar.update(len(block))
-    return digest.hexdigest()
+            if file.tell() > limit:
+                raise DataError(f"{about}: unpacks to more than {limit:,} bytes: refused")
+    write_atomically(target, write)

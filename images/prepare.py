@@ -1,8 +1,7 @@
 """Making a prepared folder, once; killed at any time, the same command goes on.
 
 Until all is there, it is in the folder partial/ inside, with state.json, which says how much of
-each file is whole. Images are taken in a fixed order, decoded by all cores and appended: the bytes
-do not depend on kills or on the number of workers.
+each file is whole. Images are appended in a fixed order, whatever the number of workers.
 """
 import concurrent.futures
 import contextlib
@@ -12,7 +11,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import shutil
 import signal
 import sqlite3
@@ -24,46 +22,53 @@ import warnings
 import numpy as np
 import PIL
 from PIL import features
-from tqdm import tqdm
 
 from harness.claim import Claim
-from harness.errors import DataError
-from harness.files import write_atomically
+from harness.download import download
+from harness.errors import DataError, printable
+from harness.files import file_sha256, write_atomically
+from harness.in_order import in_order
 from harness.machine import code_version
+from harness.progress import progress
 from harness.signals import Signals
-from images.decode import printable
-from images.download import download
-from images.folder import (
-    HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal)
-from images.members import file_sha256
-from images.sets import ARCHIVES, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
-from images.source import check_counts, list_files, open_source
+from images.folder import HEADER_BYTES, NUMBERS, hash_images, npy_header, read_manifest, seal
+from images.readers import Files, take_images
+from images.sets import CHECKSUMS, CIFAR10_URL, FINGERPRINTS, MANIFEST, PARTIAL, SPLITS
+from images.source import check_counts, open_source
 
 STATE = "state.json"
 SAVE_EVERY_S = 1
 
 
-def prepare(request, paths, out, workers, *, skip_corrupt=False, enlarge=False, tell=print):
+def prepare(request, paths, out, workers, skip_corrupt=False, enlarge=False):
     """Make a set, or go on with it; returns its manifest.
 
     paths: files and folders, or one URL. Raises DataError (nothing is lost), BusyError.
     """
+    work = out / PARTIAL
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
         if (manifest["name"], manifest["variant"]) != (request.full_name, request.variant):
             raise DataError(f"{out} holds {manifest['name']} (variant {manifest['variant']}): "
                             "choose another --out")
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        tell(f"{out}: prepared already; `verify` checks it")
+        shutil.rmtree(work, ignore_errors=True)
+        print(f"{out}: prepared already; `verify` checks it")
         return manifest
-    work = out / PARTIAL
-    _refuse_other_folder(out, work)
+    others = sorted(set(os.listdir(out)) - {PARTIAL}) if out.exists() else []
+    if others and not (work / MANIFEST).exists():
+        raise DataError(f"--out {out}: is not empty ({printable(others[0])}), and no set that was "
+                        "begun: choose a new folder")
     claim = Claim(work)
     claim.take()
     try:
         if not (work / MANIFEST).exists():
-            _Making(request, paths, work, tell).run(workers, skip_corrupt, enlarge)
-        return _publish(out, work)
+            _Making(request, paths, work).run(workers, skip_corrupt, enlarge)
+        manifest = read_manifest(work)
+        for name in ("train.npy", "test.npy", *manifest["checksums"]):
+            if (work / name).exists():
+                os.replace(work / name, out / name)
+        os.replace(work / MANIFEST, out / MANIFEST)  # the last: now it is a set
+        return manifest
     except sqlite3.Error as error:
         raise DataError(f"{work / 'files.sqlite'}: {error} (is the disk full?): fix it, and the "
                         "same command goes on") from None
@@ -76,74 +81,42 @@ def prepare(request, paths, out, workers, *, skip_corrupt=False, enlarge=False, 
                 out.rmdir()
 
 
-def _refuse_other_folder(out, work):
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out}: is a file, and must be a folder")
-    others = sorted(set(os.listdir(out)) - {PARTIAL}) if out.exists() else []
-    if others and not (work / MANIFEST).exists():
-        raise DataError(f"--out {out}: is not empty ({printable(others[0])}), and no set that was "
-                        "begun: choose a new folder")
-
-
-def _publish(out, work):
-    """Move the files of a set that is whole into their place, the manifest last."""
-    manifest = read_manifest(work)
-    for name in (*(f"{split}.npy" for split in SPLITS), *manifest["checksums"]):
-        if (work / name).exists():
-            os.replace(work / name, out / name)
-    os.replace(work / MANIFEST, out / MANIFEST)
-    return manifest
-
-
-def is_url(path):
-    return re.match("https?://", str(path)) is not None
-
-
 class _Making:
     """A set that is being made in the folder work."""
 
-    def __init__(self, request, paths, work, tell):
-        self.request, self.paths, self.work, self.tell = request, paths, work, tell
-        wanted = {**dataclasses.asdict(request), "sources": [_as_it_is(path) for path in paths]}
-        wanted = json.loads(json.dumps(wanted))
-        self.state = self._begun(wanted) or {
+    def __init__(self, request, paths, work):
+        self.request, self.paths, self.work = request, paths, work
+        wanted = json.loads(json.dumps({
+            **dataclasses.asdict(request), "sources": [_as_it_is(path) for path in paths]}))
+        self.state = {
             "request": wanted, "held_out_share": None, "archives": None, "skipped": [],
             "splits": {split: {"seen": 0, "images": 0, "enlarged": 0} for split in SPLITS}}
-
-    def _begun(self, wanted):
-        """The state that an earlier try of the same request has left, or None."""
+        if not (work / STATE).exists():
+            return
         try:
-            state = json.loads((self.work / STATE).read_text())
-            begun = state["request"]
-            counts = [split["images"] for split in state["splits"].values()]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{self.work / STATE} is damaged: remove {self.work} to begin "
-                            "again") from None
-        if begun == wanted:
-            return state
-        if not any(counts):
-            return None  # nothing is lost
-        changed = " and ".join(key for key in wanted if begun.get(key) != wanted[key])
-        raise DataError(f"{self.work}: was begun as {begun.get('name')} with another {changed} (or "
-                        "its files have changed since): give the same command, another --out, or "
-                        f"remove {self.work} to begin again")
-
-    def save(self):
-        write_atomically(self.work / STATE, json.dumps(self.state))
+            begun = json.loads((work / STATE).read_text())
+            changed = [key for key in wanted if begun["request"].get(key) != wanted[key]]
+            is_empty = not any(split["images"] for split in begun["splits"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{work / STATE} is damaged: remove {work} to begin again") from None
+        if changed and not is_empty:
+            raise DataError(f"{work}: was begun as {begun['request'].get('name')} with another "
+                            f"{' and '.join(changed)} (or its files have changed since): give the "
+                            f"same command, another --out, or remove {work} to begin again")
+        if not changed:
+            self.state = begun
 
     def run(self, workers, skip_corrupt, enlarge):
-        source = self._open_source()
-        if source.roots is not None and self.state["archives"] is None:
-            self.state["held_out_share"] = list_files(
-                self.request, source, self.work,
-                lambda members: progress(members, "list", unit=" files"))
-        counts = {split: source.reader.count(split) for split in SPLITS}
-        check_counts(self.request, counts)
-        if self.state["archives"] is None:
-            self.state["archives"] = self._hash_archives(source.archives)
-            self.save()
+        reader, origins = self._open_source()
+        is_of_files, is_new = isinstance(reader, Files), self.state["archives"] is None
+        if is_of_files and is_new:
+            self.state["held_out_share"] = reader.list(self.request, origins, self.work)
+        counts = {split: reader.count(split) for split in SPLITS}
+        check_counts(self.request, counts, self.state["held_out_share"])
+        if self.state["held_out_share"]:
+            print(f"test: {counts['test']:,} held out of {sum(counts.values()):,}")
+        if is_new:
+            self._hash_archives([path for paths in origins.values() for path in paths])
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         settings = self.request.size, self.request.resample, enlarge
         # An interrupt while workers are at it could leave a lock of the pool locked: it is noted.
@@ -152,68 +125,76 @@ class _Making:
                   workers, context, _start_worker, (os.getpid(),)) as pool):
             try:
                 for split in SPLITS:
-                    pieces = source.reader.pieces(split, self.state["splits"][split]["seen"])
-                    taken = _in_order(pool, pieces, settings, 2 * workers + 2)
+                    pieces = reader.pieces(split, self.state["splits"][split]["seen"])
+                    taken = in_order((pool.submit(take_images, piece, *settings)
+                                      for piece in pieces), 2 * workers + 1)
                     self._append(split, counts[split], taken, skip_corrupt, signals)
             except concurrent.futures.process.BrokenProcessPool:
                 raise DataError("a worker process was ended (is memory short? fewer --workers need "
                                 "less): the same command goes on") from None
-        self._seal(counts, source.roots is not None)
+        self._seal(counts, is_of_files)
 
     def _open_source(self):
-        paths, url = self.paths, None
-        if not paths or is_url(paths[0]):
-            url = str(paths[0]) if paths else CIFAR10_URL
-            key = hashlib.sha256(url.encode()).hexdigest()[:8]
-            archive = self.work / f"{key}-{printable(url.rpartition('/')[2])[:80]}.gz"
-            if not archive.exists():
-                known = ARCHIVES["cifar-10-binary.tar.gz"] if url == CIFAR10_URL else None
-                download(url, archive, known, self.tell)
-            paths = [archive]
+        if self.paths and not isinstance(self.paths[0], str):
+            return open_source(self.request, self.paths, self.work)
+        url = self.paths[0] if self.paths else CIFAR10_URL
+        known = CHECKSUMS["cifar-10-binary.tar.gz"] if url == CIFAR10_URL else None
+        key = hashlib.sha256(url.encode()).hexdigest()[:8]
+        archive = self.work / f"{key}-{printable(url.rpartition('/')[2])[:80]}.gz"
+        if not archive.exists():
+            download(url, archive, known)
         try:
-            return open_source(self.request, paths, self.work)
+            return open_source(self.request, [archive], self.work)
         except DataError:
-            if url:  # so that it is fetched again
-                paths[0].unlink()
+            archive.unlink()  # so that it is fetched again
             raise
 
-    def _hash_archives(self, archives):
-        """[{"file", "bytes", "sha256"}], compared with those that are known."""
-        found, total = [], sum(path.stat().st_size for path in archives)
-        with progress(desc="checksums", total=total, unit="B") as bar:
-            for path in archives:
-                sha256, known = file_sha256(path, bar), ARCHIVES.get(path.name)
-                must_fit = self.request.variant == "oord" and not self.request.incomplete
+    def _hash_archives(self, paths):
+        """Note the archives among the paths, compared with those that are known."""
+        sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+        must_fit = self.request.variant == "oord" and not self.request.incomplete
+        self.state["archives"] = []
+        with progress(desc="checksums", total=sum(sizes.values()), unit="B") as bar:
+            for path, size in sizes.items():
+                sha256, known = file_sha256(path, bar), CHECKSUMS.get(path.name)
                 if must_fit and known not in (None, sha256):
                     raise DataError(f"{printable(path)} is not the known archive: its SHA-256 is "
                                     f"{sha256[:12]}..., not {known[:12]}...: fetch it again, or "
                                     "prepare another variant")
-                found.append({"file": printable(path.name), "bytes": path.stat().st_size,
-                              "sha256": sha256})
-        return found
+                self.state["archives"].append(
+                    {"file": printable(path.name), "bytes": size, "sha256": sha256})
+        self._save()
+
+    def _save(self, files=()):
+        """Note how much of the files is whole: all that was written to them."""
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomically(self.work / STATE, json.dumps(self.state))
 
     def _append(self, split, total, taken, skip_corrupt, signals):
         """Append what the workers make of a split to its files."""
-        done, saved = self.state["splits"][split], time.monotonic()
-        growing = _Growing(self.work, split, 3 * self.request.size ** 2, done["images"])
+        done, saved, files = self.state["splits"][split], time.monotonic(), []
         try:
+            files = self._open_files(split)
             with progress(desc=split, total=total, initial=done["seen"]) as bar:
                 for piece in taken:
                     if piece.bad and not skip_corrupt:
                         raise DataError(f"{split}: {' '.join(map(printable, piece.bad[0]))} "
                                         "(--skip-corrupt leaves such files out and records each; "
                                         "the same command goes on)")
-                    count = growing.add(piece)
-                    done["images"] += count
-                    done["seen"] += count + len(piece.bad)
+                    labels = np.array(piece.labels, "<i8").tobytes()
+                    for file, content in zip(files, (piece.pixels, labels, piece.digests)):
+                        file.write(content)
+                    done["images"] += piece.count
+                    done["seen"] += piece.count + len(piece.bad)
                     done["enlarged"] += piece.enlarged
                     self.state["skipped"] += [
                         {"split": split, "file": printable(name), "reason": reason}
                         for name, reason in piece.bad]
-                    bar.update(count + len(piece.bad))
+                    bar.update(piece.count + len(piece.bad))
                     if time.monotonic() - saved > SAVE_EVERY_S:
-                        growing.flush()
-                        self.save()
+                        self._save(files)
                         saved = time.monotonic()
                     if signals.stop:
                         raise KeyboardInterrupt
@@ -222,129 +203,86 @@ class _Making:
                                 "listed: has the source changed?")
         finally:  # what came before an error is whole
             taken.close()
-            growing.flush()
-            self.save()
-            growing.close()
+            with contextlib.ExitStack() as stack:
+                for file in files:
+                    stack.enter_context(file)
+                self._save(files)
+
+    def _open_files(self, split):
+        """The growing files of a split, cut back to what is whole; headers come at the end."""
+        count, files = self.state["splits"][split]["images"], []
+        for kind, width in (("", 3 * self.request.size ** 2), ("_labels", 8), ("_digests", 32)):
+            path, whole = self.work / f"{split}{kind}.npy", HEADER_BYTES + width * count
+            files.append(open(path, "ab"))
+            if count == 0:
+                files[-1].truncate(0)
+                files[-1].write(bytes(HEADER_BYTES))
+            if kind and files[-1].tell() == HEADER_BYTES:  # the source has none
+                continue
+            if files[-1].tell() < whole:
+                raise DataError(f"{path} is shorter than {STATE} says: remove {self.work} to "
+                                "begin again")
+            files[-1].truncate(whole)
+        return files
 
     def _seal(self, source_counts, is_of_files):
         """Write headers, checksums and the manifest."""
-        request, splits = self.request, self.state["splits"]
-        labelled = all((self.work / f"{split}_labels.npy").stat().st_size
-                       == HEADER_BYTES + 8 * splits[split]["images"] for split in SPLITS)
+        request, work, splits = self.request, self.work, self.state["splits"]
+        counts = {split: splits[split]["images"] for split in SPLITS}
+        labelled = all((work / f"{split}_labels.npy").stat().st_size == HEADER_BYTES + 8 * count
+                       for split, count in counts.items())
         prints, pixels, sealed, origins = {}, {}, {}, list(self.state["archives"])
-        for split in SPLITS:
-            count = splits[split]["images"]
+        for split, count in counts.items():
             if not count:
                 raise DataError(f"{split}: no image could be taken")
-            prints[split], pixels[split] = self._seal_split(split, count, labelled, sealed)
+            path, shape, arrays = work / f"{split}.npy", (count, request.size, request.size, 3), {}
+            with open(path, "rb+") as file:
+                file.write(npy_header(shape))
+            if labelled:
+                arrays["labels"] = np.fromfile(
+                    work / f"{split}_labels.npy", "<i8", offset=HEADER_BYTES)
+            prints[split], pixels[split], arrays["checksums"] = hash_images(
+                path, shape, arrays.get("labels"), f"hash {split}")
+            if FINGERPRINTS.get((request.full_name, split)) not in (None, prints[split]):
+                raise DataError(f"{request.name} {split}: the fingerprint is {prints[split]}, not "
+                                "the known one: the source is altered")
+            for kind, array in arrays.items():
+                name, content = f"{split}_{kind}.npy", npy_header(array.shape, NUMBERS[kind])
+                content += array.tobytes()
+                write_atomically(work / name, lambda file: file.write(content))
+                sealed[name] = hashlib.sha256(content).hexdigest()
             if is_of_files:
-                digests = file_sha256(self.work / f"{split}_digests.npy", start=HEADER_BYTES)
+                digests = file_sha256(work / f"{split}_digests.npy", start=HEADER_BYTES)
                 origins.append({"images": split, "files": count, "sha256_of_their_sha256": digests})
         if prints["train"] == prints["test"]:
             raise DataError("train and test are the same images: give the folder that holds both "
                             "splits")
-        jpeg = features.version("libjpeg_turbo") or features.version("jpg")
+        both = np.intersect1d(pixels["train"], pixels["test"])
         manifest = {
             "name": request.full_name, "variant": request.variant, "filter": request.resample,
-            "shape": [request.size, request.size, 3],
-            "counts": {split: splits[split]["images"] for split in SPLITS},
-            "fingerprints": prints,
-            "images_in_both_splits": _images_in_both(self.work, pixels),
+            "shape": [request.size, request.size, 3], "counts": counts, "fingerprints": prints,
+            "images_in_both_splits": {"different": len(both), **{
+                split: int(np.isin(pixels[split], both).sum()) for split in SPLITS}},
             "sources": origins, "source_counts": source_counts,
             "held_out_share": self.state["held_out_share"],
             "enlarged": {split: splits[split]["enlarged"] for split in SPLITS},
             "skipped": self.state["skipped"], "checksums": sealed,
             "tool": {**code_version(), "python": platform.python_version(),
-                     "numpy": np.__version__, "pillow": PIL.__version__, "libjpeg": jpeg},
+                     "numpy": np.__version__, "pillow": PIL.__version__,
+                     "libjpeg": features.version("libjpeg_turbo") or features.version("jpg")},
         }
         manifest["seal"] = seal(manifest)
-        write_atomically(self.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-    def _seal_split(self, split, count, labelled, sealed):
-        """Write headers and checksums of a split; returns its fingerprint and pixels' hashes."""
-        path, shape = self.work / f"{split}.npy", (count, self.request.size, self.request.size, 3)
-        arrays = {}
-        if labelled:
-            labels = self.work / f"{split}_labels.npy"
-            arrays["labels"] = np.fromfile(labels, "<i8", offset=HEADER_BYTES)
-        with open(path, "rb+") as file:
-            file.write(npy_header(shape))
-        found, pixels, arrays["checksums"] = hash_images(
-            path, shape, arrays.get("labels"), progress(desc=f"hash {split}", total=count))
-        known = FINGERPRINTS.get((self.request.name, split))
-        if not self.request.incomplete and known not in (None, found):
-            raise DataError(f"{self.request.name} {split}: the fingerprint is {found[:12]}..., not "
-                            "the known one: the source is altered")
-        for kind, array in arrays.items():
-            name, content = f"{split}_{kind}.npy", npy_header(array.shape, NUMBERS[kind])
-            content += array.tobytes()
-            write_atomically(self.work / name, lambda file: file.write(content))
-            sealed[name] = hashlib.sha256(content).hexdigest()
-        return found, pixels
+        write_atomically(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _as_it_is(path):
     """What tells a source from another one, or from itself when it was changed."""
-    if is_url(path):
-        return str(path)
+    if isinstance(path, str):  # a URL
+        return path
     status = path.stat()
     size = (status.st_size, status.st_mtime_ns) if path.is_file() else ()
     return [str(path.resolve()), *size]
 
-
-def _images_in_both(work, pixels):
-    """How many images of each split are in the other, too, and how many different ones."""
-    both = np.intersect1d(pixels["train"], pixels["test"])  # equal in 64 bits; now exactly
-    digests = {}
-    for split in SPLITS:
-        array = np.load(work / f"{split}.npy", mmap_mode="r")
-        digests[split] = [hashlib.sha256(array[place]).digest()
-                          for place in np.flatnonzero(np.isin(pixels[split], both))]
-    same = set(digests["train"]) & set(digests["test"])
-    return {"different": len(same),
-            **{split: len([1 for digest in digests[split] if digest in same]) for split in SPLITS}}
-
-
-class _Growing:
-    """The files of a split that is being made, cut back to what is known to be whole.
-
-    The header of each is written when its length is known.
-    """
-
-    def __init__(self, work, split, image_bytes, count):
-        self.image_bytes, self.files = image_bytes, []
-        for kind, width in (("", image_bytes), ("_labels", 8), ("_digests", 32)):
-            path = work / f"{split}{kind}.npy"
-            file = open(path, "ab")
-            self.files.append(file)
-            if count == 0:
-                file.truncate(0)
-                file.write(bytes(HEADER_BYTES))
-            is_used = kind == "" or file.tell() > HEADER_BYTES
-            whole = HEADER_BYTES + (width * count if is_used else 0)
-            if file.tell() < whole:
-                raise DataError(f"{path} is shorter than {STATE} says: remove {work} to begin "
-                                "again")
-            file.truncate(whole)
-
-    def add(self, piece):
-        """Append a Taken; returns how many images it has."""
-        labels = np.array(piece.labels or [], "<i8").tobytes()
-        for file, content in zip(self.files, (piece.pixels, labels, piece.digests)):
-            file.write(content)
-        return len(piece.pixels) // self.image_bytes
-
-    def flush(self):
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self):
-        for file in self.files:
-            file.close()
-
-
-# ---- workers
 
 def _start_worker(parent):
     """A worker ends when the process that started it has ended, however that was."""
@@ -356,28 +294,3 @@ def _start_worker(parent):
             time.sleep(0.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_order(pool, pieces, settings, ahead):
-    """Yield what workers make of pieces, in order; so many are at work or waiting at a time."""
-    pending = []
-    try:
-        for function, piece in pieces:
-            pending.append(pool.submit(function, piece, *settings))
-            if len(pending) == ahead:
-                yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def progress(iterable=None, desc=None, unit=" images", **settings):
-    """A bar on a terminal; elsewhere a line every 30 s."""
-    settings = {"unit": unit, "unit_scale": True, **settings}
-    if sys.stderr.isatty():
-        return tqdm(iterable, desc, smoothing=0.05, dynamic_ncols=True, **settings)
-    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-    return tqdm(iterable, desc, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
-                bar_format=line, **settings)

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from data import load_images
+from harness.download import download
 from harness.errors import DataError
-from images.batches import Batch, Batches
 from images.decode import BadImage, decode
-from images.download import download
+from images.readers import Batches, take_images
 from test_prepare import run
 
 CIFAR = {split: load_images("cifar10-subset", split) for split in ("train", "test")}
@@ -279,7 +279,7 @@ def test_a_download_goes_on_where_it_broke_off(ranges, server, tmp_path, capsys)
 def test_a_download_that_is_not_what_it_should_be_is_refused(server, tmp_path):
     server.content = b"other bytes"
     with pytest.raises(DataError, match="has SHA-256 .* it was removed"):
-        download(f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x", "0" * 64, tell=lambda line: None)
+        download(f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x", "0" * 64)
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.part").exists()
 
 
@@ -287,9 +287,9 @@ def test_a_file_that_changed_on_the_server_is_fetched_anew(server, tmp_path):
     server.content, server.limit = bytes(1000), 100
     url, path = f"http://127.0.0.1:{server.server_port}/x", tmp_path / "x"
     with pytest.raises(DataError):
-        download(url, path, tell=lambda line: None)
+        download(url, path)
     server.content, server.limit, server.tag = b"n" * 700, 2 ** 30, '"b"'
-    download(url, path, tell=lambda line: None)
+    download(url, path)
     assert path.read_bytes() == b"n" * 700
 
 
@@ -404,6 +404,54 @@ def test_own_sets_with_splits(pack, inside, tmp_path, capsys):
         write_tar(path, files, f"w:{pack[4:]}" if "." in pack else "w")
     train, test = prepared(capsys, tmp_path / "set", "photos", "--size", 32, "--source", path)
     assert np.array_equal(train.array, TRAIN[[0, 1, 2, 10, 11, 12]]) and np.array_equal(test.array, TEST[[0, 1, 2, 10, 11, 12]])
+
+
+def split_files(train, test):
+    return {f"{folder}/{kind}/{number}.png": encoded(images[number + 10 * (kind == "b")])
+            for folder, images in ((train, TRAIN), (test, TEST)) for kind in "ab" for number in range(3)}
+
+
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("TRAIN", "VAL"), ("training", "testing"), ("images/train", "images/val"),
+                                         ("a/b/Training", "a/b/Validation"), ("train/images", "valid/images"), ("x/train/val", "y/test/train")])
+@pytest.mark.parametrize("pack", ["folder", "zip"])
+def test_splits_are_known_in_any_case_at_any_depth_and_with_backslashes(train, test, pack, tmp_path, capsys):
+    files, path = split_files(train, test), tmp_path / f"photos.{pack}"
+    if pack == "folder":
+        write_tree(path, files)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("photos\\", b"")  # a folder, as some programs write it
+            archive.writestr("__MACOSX\\x.png", b"hidden")
+            for name, content in files.items():
+                archive.writestr(f"photos\\{name}".replace("/", "\\"), content)
+    code, told, error = run(capsys, "prepare", "photos", "--size", 32, "--source", path, "--out", tmp_path / "set")
+    assert code == 0 and "held out" not in told, error
+    for split, images in (("train", TRAIN), ("test", TEST)):
+        assert np.array_equal(load_images(tmp_path / "set", split).array, images[[0, 1, 2, 10, 11, 12]])
+
+
+def test_files_whose_names_have_backslashes_are_in_folders(tmp_path, capsys):
+    """As Python unpacks such a zip."""
+    source = write_tree(tmp_path / "photos", {name.replace("/", "\\"): content for name, content in own_files().items()})
+    train, test = prepared(capsys, tmp_path / "set", "photos", "--size", 32, "--source", source)
+    assert np.array_equal(train.array, TRAIN[[0, 1, 2, 10, 11, 12]]) and np.array_equal(test.array, TEST[[0, 1, 2, 10, 11, 12]])
+
+
+@pytest.mark.parametrize("name", ["more/x.png", "x.png", "Valid/x.png", "training/x.png", "deep/test/x.png"])
+def test_splits_with_more_beside_them_are_refused(name, tmp_path, capsys):
+    source = write_tree(tmp_path / "photos", {**own_files(), name: encoded(TRAIN[20])})
+    code, told, error = run(capsys, "prepare", "photos", "--size", 32, "--source", source, "--out", tmp_path / "set")
+    assert code == 1 and name in error and "train/a/0.png" in error and "nothing beside them" in error and error.count("\n") <= 1
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_split_that_is_drawn_is_told_and_a_share_without_effect_refused(tmp_path, capsys):
+    classes = {f"{kind}/{number}.png": encoded(TRAIN[number + 10 * (kind == "bus")]) for kind in ("train", "bus") for number in range(10)}
+    arguments = ("prepare", "photos", "--size", 32, "--test-share", 0.2, "--source")
+    code, told, _ = run(capsys, *arguments, write_tree(tmp_path / "vehicles", classes), "--out", tmp_path / "a")
+    assert code == 0 and "test: 4 held out of 20\n" in told
+    code, told, error = run(capsys, *arguments, write_tree(tmp_path / "split", own_files()), "--out", tmp_path / "b")
+    assert code == 1 and "--test-share 0.2: the source has test images of its own" in error and not (tmp_path / "b").exists()
 
 
 def test_own_sets_without_splits_hold_out_a_share(tmp_path, capsys):
@@ -554,12 +602,10 @@ def test_encrypted_zips_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("start", [0, 3, 512, 700, 701, 1099])
-def test_batches_go_on_from_any_image(start, tmp_path):
+def test_batches_go_on_from_any_image(start):
     rows = np.random.default_rng(0).integers(0, 256, (1100, 1 + 12), dtype=np.uint8)
-    rows.tofile(tmp_path / "rows")
-    batches = Batches({"train": [Batch(str(tmp_path / "rows"), 0, 700, 1, None),
-                                         Batch(str(tmp_path / "rows"), 700 * 13, 400, 1, None)]}, 2)
-    done = [read(piece, 2, None, False) for read, piece in batches.pieces("train", start)]
+    batches = Batches({"train": [(rows[:700, 1:], rows[:700, 0]), (rows[700:, 1:], rows[700:, 0])]})
+    done = [take_images(piece, 2, None, False) for piece in batches.pieces("train", start)]
     wanted = rows[start:, 1:].reshape(-1, 3, 2, 2).transpose(0, 2, 3, 1)
     assert b"".join(pixels for pixels, *_ in done) == wanted.tobytes()
     assert [label for _, labels, *_ in done for label in labels] == rows[start:, 0].tolist()
