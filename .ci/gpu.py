@@ -44,21 +44,24 @@ def read_flags(arguments=None):
     medium.add_argument("--data-root", metavar="DIR", type=Path,
                         help="holds CIFAR-10 (default: $JET_DATA)")
     medium.add_argument("--jobs", type=int, metavar="N",
-                        help="runs at a time (default: by GPU memory and CPU cores)")
+                        help="runs at a time (default: 1; eager, by GPU memory and cores)")
     medium.add_argument("--experiments", nargs="+", metavar="NAME", help="default: all seven")
-    medium.add_argument("--compile", action="store_true", help="torch.compile the couplings")
-    medium.add_argument("--graph", action="store_true", help="training steps as CUDA graphs")
+    medium.add_argument("--compile", action="store_true", default=None,
+                        help="torch.compile the couplings")
+    medium.add_argument("--graph", action=argparse.BooleanOptionalAction,
+                        help="training steps as CUDA graphs (default: on a GPU)")
     flags = parser.parse_intermixed_args(arguments)
     flags.seconds = SECONDS[flags.stage] if flags.seconds is None else flags.seconds
     if flags.seconds < 10:
         parser.error(f"SECONDS {flags.seconds}: must be 10 or more")
     for name in ("data_root", "jobs", "experiments", "compile", "graph"):
-        if getattr(flags, name) and flags.stage != "medium":
+        if getattr(flags, name) is not None and flags.stage != "medium":
             parser.error(f"--{name.replace('_', '-')}: only with medium")
     if flags.jobs is not None and flags.jobs < 1:
         parser.error(f"--jobs {flags.jobs}: must be 1 or more")
     if flags.device == "cpu" and (flags.compile or flags.graph):
         parser.error("--compile and --graph: only on a GPU")
+    flags.graph = flags.device != "cpu" if flags.graph is None else flags.graph
     if flags.out.exists() and not flags.out.is_dir():
         parser.error(f"OUT {flags.out}: must be a folder")
     flags.experiments = flags.experiments or list(gpu_medium.ORDER)

@@ -12,6 +12,7 @@ import importlib
 import math
 import multiprocessing.connection
 import os
+import statistics
 import tarfile
 import time
 
@@ -20,8 +21,9 @@ from gpu_stage import MAX_BYTES, ROOT, end_process
 ORDER = ("compare_vit_cnn", "ablate_block_depth", "ablate_coupling", "ablate_layers",
          "ablate_splits", "main_results", "scaling")
 PLAIN_CSVS = 4  # beside done.json, log.txt and the packed run folders; the packed file has all
-MAX_JOBS = 4  # on a GPU, until it is measured how many feed one
-GIB_A_RUN, CORES_A_RUN = 12, 2
+# With steps as CUDA graphs one run fills an H100 (medium's largest ViT: 44 ms a step alone, 137 ms
+# beside two others); eager ones wait for the host, and several at a time feed it.
+MAX_EAGER_JOBS, GIB_A_RUN, CORES_A_RUN = 4, 12, 2
 ASSUMED_SHARE = 0.05  # of an H100's peak, by all runs together, before a run has finished here
 ASSUMED_CPU = 1e8  # FLOP/s of a rehearsal
 START_S = 20  # imports, images, the first step
@@ -31,10 +33,14 @@ PACKED = ("config.json", "done.json", "metrics.csv", "log.txt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run that has finished here: its done.json, and its seconds in all."""
+    """A run that has finished here: its done.json, its seconds in all.
+
+    at_a_time: how many runs were at work while it was, itself among them, in the mean.
+    """
     run: object
     done: dict
     seconds: float
+    at_a_time: float = 1.0
 
     @property
     def extra_s(self):
@@ -111,32 +117,33 @@ def evaluation_flops(config):
     return forward_flops(config.model) * (test + min(TRAIN_ROW_IMAGES, test))
 
 
-def predict(run, finished, jobs, device):
-    """Seconds that a run takes, by those that have finished here, with as many at a time.
+def predict(run, finished, at_a_time, device):
+    """Seconds that a run takes as one of so many at a time, with a margin.
 
-    Before there is one: with a cautious share of the peak, which all runs share. With a margin.
+    By those that have finished here, of the same kind of block where there are any; before, by a
+    cautious share of the peak. Runs share the GPU: the fewer are beside one, the faster it is.
     """
     from harness.flops import train_flops
     from sweeps.plan import measured_rate
-    rate = (measured_rate(run.config, [one.done for one in finished])
-            or assumed_rate(run.config.precision, jobs, device))
-    training = train_flops(run.config) / rate
-    flops = evaluation_flops(run.config)
-    if not finished:
-        return MARGIN * (training + flops / assumed_rate("float32", jobs, device) + START_S)
+    config, flops = run.config, evaluation_flops(run.config)
+    finished = [one for one in finished
+                if one.run.config.model.block == config.model.block] or finished
+    alone = [one.done | {"train_seconds": one.done["train_seconds"] / one.at_a_time}
+             for one in finished]
+    rate = measured_rate(config, alone) or assumed_rate(config.precision, device)
+    extra_s = START_S + at_a_time * flops / assumed_rate("float32", device)
+    if finished:
+        def ratio(one):
+            return flops / evaluation_flops(one.run.config)
+        nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
+        extra_s = nearest.extra_s * max(1, ratio(nearest))
+    return MARGIN * (at_a_time * train_flops(config) / rate + extra_s)
 
-    def ratio(one):
-        return flops / evaluation_flops(one.run.config)
-    nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
-    return MARGIN * (training + nearest.extra_s * max(1, ratio(nearest)))
 
-
-def assumed_rate(precision, jobs, device):
-    """FLOP/s of one of so many runs at a time, before any has finished."""
+def assumed_rate(precision, device):
+    """FLOP/s of all runs together, before any has finished."""
     from sweeps.plan import GPU_PEAKS
-    if device == "cpu":
-        return ASSUMED_CPU
-    return ASSUMED_SHARE * GPU_PEAKS[precision] / jobs
+    return ASSUMED_CPU if device == "cpu" else ASSUMED_SHARE * GPU_PEAKS[precision]
 
 
 def choose(todo, done_ids, left_s, seconds_of):
@@ -155,10 +162,11 @@ def choose(todo, done_ids, left_s, seconds_of):
     return None
 
 
-def default_jobs(device, free_gib, cores):
+def default_jobs(device, free_gib, cores, graph=False):
     if device == "cpu":
         return max(1, min(2, cores))
-    return max(1, min(MAX_JOBS, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
+    most = 1 if graph else MAX_EAGER_JOBS
+    return max(1, min(most, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
 
 
 # ---- running
@@ -173,7 +181,7 @@ class Worker:
         self.run, self.ready = None, False
 
     def begin(self, run):
-        self.run, self.begun, self.ready = run, time.monotonic(), False
+        self.run, self.begun, self.ready, self.at_work = run, time.monotonic(), False, []
         self.connection.send(run)
 
     def answer(self):
@@ -215,14 +223,10 @@ def run_grid(stage, todo, jobs, place):
     """Run what ends in time; returns ([Finished], the runs that never began)."""
     todo, finished = list(todo), []
     workers = [Worker(stage, place) for _ in range(min(jobs, len(todo)))]
-    predicted = {}  # by what had finished
-
-    def seconds_of(run):
-        key = run.run_id, len(finished)
-        if key not in predicted:
-            predicted[key] = predict(run, finished, jobs, stage.device)
-        return predicted[key]
     while stage.left_s:
+        busy = [worker for worker in workers if worker.run]
+        for worker in busy:
+            worker.at_work.append(len(busy))
         for worker in list(workers):
             if not worker.ready and (why := worker.answer()) is not None:
                 take_in(stage, worker, why, finished)
@@ -230,7 +234,9 @@ def run_grid(stage, todo, jobs, place):
                 if not worker.process.is_alive():
                     workers.remove(worker)
             if worker.ready:
-                run = choose(todo, {one.run.run_id for one in finished}, stage.left_s, seconds_of)
+                at_a_time = 1 + sum(other.run is not None for other in workers)
+                run = choose(todo, {one.run.run_id for one in finished}, stage.left_s,
+                             lambda run: predict(run, finished, at_a_time, stage.device))
                 if run:
                     todo.remove(run)
                     worker.begin(run)
@@ -257,7 +263,8 @@ def take_in(stage, worker, why, finished):
     done = None if why else read_done(run.folder)
     label = f"{run.folder.parent.name}: {run.label}"
     if done:
-        finished.append(Finished(run=run, done=done, seconds=seconds))
+        finished.append(Finished(run=run, done=done, seconds=seconds,
+                                 at_a_time=statistics.mean(worker.at_work)))
         stage.say(f"{label}: {done['bits_per_dim']:.4f} bits/dim, {done['train_seconds']:.1f} s of "
                   f"training, {seconds:.1f} in all")
     else:
@@ -344,14 +351,14 @@ def run(stage, flags):
                         f"begins with weights that are in no folder here, of {run.after.label}",
                         f"{run.folder.parent.name} (weights)")
     cores = len(os.sched_getaffinity(0))
-    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"], cores)
+    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"], cores, flags.graph)
     modes = {name: True for name in ("compile", "graph") if getattr(flags, name)}
     place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
              "checkpoint_every_s": 3600, **modes}
     root = {"data_root": str(flags.data_root)} if flags.data_root else {}
     stage.say(f"{len(todo)} runs to do, {jobs} at a time")
     finished, never = run_grid(stage, todo, jobs, {**place, **root})
-    report(stage, never, finished, jobs)
+    report(stage, never, finished)
     csvs = write_csvs(stage, grids, finished)
     packed, runs = stage.out / "medium_runs.tar.gz", [one.run for one in finished]
     if finished and not pack(packed, stage.work, runs):
@@ -359,7 +366,8 @@ def run(stage, flags):
     if todo and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
     seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
-                "train_seconds": round(one.done["train_seconds"], 1)} for one in finished]
+                "train_seconds": round(one.done["train_seconds"], 1),
+                "at_a_time": round(one.at_a_time, 2)} for one in finished]
     stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
     if len(csvs) > PLAIN_CSVS:
         stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
@@ -367,14 +375,14 @@ def run(stage, flags):
     return table(grids, skipped, finished, jobs)
 
 
-def report(stage, never, finished, jobs):
+def report(stage, never, finished):
     """Why the runs that never began did not."""
     done_ids = {one.run.run_id for one in finished}
     for run in never:
         if run.after and run.after.run_id not in done_ids:
             why = f"begins with the weights of {run.after.label}, which has not finished"
         else:
-            why = f"takes about {predict(run, finished, jobs, stage.device):.0f} s: no time"
+            why = f"takes about {predict(run, finished, 1, stage.device):.0f} s: no time"
         stage.leave_out(f"{run.folder.parent.name}: {run.label}", why, run.folder.parent.name)
 
 
