@@ -6,7 +6,6 @@ once it lies in results/.
 """
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import importlib
 import math
@@ -28,7 +27,7 @@ ASSUMED_SHARE = 0.05  # of an H100's peak, by all runs together, before a run ha
 ASSUMED_CPU = 1e8  # FLOP/s of a rehearsal
 START_S = 20  # imports, images, the first step
 MARGIN = 1.2  # on predicted times
-PACKED = ("config.json", "done.json", "metrics.csv", "log.txt")
+PACKED = ("config.json", "done.json", "log.txt", "metrics.csv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +40,6 @@ class Finished:
     done: dict
     seconds: float
     at_a_time: float = 1.0
-
-    @property
-    def extra_s(self):
-        """What it took beside training."""
-        return max(0.0, self.seconds - self.done["train_seconds"])
 
 
 # ---- what there is to run
@@ -136,7 +130,8 @@ def predict(run, finished, at_a_time, device):
         def ratio(one):
             return flops / evaluation_flops(one.run.config)
         nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
-        extra_s = nearest.extra_s * max(1, ratio(nearest))
+        extra_s = nearest.seconds - nearest.done["train_seconds"]
+        extra_s = max(0, extra_s) * max(1, ratio(nearest))
     return MARGIN * (at_a_time * train_flops(config) / rate + extra_s)
 
 
@@ -171,105 +166,68 @@ def default_jobs(device, free_gib, cores, graph=False):
 
 # ---- running
 
-class Worker:
-    """A process that stays alive and takes one run after another."""
+class Work:
+    """A run that a process is at."""
 
-    def __init__(self, stage, place):
-        self.connection, other_end = stage.context.Pipe()
-        self.process = stage.start("gpu_medium", "work", other_end, os.getpid(), place)
-        other_end.close()
-        self.run, self.ready = None, False
-
-    def begin(self, run):
-        self.run, self.begun, self.ready, self.at_work = run, time.monotonic(), False, []
-        self.connection.send(run)
-
-    def answer(self):
-        """None while it works, else "" or why the run has failed."""
-        with contextlib.suppress(EOFError, OSError):
-            return self.connection.recv() if self.connection.poll() else None
-        self.process.join(5)
-        return "its process has ended"
+    def __init__(self, stage, run, place):
+        self.run, self.begun, self.at_a_time = run, time.monotonic(), []
+        self.process = stage.start("gpu_medium", "train_run", run, place)
 
 
-def work(connection, parent, place):
-    """What a worker does: train each run that comes, and answer why it failed, or "".
-
-    The first answer says that it is ready.
-    """
-    import torch
-
-    from harness.errors import one_line
+def train_run(run, place):
+    """What the process does. The run folder says why it has failed."""
     from harness.place import Place
     from train import train
-    torch.zeros(1, device=place["device"])
-    connection.send("")
-    while os.getppid() == parent:
-        if not connection.poll(1):
-            continue
-        run = connection.recv()
-        try:
-            train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
-            why = ""
-        except Exception as error:
-            why = one_line(error)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        connection.send(why)
+    train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
 
 
 def run_grid(stage, todo, jobs, place):
     """Run what ends in time; returns ([Finished], the runs that never began)."""
-    todo, finished = list(todo), []
-    workers = [Worker(stage, place) for _ in range(min(jobs, len(todo)))]
+    todo, finished, works = list(todo), [], []
     while stage.left_s:
-        busy = [worker for worker in workers if worker.run]
-        for worker in busy:
-            worker.at_work.append(len(busy))
-        for worker in list(workers):
-            if not worker.ready and (why := worker.answer()) is not None:
-                take_in(stage, worker, why, finished)
-                drop_weights(finished, [*todo, *(other.run for other in workers if other.run)])
-                if not worker.process.is_alive():
-                    workers.remove(worker)
-            if worker.ready:
-                at_a_time = 1 + sum(other.run is not None for other in workers)
-                run = choose(todo, {one.run.run_id for one in finished}, stage.left_s,
-                             lambda run: predict(run, finished, at_a_time, stage.device))
-                if run:
-                    todo.remove(run)
-                    worker.begin(run)
-        if all(worker.ready for worker in workers):
+        for work in [work for work in works if not work.process.is_alive()]:
+            works.remove(work)
+            take_in(stage, work, finished)
+            drop_weights(finished, [*todo, *(other.run for other in works)])
+        while len(works) < jobs and (run := choose(
+                todo, {one.run.run_id for one in finished}, stage.left_s,
+                lambda run: predict(run, finished, len(works) + 1, stage.device))):
+            todo.remove(run)
+            works.append(Work(stage, run, place))
+        if not works:
             break
-        multiprocessing.connection.wait([one.connection for one in workers if not one.ready], 0.5)
-    for worker in workers:
-        end_process(worker.process)
-        if worker.run:
-            stop(stage, worker.run)
+        for work in works:
+            work.at_a_time.append(len(works))
+        multiprocessing.connection.wait([work.process.sentinel for work in works], 0.5)
+    for work in works:
+        end_process(work.process)
+        stop(stage, work.run)
     return finished, todo
 
 
-def take_in(stage, worker, why, finished):
-    """A worker has answered."""
-    from harness.run_folder import read_done
-    worker.ready = worker.process.is_alive()
-    if not worker.run:
-        if why:
-            stage.failed.append(f"a worker: {why}")
-        return
-    run, seconds = worker.run, time.monotonic() - worker.begun
-    worker.run = None
-    done = None if why else read_done(run.folder)
-    label = f"{run.folder.parent.name}: {run.label}"
-    if done:
+def take_in(stage, work, finished):
+    """A process has ended."""
+    from harness.run_folder import read_done, read_error
+    seconds, run = time.monotonic() - work.begun, work.run
+    end_process(work.process)
+    if done := read_done(run.folder):
         finished.append(Finished(run=run, done=done, seconds=seconds,
-                                 at_a_time=statistics.mean(worker.at_work)))
-        stage.say(f"{label}: {done['bits_per_dim']:.4f} bits/dim, {done['train_seconds']:.1f} s of "
-                  f"training, {seconds:.1f} in all")
+                                 at_a_time=statistics.mean(work.at_a_time)))
+        stage.say(f"{title(run)}: {done['bits_per_dim']:.4f} bits/dim, "
+                  f"{done['train_seconds']:.1f} s of training, {seconds:.1f} in all")
     else:
-        stage.failed.append(f"{label}: {why}")
-        stage.say(f"{label}: failed: {why}")
+        why = read_error(run.folder) or f"its process has ended ({work.process.exitcode})"
+        stage.failed.append(f"{title(run)}: {why}")
+        stage.say(f"{title(run)}: failed: {why}")
+
+
+def title(run):
+    return f"{run.folder.parent.name}: {run.label}"
+
+
+def leave_out(stage, run, why, kind=""):
+    """kind: of the runs of an experiment that are one line of the table."""
+    stage.leave_out(title(run), why, f"{run.folder.parent.name}{kind}")
 
 
 def drop_weights(finished, unfinished):
@@ -284,10 +242,8 @@ def drop_weights(finished, unfinished):
 def stop(stage, run):
     from harness.run_folder import read_progress
     step, *_ = read_progress(run.folder)
-    why = stage.stopped_by or "the time was up"
-    stage.leave_out(f"{run.folder.parent.name}: {run.label}",
-                    f"stopped at step {step} of {run.config.total_steps}: {why}",
-                    f"{run.folder.parent.name} (begun)")
+    leave_out(stage, run, f"stopped at step {step} of {run.config.total_steps}: "
+              f"{stage.stopped_by or 'the time was up'}", " (begun)")
 
 
 # ---- what comes out
@@ -325,15 +281,14 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
 
     Where that is too large, without metrics.csv; returns whether it has them.
     """
-    for names in (PACKED, [name for name in PACKED if name != "metrics.csv"]):
+    for names in (PACKED, PACKED[:-1]):
+        files = [run.folder / name for run in runs for name in names]
         with tarfile.open(path, "w:gz") as tar:
-            files = [run.folder / name for run in runs for name in names]
-            for file in [*files, *sorted((work / "results").glob("*.csv"))]:
-                if file.exists():
-                    tar.add(file, str(file.relative_to(work)))
+            for file in filter(os.path.exists, [*files, *sorted(work.glob("results/*.csv"))]):
+                tar.add(file, str(file.relative_to(work)))
         if path.stat().st_size <= max_bytes:
             break
-    return "metrics.csv" in names
+    return names == PACKED
 
 
 def run(stage, flags):
@@ -341,57 +296,53 @@ def run(stage, flags):
     names = [name for name in ORDER if name in flags.experiments]
     grids = {name: runs_of(load(name, stage.rehearsal), stage.work / "runs") for name in names}
     skipped = {name: finished_elsewhere(name, ROOT / "results") for name in names}
-    todo, orphans = [], []
+    todo = []
     for name, grid in grids.items():
-        new = [run for run in grid if run.run_id not in skipped[name]]
-        orphans += [run for run in new if is_orphan(run, skipped[name])]
-        todo += [run for run in new if not is_orphan(run, skipped[name])]
-    for run in orphans:
-        stage.leave_out(f"{run.folder.parent.name}: {run.label}",
-                        f"begins with weights that are in no folder here, of {run.after.label}",
-                        f"{run.folder.parent.name} (weights)")
-    cores = len(os.sched_getaffinity(0))
-    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"], cores, flags.graph)
-    modes = {name: True for name in ("compile", "graph") if getattr(flags, name)}
+        for one in [one for one in grid if one.run_id not in skipped[name]]:
+            if is_orphan(one, skipped[name]):
+                leave_out(stage, one, "begins with weights that are in no folder here, of "
+                          f"{one.after.label}", " (weights)")
+            else:
+                todo.append(one)
+    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"],
+                                      len(os.sched_getaffinity(0)), flags.graph)
     place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
-             "checkpoint_every_s": 3600, **modes}
-    root = {"data_root": str(flags.data_root)} if flags.data_root else {}
+             "checkpoint_every_s": 3600, "compile": bool(flags.compile), "graph": flags.graph}
     stage.say(f"{len(todo)} runs to do, {jobs} at a time")
-    finished, never = run_grid(stage, todo, jobs, {**place, **root})
+    finished, never = run_grid(stage, todo, jobs, place | {"data_root": flags.data_root})
     report(stage, never, finished)
     csvs = write_csvs(stage, grids, finished)
-    packed, runs = stage.out / "medium_runs.tar.gz", [one.run for one in finished]
-    if finished and not pack(packed, stage.work, runs):
+    runs = [one.run for one in finished]
+    if finished and not pack(stage.out / "medium_runs.tar.gz", stage.work, runs):
         stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
     if todo and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
+    if len(csvs) > PLAIN_CSVS:
+        stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
+                        f"{PLAIN_CSVS} lie beside it")
     seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
                 "train_seconds": round(one.done["train_seconds"], 1),
                 "at_a_time": round(one.at_a_time, 2)} for one in finished]
     stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
-    if len(csvs) > PLAIN_CSVS:
-        stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
-                        f"{PLAIN_CSVS} lie beside it")
     return table(grids, skipped, finished, jobs)
 
 
 def report(stage, never, finished):
     """Why the runs that never began did not."""
     done_ids = {one.run.run_id for one in finished}
-    for run in never:
-        if run.after and run.after.run_id not in done_ids:
-            why = f"begins with the weights of {run.after.label}, which has not finished"
-        else:
-            why = f"takes about {predict(run, finished, 1, stage.device):.0f} s: no time"
-        stage.leave_out(f"{run.folder.parent.name}: {run.label}", why, run.folder.parent.name)
+    for one in never:
+        why = f"takes about {predict(one, finished, 1, stage.device):.0f} s: no time"
+        if one.after and one.after.run_id not in done_ids:
+            why = f"begins with the weights of {one.after.label}, which has not finished"
+        leave_out(stage, one, why)
 
 
 def table(grids, skipped, finished, jobs):
     done_ids = {one.run.run_id for one in finished}
     lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
     for name, grid in grids.items():
-        ids = [run.run_id for run in grid]
-        here, there = len(done_ids.intersection(ids)), len(skipped[name].intersection(ids))
+        ids = {run.run_id for run in grid}
+        here, there = len(ids & done_ids), len(ids & skipped[name])
         lines.append(f"{name:20}{len(ids):6}{there:9}{here:10}{len(ids) - here - there:9}")
     training = sum(one.done["train_seconds"] for one in finished)
     return [*lines, f"{jobs} runs at a time; {training:.0f} s of training in {len(finished)} runs"]

@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -61,9 +60,14 @@ class Stage:
     def _on_signal(self, number, _):
         self.stopped_by = signal.Signals(number).name
 
+    def files(self):
+        """The stage's files in OUT."""
+        return sorted(path for path in self.out.iterdir() if path.is_file() and (
+            path.name.startswith(f"{self.name}_") or f"_{self.name}.shard-" in path.name))
+
     def empty(self):
         """Remove the files of this stage that are in OUT."""
-        for path in stage_files(self.out, self.name):
+        for path in self.files():
             path.unlink()
 
     def say(self, line):
@@ -74,17 +78,16 @@ class Stage:
 
     def start(self, module, function, *arguments):
         """A process that calls a function of a module, with its output in the log."""
-        arguments = str(self.log), module, function, arguments
-        process = self.context.Process(target=call, args=arguments)
+        process = self.context.Process(target=call, args=(str(self.log), module, function,
+                                                          arguments))
         process.start()
         return process
 
     def look(self):
-        """See what the device is, in a process of its own.
+        """See what the device is; returns None, or a line on why the stage cannot begin.
 
-        This one never uses it: so others can begin as its copies, which saves seconds of imports.
-        Where a GPU does not work in a copy, they begin anew.
-        Returns None, or a line on why the stage cannot begin.
+        This process never uses it: so others can begin as its copies, which saves seconds of
+        imports. Where a GPU does not work in a copy, they begin anew.
         """
         for method in ("fork", "spawn"):
             self.context = multiprocessing.get_context(method)
@@ -104,26 +107,24 @@ class Stage:
     def part(self, name, least_s, module, function, *arguments):
         """Run a part in a process of its own, in the time left; returns whether it ended well."""
         if self.left_s < least_s or not self.left_s:
-            time_is_up = f"needs about {least_s} s, and {self.left_s:.0f} were left"
-            self.leave_out(name, self.stopped_by or time_is_up)
+            self.leave_out(name, self.stopped_by or f"needs about {least_s} s, and "
+                           f"{self.left_s:.0f} were left")
             return False
         self.say(f"{name} ...")
-        begin = time.monotonic()
-        process = self.start(module, function, *arguments)
+        begin, process = time.monotonic(), self.start(module, function, *arguments)
         while process.is_alive() and self.left_s:
             process.join(0.1)
-        cut = process.is_alive()
-        end_process(process)
-        state = "failed" if process.exitcode else "ok"
-        if cut:
-            state = "stopped"
-        seconds = round(time.monotonic() - begin, 1)
-        self.parts.append({"name": name, "state": state, "seconds": seconds,
-                           "exit": None if cut else process.exitcode})
-        if cut:
+        state, code = "stopped", None
+        if process.is_alive():
             self.leave_out(name, f"not finished: {self.stopped_by or 'the time was up'}")
-        if state == "failed":
+        elif code := process.exitcode:
+            state = "failed"
             self.failed.append(name)
+        else:
+            state = "ok"
+        end_process(process)
+        seconds = round(time.monotonic() - begin, 1)
+        self.parts.append({"name": name, "state": state, "seconds": seconds, "exit": code})
         self.say(f"{name}: {state}, {seconds:.0f} s")
         return state == "ok"
 
@@ -137,19 +138,19 @@ class Stage:
             signal.signal(number, signal.SIG_IGN)
         fit_files(self)
         state = "failed" if self.failed else "ok"
-        about = {**provenance(), "device": self.device, "hardware": self.seen["hardware"]}
-        seconds = time.monotonic() - self.begun
+        about, seconds = provenance(), time.monotonic() - self.begun
         done = {"stage": self.name, "state": state, "rehearsal": self.rehearsal,
                 "stopped_by": self.stopped_by, "seconds": round(seconds, 1),
-                "limit_s": self.limit_s, **about, "parts": self.parts, "failed": self.failed,
+                "limit_s": self.limit_s, **about, "device": self.device,
+                "hardware": self.seen["hardware"], "parts": self.parts, "failed": self.failed,
                 "left_out": self.left_out, **self.more}
         (self.out / f"{self.name}_done.json").write_text(json.dumps(done, indent=1) + "\n")
         remove_folder(self.work)
-        dirty = {True: ", with changes", False: ""}.get(about["git_dirty"], "")
+        dirty = ", with changes" if about["git_dirty"] else ""
         ended = f", ended by {self.stopped_by}" if self.stopped_by else ""
         counts = ", a rehearsal: no number of it counts" if self.rehearsal else ""
         head = [f"{self.name}: {state}, {seconds:.0f} of {self.limit_s} s{ended}{counts}",
-                f"{about['hardware']}, torch {about['torch_version']}, commit "
+                f"{done['hardware']}, torch {about['torch_version']}, commit "
                 f"{about['git_commit'][:10] or 'unknown'}{dirty}"]
         print("\n".join(fit_table(head, body, self.failed, self.left_out)))
         return 1 if self.failed else 0
@@ -216,26 +217,17 @@ def remove_folder(folder):
 
 # ---- files and the table
 
-def stage_files(out, stage):
-    """A stage's files in OUT."""
-    return sorted(path for path in out.iterdir() if path.is_file() and (
-        path.name.startswith(f"{stage}_") or f"_{stage}.shard-" in path.name))
-
-
 def fit_files(stage):
-    """Cut or remove what is too large, or too many."""
-    for path in stage_files(stage.out, stage.name):
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
-            raise AssertionError(path.name)
+    """Cut or remove what is too large; too many are a bug."""
+    for path in stage.files():
         if path.stat().st_size <= MAX_BYTES:
             continue
         if path == stage.log:
-            content = path.read_bytes()
-            path.write_bytes(b"(the beginning is cut)\n" + content[-MAX_BYTES // 2:])
+            path.write_bytes(b"(the beginning is cut)\n" + path.read_bytes()[-MAX_BYTES // 2:])
         else:
             stage.leave_out(path.name, f"{path.stat().st_size:,} bytes are more than {MAX_BYTES:,}")
             path.unlink()
-    files = stage_files(stage.out, stage.name)
+    files = stage.files()
     if len(files) > MAX_FILES - 1:  # done.json is not there yet
         raise AssertionError(f"{len(files)} files: {files}")
 
