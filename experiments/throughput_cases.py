@@ -1,5 +1,4 @@
 """What experiments/throughput.py measures: the sizes, and functions that do one step each."""
-import dataclasses
 import importlib
 import importlib.metadata
 import itertools
@@ -7,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -33,17 +32,18 @@ MODES = {"eager": (False, False), "compile": (True, False), "graph": (False, Tru
          "both": (True, True)}  # whether compiled, whether a graph
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkout:
-    """What is measured of one version of this code.
+def mode_of(compiled, graph):
+    """The mode of two switches, or of what a CSV says of them."""
+    switches = [str(compiled), str(graph)]
+    return next(name for name, mode in MODES.items() if list(map(str, mode)) == switches)
 
-    recipe: the module with make_optimizer and training_step. accelerate(jet): makes it faster.
-    version: git_commit and git_dirty.
-    """
+
+class Checkout(NamedTuple):
+    """What is measured of one version of this code."""
     jet: ModuleType
-    recipe: ModuleType
-    accelerate: Callable
-    version: dict
+    recipe: ModuleType  # has make_optimizer and training_step
+    accelerate: Callable  # of a Jet: a faster one
+    version: dict  # git_commit and git_dirty
 
 
 OURS = Checkout(jet=jet, recipe=recipe, accelerate=kernels.accelerate, version=code_version())
@@ -115,27 +115,22 @@ def port_step(config, what, x, flags):
         block_depth=model.block_depth, block_width=model.emb_dim,
         num_heads=model.num_heads).to(flags.device)
     x = x.permute(0, 2, 3, 1).contiguous()  # it takes (B, H, W, C)
-
-    def likelihood():
-        with networks_in(config.precision, flags.device):
-            z, logdet = port(x)
-            return jet.bits_per_dim(z, logdet[:, 0])
-
-    def sampling():
-        with networks_in(config.precision, flags.device):
-            shape = (config.batch_size, tokens, model.token_dim)
-            return quantize(port.inverse(torch.randn(shape, device=flags.device))[0])
-
-    if what != "train":
-        return torch.no_grad()({"likelihood": likelihood, "sampling": sampling}[what])
     optimizer = recipe.make_optimizer(port.parameters(), config)
 
     def step():
-        optimizer.zero_grad()
-        likelihood().mean().backward()
-        torch.nn.utils.clip_grad_norm_(port.parameters(), config.clip_norm)
-        optimizer.step()
-    return step
+        with networks_in(config.precision, flags.device):
+            if what == "sampling":
+                shape = (config.batch_size, tokens, model.token_dim)
+                return quantize(port.inverse(torch.randn(shape, device=flags.device))[0])
+            z, logdet = port(x)
+            bits = jet.bits_per_dim(z, logdet[:, 0])
+        if what == "train":
+            bits.mean().backward()
+            torch.nn.utils.clip_grad_norm_(port.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return bits
+    return step if what == "train" else torch.no_grad()(step)
 
 
 # ---- what we are compared with
@@ -176,18 +171,15 @@ def other_checkout(folder):
 
 def _import_checkout(path):
     """The Checkout that is first on sys.path."""
-    modules = {name: importlib.import_module(name) for name in ("jet", "train")}
-    if (path / "recipe.py").exists():
-        modules |= {name: importlib.import_module(name)
-                    for name in ("recipe", "kernels", "harness.machine")}
-        return Checkout(jet=modules["jet"], recipe=modules["recipe"],
-                        accelerate=modules["kernels"].accelerate,
-                        version=modules["harness.machine"].code_version())
-    # Before there was recipe.py, train.py had the step, and jet.py used the kernels by itself.
-    commit, tree = modules["train"].git_commit()
-    version = {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree)}
-    return Checkout(jet=modules["jet"], recipe=modules["train"], accelerate=lambda model: model,
-                    version=version)
+    its_jet, its_train = map(importlib.import_module, ("jet", "train"))
+    if not (path / "recipe.py").exists():
+        # Then train.py had the step, and jet.py used the kernels by itself.
+        commit, tree = its_train.git_commit()
+        version = {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree)}
+        return Checkout(its_jet, its_train, lambda model: model, version)
+    its_recipe, its_kernels, machine = map(importlib.import_module,
+                                           ("recipe", "kernels", "harness.machine"))
+    return Checkout(its_jet, its_recipe, its_kernels.accelerate, machine.code_version())
 
 
 def _take_out(where):

@@ -4,6 +4,7 @@ A trace of a few steps, what rounding costs, and the time of a whole evaluation.
 """
 import json
 import math
+import operator
 import sys
 import time
 from pathlib import Path
@@ -59,20 +60,17 @@ def profile_size(size, what, batch_size, flags):
 
 def print_costs(what, profiler, flags):
     """Print the ten operators or kernels that take most of the device's time."""
-    events = without_annotations(profiler.key_averages())
-    if flags.device.type == "cuda":
-        costs = [(event.self_device_time_total, event.key, event.count)
-                 for event in events if is_on_gpu(event)]
-    else:
-        costs = [(event.self_cpu_time_total, event.key, event.count)
-                 for event in events if not is_on_gpu(event)]
+    on_gpu = flags.device.type == "cuda"
+    time_of = operator.attrgetter(f"self_{'device' if on_gpu else 'cpu'}_time_total")
+    costs = [(time_of(event), event.key, event.count)
+             for event in without_annotations(profiler.key_averages())
+             if is_on_gpu(event) == on_gpu]
     total = sum(cost for cost, _, _ in costs)
     print(f"{what}: {total / 1e6 / flags.steps:.4f} s a step on {hardware(flags.device)}, of which")
-    print(pd.DataFrame([{"ms a step": f"{cost / 1e3 / flags.steps:.3f}",
-                         "share": f"{cost / total:.1%}",
-                         "calls a step": f"{count / flags.steps:g}", "name": name[:70]}
-                        for cost, name, count in sorted(costs, reverse=True)[:10]]
-                       ).to_string(index=False))
+    rows = [{"ms a step": f"{cost / 1e3 / flags.steps:.3f}", "share": f"{cost / total:.1%}",
+             "calls a step": f"{count / flags.steps:g}", "name": name[:70]}
+            for cost, name, count in sorted(costs, reverse=True)[:10]]
+    print(pd.DataFrame(rows).to_string(index=False))
 
 
 def print_gpu_costs(events, seconds, steps):
