@@ -7,6 +7,7 @@ names its assumptions.
 """
 import dataclasses
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -27,12 +28,9 @@ from sweeps.plan import GPU_PEAKS, GPU_SHARE, number
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes
 CONTEXT = 1e9  # bytes of a card that CUDA, its libraries and fragments take (assumed)
-# Bytes/s of a GPU: HBM3, to its node, to other nodes (400 Gb/s)
-MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9
-# Of a parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient
-ADAM_BYTES = 28
-# GPUs of a node; bytes of the last gradients, which nothing is left to hide behind
-NODE, BUCKET = 8, 25 * 2 ** 20
+MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9  # bytes/s: HBM3, to a node, to others (400 Gb/s)
+ADAM_BYTES = 28  # a parameter: AdamW reads weight, gradient, two moments; writes all but the gradient
+NODE, BUCKET = 8, 25 * 2 ** 20  # its GPUs; bytes of the last gradients, with nothing to hide behind
 PRECISIONS = ("float32", "bfloat16")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 PAPER_SIZES = ("32x2", "64x5")
@@ -118,11 +116,8 @@ def step_seconds(flops, params, rate, gpus):
 
 def stops_scaling(flops, params, rate, gpus=GPUS):
     """The first number of GPUs whose traffic takes longer than backward, or None."""
-    for n in gpus:
-        _, traffic, backward = step_seconds(flops, params, rate, n)
-        if traffic > backward:
-            return n
-    return None
+    steps = {n: step_seconds(flops, params, rate, n) for n in gpus}
+    return next((n for n, (_, traffic, backward) in steps.items() if traffic > backward), None)
 
 
 # ---- the tables
@@ -139,32 +134,35 @@ def measured_rows(results_dir):
             if row["implementation"] == "ours" and row["what"] == "train"]
 
 
-def train_rate(size, precision, measured):
-    """(FLOP/s of one GPU in training a size, the best "measured" one or else "computed")."""
+def train_rate(size, measured):
+    """(FLOP/s of a GPU in training a size in bfloat16, the best "measured" or else "computed")."""
     rates = [row["flops_per_s"] for row in measured
-             if (row["device"], row["size"], row["precision"]) == ("cuda", size, precision)]
+             if (row["device"], row["size"], row["precision"]) == ("cuda", size, "bfloat16")]
     if rates:
         return max(rates), "measured"
-    return GPU_SHARE * GPU_PEAKS[precision], "computed"
+    return GPU_SHARE * GPU_PEAKS["bfloat16"], "computed"
 
 
 def memory_table(measured):
     rows = []
-    for size, changes in SIZES.items():
-        config = JetConfig(**changes)
-        for precision in PRECISIONS:
-            coupling = coupling_bytes(config, precision)
-            fixed = fixed_bytes(num_parameters(config), precision)
-            for recompute, answer in ((False, "no"), (True, "yes")):
-                per_image = image_bytes(config, precision, recompute, coupling)
-                key = size, precision, str(recompute)
-                ran = [row for row in measured if key == (
-                    row["size"], row["precision"], row["checkpoint_activations"])]
-                rows.append([
-                    size, precision, answer,
-                    f"{fixed / 2 ** 30:.2f} + {per_image / 2 ** 20:.4g}",
-                    *(_batch_cell(gb, fixed, per_image, ran) for gb in CARDS),
-                    _speed_cell(size, config, precision, recompute, ran)])
+    for size, precision in itertools.product(SIZES, PRECISIONS):
+        config = JetConfig(**SIZES[size])
+        coupling = coupling_bytes(config, precision)
+        fixed = fixed_bytes(num_parameters(config), precision)
+        for recompute, answer, forwards in ((False, "no", 3), (True, "yes", 4)):
+            per_image = image_bytes(config, precision, recompute, coupling)
+            ran = [row for row in measured if (size, precision, str(recompute)) == (
+                row["size"], row["precision"], row["checkpoint_activations"])]
+            best = {row["hardware"]: f"{number(row['images_per_s'])} measured ({row['hardware']})"
+                    for row in sorted(ran, key=lambda row: row["images_per_s"])}
+            if not ran and size in PAPER_SIZES:
+                flops = forward_flops(config) * forwards
+                speed = GPU_SHARE * GPU_PEAKS[precision] / flops
+                best = {"H100": f"{number(speed)} computed (H100)"}
+            rows.append([size, precision, answer,
+                         f"{fixed / 2 ** 30:.2f} + {per_image / 2 ** 20:.4g}",
+                         *(_batch_cell(gb, fixed, per_image, ran) for gb in CARDS),
+                         "; ".join(best.values())])
     return table(["size", "precision", "checkpointing", "GiB + MiB an image",
                   *(f"{gb} GB" for gb in CARDS), "training images/s"], rows)
 
@@ -177,20 +175,6 @@ def _batch_cell(gb, fixed, per_image, ran):
         return f"{max(batches):,.0f} measured"
     batch_size = largest_batch(gb, fixed, per_image)
     return f"{batch_size:,}" if batch_size else "does not fit"
-
-
-def _speed_cell(size, config, precision, recompute, ran):
-    """Measured images/s with where, or for the paper's sizes what an H100 would do."""
-    if ran:
-        best = {row["hardware"]: row["images_per_s"]
-                for row in sorted(ran, key=lambda row: row["images_per_s"])}
-        return "; ".join(f"{number(speed)} measured ({hardware})"
-                         for hardware, speed in best.items())
-    if size not in PAPER_SIZES:
-        return ""
-    forwards = 4 if recompute else 3
-    speed = GPU_SHARE * GPU_PEAKS[precision] / forward_flops(config) / forwards
-    return f"{number(speed)} computed (H100)"
 
 
 def paper_experiments():
@@ -209,52 +193,41 @@ def paper_runs():
     """{what: its training runs (TrainConfig) at paper scale}: the main models, each experiment."""
     runs = {f"main table, {size}": [TrainConfig(model=JetConfig(**SIZES[size]))]
             for size in PAPER_SIZES}
-    for item, experiment in paper_experiments().items():
-        runs[f"{item} (`{experiment.name}`)"] = [
-            run.config for run in make_runs(experiment, "paper", [0], ROOT / "runs")]
-    return runs
+    return runs | {f"{item} (`{experiment.name}`)": [
+        run.config for run in make_runs(experiment, "paper", [0], ROOT / "runs")]
+        for item, experiment in paper_experiments().items()}
 
 
 def hours_table(measured, gpus=(8, 64)):
     rows = []
     for what, configs in paper_runs().items():
-        size = "64x5" if "64x5" in what else "32x2"
-        rate, source = train_rate(size, "bfloat16", measured)
-        flops = sum(map(train_flops, configs))
-        hours = [sum(run_seconds(config, rate, n) for config in configs) / 3600 for n in gpus]
+        rate, source = train_rate("64x5" if "64x5" in what else "32x2", measured)
+        flops, hours = sum(map(train_flops, configs)), dict.fromkeys(gpus, 0)
+        for config, n in itertools.product(configs, gpus):
+            step, _, _ = step_seconds(train_flops(config) / config.total_steps,
+                                      num_parameters(config.model), rate, n)
+            hours[n] += config.total_steps * step / 3600
         rows.append([what, str(len(configs)), f"{flops:.3g}", number(flops / rate / 3600),
-                     *map(number, hours), f"{rate / 1e12:.0f} TFLOP/s {source}"])
+                     *map(number, hours.values()), f"{rate / 1e12:.0f} TFLOP/s {source}"])
     return table(["what", "runs", "FLOPs", "GPU-hours", *(f"hours on {n} GPUs" for n in gpus),
                   "speed of a GPU"], rows)
 
 
-def run_seconds(config, rate, gpus):
-    """Seconds of a training run on so many GPUs of such a rate."""
-    step, _, _ = step_seconds(train_flops(config) / config.total_steps,
-                              num_parameters(config.model), rate, gpus)
-    return config.total_steps * step
-
-
 def traffic_table(measured):
-    batch_size, rows, stops = TrainConfig.batch_size, [], {}
-    for n in GPUS:
-        cells = []
-        for size in PAPER_SIZES:
-            config, (rate, _) = JetConfig(**SIZES[size]), train_rate(size, "bfloat16", measured)
-            flops, params = 3 * batch_size * forward_flops(config), num_parameters(config)
-            step, traffic, backward = step_seconds(flops, params, rate, n)
-            alone, _, _ = step_seconds(flops, params, rate, 1)
-            stops[size] = stops_scaling(flops, params, rate)
-            cells += [f"{step * 1e3:.3g} ms, {alone / step / n:.0%}",
-                      f"{traffic * 1e3:.2g} / {backward * 1e3:.3g} ms"]
-        rows.append([str(n), str(batch_size // n), *cells])
-    heading = ["GPUs", "images a GPU"]
+    batch_size, heading, stops = TrainConfig.batch_size, ["GPUs", "images a GPU"], []
+    rows = {n: [str(n), str(batch_size // n)] for n in GPUS}
     for size in PAPER_SIZES:
         heading += [f"{size}: step, efficiency", "traffic / backward"]
-    places = ", ".join(f"{size} at {n or f'more than {GPUS[-1]}'} GPUs"
-                       for size, n in stops.items())
-    return (f"{table(heading, rows)}\n\nIt stops scaling where traffic takes longer than backward: "
-            f"{places}.")
+        config, (rate, _) = JetConfig(**SIZES[size]), train_rate(size, measured)
+        work = 3 * batch_size * forward_flops(config), num_parameters(config), rate
+        alone, _, _ = step_seconds(*work, 1)
+        for n, cells in rows.items():
+            step, traffic, backward = step_seconds(*work, n)
+            cells += [f"{step * 1e3:.3g} ms, {alone / step / n:.0%}",
+                      f"{traffic * 1e3:.2g} / {backward * 1e3:.3g} ms"]
+        stops.append(f"{size} at {stops_scaling(*work) or f'more than {GPUS[-1]}'} GPUs")
+    return (f"{table(heading, rows.values())}\n\nIt stops scaling where traffic takes longer than "
+            f"backward: {', '.join(stops)}.")
 
 
 def page(results_dir):
