@@ -132,18 +132,12 @@ def run_speed(stage, flags):
 def speed_rows(out):
     import pandas as pd
 
-    from experiments.throughput_cases import mode_of
-    lines = []
-    for path in sorted(out.glob("speed_throughput_*.csv")):
-        lines.append(f"{'size':6} {'what':10} {'of':12}{'mode':8}{'batch':>5}{'images/s':>10}"
-                     f"{'of peak':>8}{'ratio':>7}{'start s':>8}")
-        for row in pd.read_csv(path).itertuples():
-            mode = mode_of(row.compile, row.graph) if row.implementation == "ours" else ""
-            ratio = "" if pd.isna(row.ratio) else f"{row.ratio:.2f}"
-            lines.append(f"{row.size:6} {row.what:10} {row.implementation:12}{mode:8}"
-                         f"{row.batch_size:5}{row.images_per_s:10,.1f}{row.peak_share:8.1%}"
-                         f"{ratio:>7}{row.startup_seconds:8.1f}")
-    return lines
+    from experiments.throughput_cases import table_of
+    looks = {"batch_size": ("batch", "{}"), "images_per_s": ("images/s", "{:,.1f}"),
+             "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.2f}"),
+             "startup_seconds": ("start s", "{:.1f}")}
+    return [line for path in sorted(out.glob("speed_throughput_*.csv"))
+            for line in table_of(pd.read_csv(path), looks).splitlines()]
 
 
 def number_line(numbers):

@@ -28,8 +28,9 @@ from sweeps.plan import GPU_PEAKS, GPU_SHARE, number
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes
 CONTEXT = 1e9  # bytes of a card that CUDA, its libraries and fragments take (assumed)
-MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9  # bytes/s: HBM3, to a node, to others (400 Gb/s)
-ADAM_BYTES = 28  # a parameter: AdamW reads weight, gradient, two moments; writes all but the gradient
+# Bytes/s of a GPU: HBM3, to its node, to other nodes (400 Gb/s)
+MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9
+ADAM_BYTES = 28  # a parameter: it reads weight, gradient, moments, and writes all but the gradient
 NODE, BUCKET = 8, 25 * 2 ** 20  # its GPUs; bytes of the last gradients, with nothing to hide behind
 PRECISIONS = ("float32", "bfloat16")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
@@ -72,12 +73,9 @@ but the last {BUCKET / 2 ** 20:.0f} MiB beside backward; Adam on every GPU at
 # ---- memory
 
 def coupling_bytes(config, precision):
-    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds.
-
-    Nothing is computed: the tensors have sizes and no values.
-    """
+    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds."""
     cycle = dataclasses.replace(config, num_couplings=len(config.kinds))
-    with torch.device("meta"):
+    with torch.device("meta"):  # sizes, and no values
         jet = Jet(cycle)
     with FakeTensorMode(allow_non_fake_inputs=True):
         return activation_bytes(jet.to_empty(device="cpu"), precision) / cycle.num_couplings

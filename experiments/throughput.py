@@ -34,7 +34,7 @@ import kernels
 from data import training_batch
 from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, find_rival,
                                           mode_of, our_images, our_step, port_step, seconds_of,
-                                          size_config)
+                                          size_config, table_of)
 from experiments.throughput_checks import check_precision, profile_size, time_evaluation
 from harness.errors import TrainingError
 from harness.files import write_atomically
@@ -58,8 +58,7 @@ def product_timer(device, precision):
     """A function that times square matrix products: FLOP/s."""
     n, repeats = (8192, 10) if device.type == "cuda" else (1536, 2)
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
-    out = torch.empty_like(a)
-    flops = 2 * n ** 3 * repeats
+    out, flops = torch.empty_like(a), 2 * n ** 3 * repeats
     return lambda: flops / seconds_of(lambda: torch.mm(a, b, out=out), device, repeats)
 
 
@@ -71,16 +70,14 @@ def measure(makers, config, flags):
     product, numbers, steps = product_timer(flags.device, config.precision), {}, {}
     product()
     for name, make in makers.items():
-        peak = watch_memory(flags.device)
-        begin = time.perf_counter()
+        peak, begin = watch_memory(flags.device), time.perf_counter()
         steps[name] = make()
         seconds_of(steps[name], flags.device)
         first = time.perf_counter() - begin
         # with Adam's moments in place; a CUDA graph is recorded in the second
         seconds_of(steps[name], flags.device, 2)
-        numbers[name] = {"first_step_seconds": first,
-                         "startup_seconds": time.perf_counter() - begin,
-                         "peak_memory_gib": peak()}
+        numbers[name] = {"first_step_seconds": first, "peak_memory_gib": peak(),
+                         "startup_seconds": time.perf_counter() - begin}
     rates, seconds = [product() for _ in range(3)], {name: [] for name in makers}
     order = list(makers)
     for _ in range(flags.steps):
@@ -253,19 +250,14 @@ def print_plan(flags):
 def print_table(rows):
     table = pd.DataFrame(rows, columns=figure.COLUMNS)
     table = table.astype(dict.fromkeys((*figure.NUMBERS, *figure.MAYBE), float))
-    table["mode"] = list(map(mode_of, table["compile"], table["graph"]))
-    texts = {"size": "size", "what": "what", "implementation": "of", "mode": "mode"}
-    numbers = {"batch_size": ("batch", "{:.0f}"), "images_per_s": ("images/s", "{:.4g}"),
-               "step_seconds": ("s a step", "{:.4f}"), "step_seconds_q25": ("25 %", "{:.4f}"),
-               "step_seconds_q75": ("75 %", "{:.4f}"), "flops_per_s": ("FLOP/s", "{:.3g}"),
-               "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.3f}"),
-               "ratio_q25": ("25 %", "{:.3f}"), "ratio_q75": ("75 %", "{:.3f}"),
-               "peak_memory_gib": ("GiB", "{:.2f}"),
-               "first_step_seconds": ("first step s", "{:.2f}"),
-               "startup_seconds": ("start s", "{:.2f}")}
-    print(table[[*texts, *numbers]].to_string(
-        index=False, na_rep="", header=[*texts.values(), *(name for name, _ in numbers.values())],
-        formatters={column: form.format for column, (_, form) in numbers.items()}))
+    print(table_of(table, {
+        "batch_size": ("batch", "{:.0f}"), "images_per_s": ("images/s", "{:.4g}"),
+        "step_seconds": ("s a step", "{:.4f}"), "step_seconds_q25": ("25 %", "{:.4f}"),
+        "step_seconds_q75": ("75 %", "{:.4f}"), "flops_per_s": ("FLOP/s", "{:.3g}"),
+        "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.3f}"),
+        "ratio_q25": ("25 %", "{:.3f}"), "ratio_q75": ("75 %", "{:.3f}"),
+        "peak_memory_gib": ("GiB", "{:.2f}"), "first_step_seconds": ("first step s", "{:.2f}"),
+        "startup_seconds": ("start s", "{:.2f}")}))
     if table["ratio"].notna().any():
         print("ratio: of images/s, ours to the other's or our mode to eager, round by round; 25 % "
               "and 75 %: quartiles")

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Callable, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,16 +75,14 @@ def our_step(code, size, config, what, batch, flags, mode="eager"):
     """A step of a Checkout's own code on the images of batch(), from a fresh Jet."""
     compiled, graph = MODES[mode]
     torch.manual_seed(0)
-    model = code.jet.Jet(code.jet.JetConfig(**SIZES[size])).to(flags.device)
-    model = code.accelerate(model)
+    model = code.accelerate(code.jet.Jet(code.jet.JetConfig(**SIZES[size])).to(flags.device))
     model.checkpoint_activations = flags.checkpoint_activations
     if compiled:
         compile_couplings(model)
     if what == "train":
         update = _graphed(model, config) if graph else _eager(code, model, config)
         numbers = itertools.count(1)
-        # As in train.train: else the first coupling, with no gradient to pass on, is another
-        # compiled graph.
+        # as in train.train: else the first coupling, with no gradient, is another compiled graph
         return lambda: update(batch().detach().requires_grad_(compiled), next(numbers))
 
     @torch.no_grad()
@@ -162,51 +161,48 @@ def other_checkout(folder):
     sys.path.insert(0, str(path))
     importlib.invalidate_caches()
     try:
-        return _import_checkout(path)
+        its_jet, its_train = map(importlib.import_module, ("jet", "train"))
+        if (path / "recipe.py").exists():
+            its_recipe, its_kernels, machine = map(importlib.import_module,
+                                                   ("recipe", "kernels", "harness.machine"))
+            return Checkout(its_jet, its_recipe, its_kernels.accelerate, machine.code_version())
+        # Before there was that, train.py had the step, and jet.py used the kernels by itself.
+        commit, tree = its_train.git_commit()
+        version = {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree)}
+        return Checkout(its_jet, its_train, lambda model: model, version)
     finally:
         sys.path.remove(str(path))
         _take_out(path)
         sys.modules.update(ours)
 
 
-def _import_checkout(path):
-    """The Checkout that is first on sys.path."""
-    its_jet, its_train = map(importlib.import_module, ("jet", "train"))
-    if not (path / "recipe.py").exists():
-        # Then train.py had the step, and jet.py used the kernels by itself.
-        commit, tree = its_train.git_commit()
-        version = {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree)}
-        return Checkout(its_jet, its_train, lambda model: model, version)
-    its_recipe, its_kernels, machine = map(importlib.import_module,
-                                           ("recipe", "kernels", "harness.machine"))
-    return Checkout(its_jet, its_recipe, its_kernels.accelerate, machine.code_version())
-
-
 def _take_out(where):
-    """The modules of a checkout, taken out of sys.modules: all checkouts use the same names."""
-    found = []
-    for name, module in list(sys.modules.items()):
-        origin = getattr(module, "__file__", None)
-        if origin is None:  # a folder without __init__.py has paths
-            origin = next(iter(getattr(module, "__path__", ())), "")
-        place = where / name.replace(".", "/")
-        if Path(origin) in (place, place.with_suffix(".py"), place / "__init__.py"):
-            found.append(name)
-    return {name: sys.modules.pop(name) for name in found}
+    """The modules with names of a checkout's, taken out of sys.modules."""
+    names = {path.stem for path in where.iterdir()}
+    return {name: sys.modules.pop(name) for name in list(sys.modules)
+            if name.partition(".")[0] in names}
 
 
-# ---- time
+# ---- time and tables
 
 def seconds_of(step, device, repeats=1):
     """Seconds of calls in a row, to the end of their work on the device."""
-    _finish(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         step()
-    _finish(device)
+    wait(device)
     return time.perf_counter() - begin
 
 
-def _finish(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def table_of(rows, looks):
+    """Measured rows as text. looks: {column: (its heading, how its numbers are written)}."""
+    modes = [mode_of(row.compile, row.graph) if row.implementation == "ours" else ""
+             for row in rows.itertuples()]
+    table = rows[["size", "what", "implementation"]].assign(mode=modes)
+    table.columns = ["size", "what", "of", "mode"]
+    for column, (heading, look) in looks.items():
+        cells = ["" if pd.isna(value) else look.format(value) for value in rows[column]]
+        table.insert(len(table.columns), heading, cells, allow_duplicates=True)
+    return table.to_string(index=False)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -24,15 +25,10 @@ from jet import Jet, JetConfig
 
 
 def busy_share(intervals, seconds):
-    """The share of so many seconds that any of the intervals covers.
-
-    intervals: (begin, end) in microseconds.
-    """
-    covered, reached = 0.0, -math.inf
-    for begin, end in sorted(intervals):
-        covered += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return covered / 1e6 / seconds
+    """The share of so many seconds that some of the intervals, in microseconds, cover."""
+    begins, ends = np.array(sorted(intervals)).reshape(-1, 2).T
+    reached = np.maximum.accumulate(np.append(-math.inf, ends))[:-1]
+    return np.maximum(0, ends - np.maximum(begins, reached)).sum() / 1e6 / seconds
 
 
 def profile_size(size, what, batch_size, flags):
@@ -44,9 +40,8 @@ def profile_size(size, what, batch_size, flags):
     seconds_of(step, flags.device, 3)
     with torch.profiler.profile() as profiler:
         seconds = seconds_of(step, flags.device, flags.steps)
-    folder = flags.runs_dir / "throughput_profile"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{size}-{what}.json.gz"
+    path = flags.runs_dir / "throughput_profile" / f"{size}-{what}.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
     print_costs(f"{size} {what}, {batch_size} images", profiler, flags)
     numbers = {"size": size, "work": what, "mode": flags.mode, "precision": flags.precision,
@@ -62,40 +57,39 @@ def print_costs(what, profiler, flags):
     """Print the ten operators or kernels that take most of the device's time."""
     on_gpu = flags.device.type == "cuda"
     time_of = operator.attrgetter(f"self_{'device' if on_gpu else 'cpu'}_time_total")
-    costs = [(time_of(event), event.key, event.count)
-             for event in without_annotations(profiler.key_averages())
-             if is_on_gpu(event) == on_gpu]
-    total = sum(cost for cost, _, _ in costs)
+    events, gpu_events = split(profiler.key_averages())
+    events = gpu_events if on_gpu else events
+    total = sum(map(time_of, events))
     print(f"{what}: {total / 1e6 / flags.steps:.4f} s a step on {hardware(flags.device)}, of which")
-    rows = [{"ms a step": f"{cost / 1e3 / flags.steps:.3f}", "share": f"{cost / total:.1%}",
-             "calls a step": f"{count / flags.steps:g}", "name": name[:70]}
-            for cost, name, count in sorted(costs, reverse=True)[:10]]
+    rows = [{"ms a step": f"{time_of(event) / 1e3 / flags.steps:.3f}",
+             "share": f"{time_of(event) / total:.1%}",
+             "calls a step": f"{event.count / flags.steps:g}", "name": event.key[:70]}
+            for event in sorted(events, key=time_of, reverse=True)[:10]]
     print(pd.DataFrame(rows).to_string(index=False))
 
 
 def print_gpu_costs(events, seconds, steps):
     """Print who waits for the GPU, and the share of the time in which it works; returns it."""
-    events = without_annotations(events)
-    on_gpu = [event for event in events if is_on_gpu(event)]
-    waits = {name: sum(event.name == name for event in events) for name in
-             ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize",
-              "cudaDeviceSynchronize")}
-    counts = ", ".join(f"{name} {count}" for name, count in waits.items())
+    on_cpu, on_gpu = split(events)
+    names = [event.name for event in on_cpu]
+    counts = ", ".join(f"{name} {names.count(name)}" for name in
+                       ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize",
+                        "cudaDeviceSynchronize"))
     copies = sum(event.time_range.elapsed_us() for event in on_gpu if "HtoD" in event.name)
     print(f"waits for the GPU: {counts} (two of the last are this measurement's and one the "
           f"profiler's); images to the GPU: {copies / 1e3 / steps:.3f} ms a step")
-    intervals = [(event.time_range.start, event.time_range.end) for event in on_gpu]
-    share = busy_share(intervals, seconds)
+    share = busy_share([(event.time_range.start, event.time_range.end) for event in on_gpu],
+                       seconds)
     print(f"the GPU is busy for {share:.1%} of {seconds / steps:.4f} s a step")
     return share
 
 
-def without_annotations(events):
-    return [event for event in events if not getattr(event, "is_user_annotation", False)]
-
-
-def is_on_gpu(event):
-    return event.device_type == torch.autograd.DeviceType.CUDA
+def split(events):
+    """Those on the CPU and those on the GPU, without annotations."""
+    events = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    cuda = torch.autograd.DeviceType.CUDA
+    return ([event for event in events if event.device_type != cuda],
+            [event for event in events if event.device_type == cuda])
 
 
 def check_precision(size, flags):
@@ -107,13 +101,13 @@ def check_precision(size, flags):
         model = Jet(JetConfig(**SIZES[size]))
         which = f"a fresh {size} with normal noise on its last layers"
         # else it is the identity; raw scales get a deviation of about 1/2
-        std = 0.5 / math.sqrt(model.config.emb_dim)
         for coupling in model.couplings:
-            torch.nn.init.normal_(coupling.net.final_proj.weight, std=std)
+            torch.nn.init.normal_(coupling.net.final_proj.weight,
+                                  std=0.5 / math.sqrt(model.config.emb_dim))
     model, images = model.to(flags.device), our_images(model.config)
-    array = images.array[:flags.check_precision]
     exact, rounded = (
-        evaluate(model, array, per_image=True, precision=precision)["bits_per_dim_per_image"]
+        evaluate(model, images.array[:flags.check_precision], per_image=True,
+                 precision=precision)["bits_per_dim_per_image"]
         for precision in ("float32", "bfloat16"))
     mean, largest = (rounded - exact).mean(), abs(rounded - exact).max()
     print(f"{which}: {exact.mean():.5f} bits/dim in float32; with the network in bfloat16 "
