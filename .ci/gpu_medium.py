@@ -25,21 +25,17 @@ PLAIN_CSVS = 4  # beside done.json, log.txt and the packed run folders; the pack
 MAX_EAGER_JOBS, GIB_A_RUN, CORES_A_RUN = 4, 12, 2
 ASSUMED_SHARE = 0.05  # of an H100's peak, by all runs together, before a run has finished here
 ASSUMED_CPU = 1e8  # FLOP/s of a rehearsal
-START_S = 20  # imports, images, the first step
-MARGIN = 1.2  # on predicted times
+START_S, MARGIN = 20, 1.2  # imports, images, the first step; on predicted times
 PACKED = ("config.json", "done.json", "log.txt", "metrics.csv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run that has finished here: its done.json, its seconds in all.
-
-    at_a_time: how many runs were at work while it was, itself among them, in the mean.
-    """
+    """A run that has finished here."""
     run: object
-    done: dict
-    seconds: float
-    at_a_time: float = 1.0
+    done: dict  # its done.json
+    seconds: float  # in all
+    at_a_time: float = 1.0  # runs at work while it was, itself among them, in the mean
 
 
 # ---- what there is to run
@@ -66,10 +62,8 @@ def finished_elsewhere(name, results_dir):
     """The run ids in the CSV of an experiment at medium scale and in its shards."""
     from paper_figures.results_csv import read_results
     experiment = load(name, tiny=False)
-    found = set()
-    for path in sorted(results_dir.glob(f"{name}_medium*.csv")):
-        found |= set(read_results(path, name, experiment.swept, experiment.varying)["run_id"])
-    return found
+    return {run_id for path in sorted(results_dir.glob(f"{name}_medium*.csv")) for run_id in
+            read_results(path, name, experiment.swept, experiment.varying)["run_id"]}
 
 
 def runs_of(experiment, runs_dir):
@@ -90,9 +84,9 @@ def shrink(points, swept):
         config = dataclasses.replace(
             config, model=model, data="cifar10-subset-vehicles", batch_size=4, precision="float32",
             total_steps=min(2, config.total_steps), clip_norm=number)
-        after = point.after and small[id(point.after)]
         small[id(point)] = dataclasses.replace(
-            point, config=config, after=after, labels=point.values(swept))
+            point, config=config, after=point.after and small[id(point.after)],
+            labels=point.values(swept))
     return list(small.values())
 
 
@@ -118,27 +112,23 @@ def predict(run, finished, at_a_time, device):
     cautious share of the peak. Runs share the GPU: the fewer are beside one, the faster it is.
     """
     from harness.flops import train_flops
-    from sweeps.plan import measured_rate
+    from sweeps.plan import GPU_PEAKS, measured_rate
     config, flops = run.config, evaluation_flops(run.config)
+    assumed = {precision: ASSUMED_CPU if device == "cpu" else ASSUMED_SHARE * peak
+               for precision, peak in GPU_PEAKS.items()}
+    extra_s = START_S + at_a_time * flops / assumed["float32"]
     finished = [one for one in finished
                 if one.run.config.model.block == config.model.block] or finished
-    alone = [one.done | {"train_seconds": one.done["train_seconds"] / one.at_a_time}
-             for one in finished]
-    rate = measured_rate(config, alone) or assumed_rate(config.precision, device)
-    extra_s = START_S + at_a_time * flops / assumed_rate("float32", device)
     if finished:
         def ratio(one):
             return flops / evaluation_flops(one.run.config)
         nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
-        extra_s = nearest.seconds - nearest.done["train_seconds"]
-        extra_s = max(0, extra_s) * max(1, ratio(nearest))
+        extra_s = max(0, nearest.seconds - nearest.done["train_seconds"])
+        extra_s *= max(1, ratio(nearest))
+    alone = [one.done | {"train_seconds": one.done["train_seconds"] / one.at_a_time}
+             for one in finished]
+    rate = measured_rate(config, alone) or assumed[config.precision]
     return MARGIN * (at_a_time * train_flops(config) / rate + extra_s)
-
-
-def assumed_rate(precision, device):
-    """FLOP/s of all runs together, before any has finished."""
-    from sweeps.plan import GPU_PEAKS
-    return ASSUMED_CPU if device == "cpu" else ASSUMED_SHARE * GPU_PEAKS[precision]
 
 
 def choose(todo, done_ids, left_s, seconds_of):
@@ -183,6 +173,7 @@ def train_run(run, place):
 
 def run_grid(stage, todo, jobs, place):
     """Run what ends in time; returns ([Finished], the runs that never began)."""
+    from harness.run_folder import read_progress
     todo, finished, works = list(todo), [], []
     while stage.left_s:
         for work in [work for work in works if not work.process.is_alive()]:
@@ -201,7 +192,9 @@ def run_grid(stage, todo, jobs, place):
         multiprocessing.connection.wait([work.process.sentinel for work in works], 0.5)
     for work in works:
         end_process(work.process)
-        stop(stage, work.run)
+        step, *_ = read_progress(work.run.folder)
+        leave_out(stage, work.run, f"stopped at step {step} of {work.run.config.total_steps}: "
+                  f"{stage.stopped_by or 'the time was up'}", " (begun)")
     return finished, todo
 
 
@@ -233,17 +226,9 @@ def leave_out(stage, run, why, kind=""):
 def drop_weights(finished, unfinished):
     """Remove the checkpoints of finished runs that none of the unfinished ones begins with."""
     needed = {run.after.run_id for run in unfinished if run.after}
-    for one in finished:
-        if one.run.run_id not in needed:
-            for path in one.run.folder.glob("checkpoint*.pt"):
-                path.unlink()
-
-
-def stop(stage, run):
-    from harness.run_folder import read_progress
-    step, *_ = read_progress(run.folder)
-    leave_out(stage, run, f"stopped at step {step} of {run.config.total_steps}: "
-              f"{stage.stopped_by or 'the time was up'}", " (begun)")
+    for run in [one.run for one in finished if one.run.run_id not in needed]:
+        for path in run.folder.glob("checkpoint*.pt"):
+            path.unlink()
 
 
 # ---- what comes out
@@ -255,18 +240,19 @@ def write_csvs(stage, grids, finished):
     """
     from sweeps.sweep import collect
     done_ids, names = {one.run.run_id for one in finished}, []
-    folder = stage.work / "results"
-    folder.mkdir(exist_ok=True)
+    (stage.work / "results").mkdir(exist_ok=True)
     for name, grid in grids.items():
-        runs = [run for run in grid if run.run_id in done_ids]
-        if not runs:
+        if not (runs := [run for run in grid if run.run_id in done_ids]):
             continue
-        csv = folder / shard_name(name, [run.run_id for run in runs])
+        csv = stage.work / "results" / shard_name(name, [run.run_id for run in runs])
         with open(stage.log, "a") as log, contextlib.redirect_stdout(log):
             collect(load(name, stage.rehearsal), "medium", runs, csv)
         if len(names) < PLAIN_CSVS:
             (stage.out / csv.name).write_bytes(csv.read_bytes())
         names.append(csv.name)
+    if len(names) > PLAIN_CSVS:
+        stage.leave_out(f"{len(names) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
+                        f"{PLAIN_CSVS} lie beside it")
     return names
 
 
@@ -296,49 +282,33 @@ def run(stage, flags):
     names = [name for name in ORDER if name in flags.experiments]
     grids = {name: runs_of(load(name, stage.rehearsal), stage.work / "runs") for name in names}
     skipped = {name: finished_elsewhere(name, ROOT / "results") for name in names}
-    todo = []
-    for name, grid in grids.items():
-        for one in [one for one in grid if one.run_id not in skipped[name]]:
-            if is_orphan(one, skipped[name]):
-                leave_out(stage, one, "begins with weights that are in no folder here, of "
-                          f"{one.after.label}", " (weights)")
-            else:
-                todo.append(one)
+    new = [(run, is_orphan(run, skipped[name])) for name, grid in grids.items() for run in grid
+           if run.run_id not in skipped[name]]
+    for run in [run for run, orphan in new if orphan]:
+        leave_out(stage, run, "begins with weights that are in no folder here, of "
+                  f"{run.after.label}", " (weights)")
+    todo = [run for run, orphan in new if not orphan]
     jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"],
                                       len(os.sched_getaffinity(0)), flags.graph)
     place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
              "checkpoint_every_s": 3600, "compile": bool(flags.compile), "graph": flags.graph}
     stage.say(f"{len(todo)} runs to do, {jobs} at a time")
     finished, never = run_grid(stage, todo, jobs, place | {"data_root": flags.data_root})
-    report(stage, never, finished)
-    csvs = write_csvs(stage, grids, finished)
-    runs = [one.run for one in finished]
+    done_ids = {one.run.run_id for one in finished}
+    for run in never:
+        why = f"takes about {predict(run, finished, 1, stage.device):.0f} s: no time"
+        if run.after and run.after.run_id not in done_ids:
+            why = f"begins with the weights of {run.after.label}, which has not finished"
+        leave_out(stage, run, why)
+    csvs, runs = write_csvs(stage, grids, finished), [one.run for one in finished]
     if finished and not pack(stage.out / "medium_runs.tar.gz", stage.work, runs):
         stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
     if todo and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
-    if len(csvs) > PLAIN_CSVS:
-        stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
-                        f"{PLAIN_CSVS} lie beside it")
     seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
                 "train_seconds": round(one.done["train_seconds"], 1),
                 "at_a_time": round(one.at_a_time, 2)} for one in finished]
     stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
-    return table(grids, skipped, finished, jobs)
-
-
-def report(stage, never, finished):
-    """Why the runs that never began did not."""
-    done_ids = {one.run.run_id for one in finished}
-    for one in never:
-        why = f"takes about {predict(one, finished, 1, stage.device):.0f} s: no time"
-        if one.after and one.after.run_id not in done_ids:
-            why = f"begins with the weights of {one.after.label}, which has not finished"
-        leave_out(stage, one, why)
-
-
-def table(grids, skipped, finished, jobs):
-    done_ids = {one.run.run_id for one in finished}
     lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
     for name, grid in grids.items():
         ids = {run.run_id for run in grid}
