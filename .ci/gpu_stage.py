@@ -79,23 +79,18 @@ class Stage:
     def look(self):
         """See what the device is; returns None, or a line on why the stage cannot begin.
 
-        This process never uses it: so others can begin as its copies, which saves seconds of
-        imports. Where a GPU does not work in a copy, they begin anew.
+        This process never uses it: so others can begin as its copies, which saves their imports.
         """
-        for method in ("fork", "spawn"):
-            self.context = multiprocessing.get_context(method)
-            connection, other_end = self.context.Pipe()
-            process = self.start("gpu_stage", "tell_device", other_end, self.device)
-            other_end.close()
-            self.seen = {"error": f"{self.device} does not answer"}
-            try:
-                if connection.poll(self.left_s):
-                    self.seen = connection.recv()
-            except EOFError:
-                self.seen = {"error": f"{self.device} cannot be used: {self.log} says why"}
-            end_process(process)
-            if "error" not in self.seen or self.seen.get("absent"):
-                break
+        connection, other_end = self.context.Pipe()
+        process = self.start("gpu_stage", "tell_device", other_end, self.device)
+        other_end.close()
+        self.seen = {"error": f"{self.device} does not answer"}
+        try:
+            if connection.poll(self.left_s):
+                self.seen = connection.recv()
+        except EOFError:
+            self.seen = {"error": f"{self.device} cannot be used: {self.log} says why"}
+        end_process(process)
         return self.seen.pop("error", None)
 
     def part(self, name, least_s, module, function, *arguments):
@@ -158,8 +153,7 @@ def tell_device(connection, device):
         torch.zeros(1, device=found).item()
         connection.send({"hardware": hardware(found), "free_gib": free_bytes(found) / 2 ** 30})
     except (RuntimeError, ValueError) as error:
-        absent = device == "cpu" or not torch.cuda.is_available()
-        connection.send({"error": " ".join(str(error).split())[:300], "absent": absent})
+        connection.send({"error": " ".join(str(error).split())[:300]})
 
 
 def call(log, module, function, arguments):

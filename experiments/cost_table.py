@@ -1,9 +1,6 @@
 """What paper scale needs: memory, hours and gradient traffic, as Markdown.
 
     python experiments/cost_table.py > docs/cost.md      # half a minute, no GPU
-
-Rows of results/throughput_<device>.csv are marked measured. All else is computed, and each table
-names its assumptions.
 """
 import dataclasses
 import importlib
@@ -70,8 +67,6 @@ but the last {BUCKET / 2 ** 20:.0f} MiB beside backward; Adam on every GPU at
 """
 
 
-# ---- memory
-
 def coupling_bytes(config, precision):
     """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds."""
     cycle = dataclasses.replace(config, num_couplings=len(config.kinds))
@@ -86,13 +81,10 @@ def largest_batch(card_gb, fixed, per_image):
     return max(0, int((card_gb * 1e9 - CONTEXT - fixed) // per_image))
 
 
-# ---- time
-
 def comm_seconds(params, gpus):
     """All-reduce of float32 gradients: 2 (n-1)/n x 4 bytes x parameters through each GPU.
 
-    Within its node first; then every GPU takes its share of the node's sum to the other nodes by
-    its own network card.
+    Within its node first; then each GPU takes its share of the node's sum to the other nodes.
     """
     within = min(gpus, NODE)
     nodes = gpus / within
@@ -101,10 +93,9 @@ def comm_seconds(params, gpus):
 
 
 def step_seconds(flops, params, rate, gpus):
-    """A training step of 3 x forward = flops over all GPUs: forward, backward, traffic, Adam.
+    """Seconds of (a training step, its traffic, its backward) of so many FLOPs over all GPUs.
 
-    The traffic runs beside backward, but for the last bucket. Returns (step, traffic, backward) in
-    seconds.
+    The traffic runs beside backward, but for the last bucket; then comes Adam.
     """
     compute, traffic = flops / rate / gpus, comm_seconds(params, gpus)
     backward, last = 2 / 3 * compute, traffic * min(1, BUCKET / (4 * params))
@@ -118,18 +109,9 @@ def stops_scaling(flops, params, rate, gpus=GPUS):
     return next((n for n, (_, traffic, backward) in steps.items() if traffic > backward), None)
 
 
-# ---- the tables
-
 def table(heading, rows):
     """Rows of cells as a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
-
-
-def measured_rows(results_dir):
-    """Our training rows of throughput_cpu.csv and throughput_cuda.csv, as dicts."""
-    paths = [results_dir / f"throughput_{device}.csv" for device in ("cpu", "cuda")]
-    return [row for path in paths if path.exists() for row in figure.read(path).to_dict("records")
-            if row["implementation"] == "ours" and row["what"] == "train"]
 
 
 def train_rate(size, measured):
@@ -230,7 +212,9 @@ def traffic_table(measured):
 
 def page(results_dir):
     """The whole of docs/cost.md."""
-    measured = measured_rows(results_dir)
+    paths = [results_dir / f"throughput_{device}.csv" for device in ("cpu", "cuda")]
+    found = [row for path in paths if path.exists() for row in figure.read(path).to_dict("records")]
+    measured = [row for row in found if row["implementation"] == "ours" and row["what"] == "train"]
     gpus = sorted({row["hardware"] for row in measured if row["device"] == "cuda"})
     where = f"measured on {', '.join(gpus)} where marked, else" if gpus else "no GPU was measured:"
     speeds = (f"{where}\n{GPU_SHARE:.0%} (assumed) of an H100 SXM's dense peak, "
@@ -242,11 +226,9 @@ def page(results_dir):
 
 def main(arguments=None):
     parser = ArgumentParser(prog="cost_table.py", description=__doc__)
-    parser.add_argument("--results-dir", type=Path, default=ROOT / "results", metavar="DIR",
-                        help="default: results")
-    flags = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     with one_line_errors(parser.prog):
-        print(page(flags.results_dir))
+        print(page(ROOT / "results"))
 
 
 if __name__ == "__main__":

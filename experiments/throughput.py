@@ -48,11 +48,9 @@ from paper_figures import throughput as figure
 
 LARGEST = 1024  # the paper's global batch: the largest that is tried on a GPU
 FORWARDS = {"train": 3, "likelihood": 1, "sampling": 1}  # in forward passes, by definition
-QUARTILES = (0.25, 0.5, 0.75)
+QUARTILES = {"_q25": 0.25, "": 0.5, "_q75": 0.75}
 DIRS = {"runs": "runs", "results": "results", "figures": "paper_figures/out"}
 
-
-# ---- measuring
 
 def product_timer(device, precision):
     """A function that times square matrix products: FLOP/s."""
@@ -76,19 +74,17 @@ def measure(makers, config, flags):
         first = time.perf_counter() - begin
         # with Adam's moments in place; a CUDA graph is recorded in the second
         seconds_of(steps[name], flags.device, 2)
-        numbers[name] = {"first_step_seconds": first, "peak_memory_gib": peak(),
+        numbers[name] = {"first_step_seconds": first, "peak_memory_gib": peak(), "seconds": [],
                          "startup_seconds": time.perf_counter() - begin}
-    rates, seconds = [product() for _ in range(3)], {name: [] for name in makers}
-    order = list(makers)
+    rates, order = [product() for _ in range(3)], list(makers)
     for _ in range(flags.steps):
         for name in order:
-            seconds[name].append(seconds_of(steps[name], flags.device))
+            numbers[name]["seconds"].append(seconds_of(steps[name], flags.device))
         rates.append(product())
         order.reverse()
     rates += [product() for _ in range(2)]
-    for name, step in steps.items():
-        numbers[name]["seconds"] = np.array(seconds[name])
-        if flags.device.type == "cuda":  # as in a training loop: nobody waits for the GPU
+    if flags.device.type == "cuda":  # as in a training loop: nobody waits for the GPU
+        for name, step in steps.items():
             free_running = seconds_of(step, flags.device, flags.steps) / flags.steps
             numbers[name]["free_running_images_per_s"] = config.batch_size / free_running
     return numbers, max(rates)
@@ -101,35 +97,36 @@ def make_rows(size, what, config, numbers, matmul_peak, labels, against):
     """
     flops = FORWARDS[what] * forward_flops(config.model) * config.batch_size
     rows = []
+
+    def quartiles(name, values):
+        return {f"{name}{end}": np.quantile(values, share) for end, share in QUARTILES.items()}
     for name, measured in numbers.items():
-        low, middle, high = np.quantile(measured["seconds"], QUARTILES)
-        row = {**labels, "experiment": "throughput", "size": size, "what": what,
+        middle = np.median(measured["seconds"])
+        row = {**labels, **measured, "experiment": "throughput", "size": size, "what": what,
                "implementation": name, "against": against, "precision": config.precision,
                "batch_size": config.batch_size, "num_params": num_parameters(config.model),
-               "images_per_s": config.batch_size / middle, "step_seconds": middle,
-               "step_seconds_q25": low, "step_seconds_q75": high, "flops_per_s": flops / middle,
+               "images_per_s": config.batch_size / middle, "flops_per_s": flops / middle,
                "matmul_peak_flops_per_s": matmul_peak, "peak_share": flops / middle / matmul_peak,
-               **{key: value for key, value in measured.items() if key != "seconds"}}
+               **quartiles("step_seconds", measured["seconds"])}
         others = [other for other in numbers if other != name]
         if name in MODES:
             row |= {"implementation": "ours", **dict(zip(("compile", "graph"), MODES[name]))}
             others = ["eager"] if name != "eager" else []
-        if row["implementation"] == "ours" and others:
-            ratios = numbers[others[0]]["seconds"] / measured["seconds"]  # round by round
-            row |= dict(zip(("ratio_q25", "ratio", "ratio_q75"), np.quantile(ratios, QUARTILES)))
+        if row["implementation"] == "ours" and others:  # round by round
+            ratios = np.divide(numbers[others[0]]["seconds"], measured["seconds"])
+            row |= quartiles("ratio", ratios)
         rows.append(row)
     return rows
 
 
 def merge_rows(csv, rows):
     """Write the rows into the CSV, in place of those of the same key."""
-    def read_text(file):
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
-    text = pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False)
-    tables = [read_text(csv)] if csv.exists() else []
-    tables.append(read_text(io.StringIO(text)))
+    files = [io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))]
+    if csv.exists():
+        files.insert(0, csv)
+    table = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in files)
     order = {name: f"{place:02}" for place, name in enumerate((*SIZES, *FORWARDS, "ours"))}
-    table = pd.concat(tables).drop_duplicates(figure.KEY, keep="last").sort_values(
+    table = table.drop_duplicates(figure.KEY, keep="last").sort_values(
         figure.KEY, key=lambda column: column.map(lambda name: order.get(name, name)))
     write_atomically(csv, table.to_csv(index=False, lineterminator="\n"))
 
@@ -155,11 +152,9 @@ def with_batch(work, size, what, flags):
 
 def first_batch(size, flags):
     """(batch size to try, whether to halve it until it fits)."""
-    if flags.batch_size is not None:
-        return flags.batch_size, False
-    if flags.device.type == "cuda" and size in ("32x2", "64x5"):
-        return LARGEST, True
-    return BATCH_SIZES[size], False
+    search = (not flags.batch_size and flags.device.type == "cuda"
+              and size in ("32x2", "64x5"))
+    return flags.batch_size or (LARGEST if search else BATCH_SIZES[size]), search
 
 
 def hopeful_batch(size, flags):
@@ -199,17 +194,11 @@ def measure_size(size, what, batch_size, flags, rival):
     rows = make_rows(size, what, config, numbers, matmul_peak, labels, against)
     for row, version in zip(rows, code_versions.values()):
         row |= version
-        if row["implementation"] == "ours" and not row["compile"]:
-            row["kernels"] = kernels_of(config, flags.device)
+        is_plain = row["implementation"] == "ours" and not row["compile"]
+        if is_plain and config.precision == "float32":
+            one = Jet(dataclasses.replace(config.model, num_couplings=1)).to(flags.device)
+            row["kernels"] = kernels.used_by(kernels.accelerate(one))
     return rows
-
-
-def kernels_of(config, device):
-    """What computes a step of ours on a CPU: "C" or "torch"; None elsewhere and in bfloat16."""
-    if config.precision != "float32":
-        return None
-    one = Jet(dataclasses.replace(config.model, num_couplings=1)).to(device)
-    return kernels.used_by(kernels.accelerate(one))
 
 
 def measure_all(flags):
@@ -231,8 +220,6 @@ def measure_all(flags):
         print(path)
 
 
-# ---- the command line
-
 def print_plan(flags):
     rows = []
     for size, what in itertools.product(flags.sizes, flags.what):
@@ -241,10 +228,10 @@ def print_plan(flags):
                      "batch": f"largest, from {batch_size}" if search else batch_size,
                      "parameters": f"{num_parameters(model):,}",
                      "FLOPs an image": f"{FORWARDS[what] * forward_flops(model):.3g}"})
-    print(pd.DataFrame(rows).to_string(index=False))
     against = f", against {flags.against}" if flags.against else ""
-    print(f"{flags.precision} on {hardware(flags.device)}, {flags.steps} steps each after three, "
-          f"{flags.threads} CPU threads{against}")
+    print(f"{pd.DataFrame(rows).to_string(index=False)}\n{flags.precision} on "
+          f"{hardware(flags.device)}, {flags.steps} steps each after three, {flags.threads} CPU "
+          f"threads{against}")
 
 
 def print_table(rows):
@@ -322,11 +309,12 @@ def read_flags(parser, arguments):
     flags.mode = mode_of(flags.compile, flags.graph)
     flags.any_compile, graph = map(any, zip(*(MODES[mode] for mode in (*flags.modes, flags.mode))))
     flags.device = pick_device(flags.device, graph)
-    on_gpu = flags.device.type == "cuda"
-    flags.precision = flags.precision or ("bfloat16" if on_gpu else "float32")
-    flags.sizes = flags.sizes or (["32x2"] if on_gpu else ["S", "M"])
-    flags.what = flags.what or (
-        ["train"] if flags.profile or graph or flags.modes else list(FORWARDS))
+    sizes, precision = ["S", "M"], "float32"
+    if flags.device.type == "cuda":
+        sizes, precision = (["32x2"], "bfloat16")
+    train_alone = flags.profile or graph or flags.modes
+    flags.sizes, flags.precision = flags.sizes or sizes, flags.precision or precision
+    flags.what = flags.what or (["train"] if train_alone else list(FORWARDS))
     if graph and flags.what != ["train"]:
         parser.error(f"--what {' '.join(flags.what)}: a CUDA graph is of training steps alone: "
                      "--what train")
