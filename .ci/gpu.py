@@ -41,16 +41,14 @@ def read_flags(arguments=None):
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                         help="cpu: rehearse at tiny sizes (default: cuda)")
     medium = parser.add_argument_group("with medium")
-    for name, help, settings in (
-            ("data-root", "holds CIFAR-10 (default: $JET_DATA)",
-             {"metavar": "DIR", "type": os.path.abspath}),
-            ("jobs", "runs at a time (default: 1; eager, by GPU memory and cores)",
-             {"type": int, "metavar": "N"}),
-            ("experiments", "default: all seven", {"nargs": "+", "metavar": "NAME"}),
-            ("compile", "torch.compile the couplings", {"action": "store_const", "const": True}),
-            ("graph", "training steps as CUDA graphs (default: on a GPU)",
-             {"action": argparse.BooleanOptionalAction})):
-        medium.add_argument(f"--{name}", help=help, **settings)
+    medium.add_argument("--data-root", metavar="DIR", type=os.path.abspath,
+                        help="holds CIFAR-10 (default: $JET_DATA)")
+    medium.add_argument("--jobs", metavar="N", type=int,
+                        help="runs at a time (default: 1; eager, by GPU memory and cores)")
+    medium.add_argument("--experiments", nargs="+", metavar="NAME", help="default: all seven")
+    for name, help in (("compile", "torch.compile the couplings (default: no)"),
+                       ("graph", "training steps as CUDA graphs (default: on a GPU)")):
+        medium.add_argument(f"--{name}", help=help, action=argparse.BooleanOptionalAction)
     flags = parser.parse_intermixed_args(arguments)
     if flags.seconds is None:
         flags.seconds, _ = STAGES[flags.stage]
@@ -100,10 +98,9 @@ def main(begun):
             if flags.stage == "medium":
                 gpu_medium.check(flags)
         stage.empty()
-        # Processes begin as copies of this one: what they would import, the second with an
-        # optimizer.
-        importlib.import_module("experiments.throughput")
-        importlib.import_module("torch._dynamo")
+        # what processes, which begin as copies of this one, would import (optimizers the second)
+        for module in ("experiments.throughput", "torch._dynamo"):
+            importlib.import_module(module)
         _, run = STAGES[flags.stage]
         status = stage.close(run(stage, flags))
     finally:

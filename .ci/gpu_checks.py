@@ -38,8 +38,8 @@ class Recorder:
 
 def run_pytest(record, basetemp):
     import pytest
-    arguments = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-m", "gpu", "-rs",
-                 "-p", "no:cacheprovider", "--basetemp", basetemp, str(ROOT / "tests/test_gpu.py")]
+    arguments = ["-c", f"{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--basetemp={basetemp}",
+                 "-p", "no:cacheprovider", "-m", "gpu", "-rs", f"{ROOT}/tests/test_gpu.py"]
     return int(pytest.main(arguments, plugins=[Recorder(record)]))
 
 
@@ -57,8 +57,7 @@ def run_tests(stage, flags):
     """The stage tests; returns the body of its table."""
     import pandas as pd
     record = stage.work / "tests.jsonl"
-    ended = stage.part("tests", 5, "gpu_checks", "run_pytest", str(record),
-                       str(stage.work / "pytest"))
+    ended = stage.part("tests", 5, "gpu_checks", "run_pytest", record, stage.work / "pytest")
     rows = read_records(record)
     counts = {name: sum(row["outcome"] == name for row in rows)
               for name in ("passed", "failed", "skipped", "not finished")}
@@ -72,18 +71,15 @@ def run_tests(stage, flags):
 
 def tests_table(rows, counts):
     """Counts, what has failed, why some were skipped, and the slowest."""
-    def name(row):
-        return row["test"].partition("::")[2]
-    bad = [f"{row['outcome']}: {name(row)}: {row['why']}" for row in rows
-           if row["outcome"] in ("failed", "not finished")]
+    rows = [row | {"name": row["test"].partition("::")[2]} for row in rows]
     skipped = collections.Counter(row["why"] for row in rows if row["outcome"] == "skipped")
-    slow = sorted(rows, key=lambda row: -row["seconds"])[:5]
-    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()), *bad,
+    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()),
+            *("{outcome}: {name}: {why}".format(**row) for row in rows
+              if row["outcome"] in ("failed", "not finished")),
             *(f"{count} skipped: {why}" for why, count in skipped.items()),
-            *(f"{row['seconds']:6.1f} s {name(row)}" for row in slow)]
+            *("{seconds:6.1f} s {name}".format(**row)
+              for row in sorted(rows, key=lambda row: -row["seconds"])[:5])]
 
-
-# ---- speed
 
 def speed_parts(device, port):
     """[(name, least seconds, flags of throughput.py)], in order of worth; a compile takes 30 s."""
@@ -142,15 +138,13 @@ def speed_rows(out):
 
 def number_line(numbers):
     """A line for what throughput.py measures beside its CSV."""
-    if numbers["what"] == "evaluate":
-        return (f"{numbers['size']}: bits/dim of {numbers['num_images']:,} images in "
-                f"{numbers['seconds']:.1f} s")
-    if numbers["what"] == "check-precision":
-        return (f"bfloat16 against float32: {numbers['mean_difference']:+.6f} bits/dim in the mean "
-                f"of {numbers['num_images']:,} images")
-    busy = f", the GPU busy {numbers['busy_share']:.1%} of it" if "busy_share" in numbers else ""
-    return (f"{numbers['size']} {numbers['work']}, traced: {numbers['step_seconds']:.4f} s a step"
-            f"{busy}")
+    lines = {
+        "evaluate": "{size}: bits/dim of {num_images:,} images in {seconds:.1f} s",
+        "check-precision": "bfloat16 against float32: {mean_difference:+.6f} bits/dim in the mean "
+                           "of {num_images:,} images",
+        "profile": "{size} {work}, traced: {step_seconds:.4f} s a step"}
+    busy = ", the GPU busy {busy_share:.1%} of it" if "busy_share" in numbers else ""
+    return (lines[numbers["what"]] + busy).format(**numbers)
 
 
 def shrink_trace(path):

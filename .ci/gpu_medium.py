@@ -14,6 +14,7 @@ import os
 import statistics
 import tarfile
 import time
+import types
 
 from gpu_stage import MAX_BYTES, ROOT, end_process
 
@@ -37,8 +38,6 @@ class Finished:
     seconds: float  # in all
     at_a_time: float = 1.0  # runs at work while it was, itself among them, in the mean
 
-
-# ---- what there is to run
 
 def check(flags):
     """Raise, in one line, for what no run could begin with."""
@@ -94,8 +93,6 @@ def is_orphan(run, skipped):
     """Whether a run begins with weights that were trained elsewhere, and are not here."""
     return run.after is not None and (run.after.run_id in skipped or is_orphan(run.after, skipped))
 
-
-# ---- which run to begin
 
 def evaluation_flops(config):
     from data import SETS
@@ -154,18 +151,8 @@ def default_jobs(device, free_gib, cores, graph=False):
     return max(1, min(most, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
 
 
-# ---- running
-
-class Work:
-    """A run that a process is at."""
-
-    def __init__(self, stage, run, place):
-        self.run, self.begun, self.at_a_time = run, time.monotonic(), []
-        self.process = stage.start("gpu_medium", "train_run", run, place)
-
-
 def train_run(run, place):
-    """What the process does. The run folder says why it has failed."""
+    """What the process of a run does. The run folder says why it has failed."""
     from harness.place import Place
     from train import train
     train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
@@ -174,7 +161,7 @@ def train_run(run, place):
 def run_grid(stage, todo, jobs, place):
     """Run what ends in time; returns ([Finished], the runs that never began)."""
     from harness.run_folder import read_progress
-    todo, finished, works = list(todo), [], []
+    todo, finished, works = list(todo), [], []  # works: the runs that a process is at
     while stage.left_s:
         for work in [work for work in works if not work.process.is_alive()]:
             works.remove(work)
@@ -184,7 +171,9 @@ def run_grid(stage, todo, jobs, place):
                 todo, {one.run.run_id for one in finished}, stage.left_s,
                 lambda run: predict(run, finished, len(works) + 1, stage.device))):
             todo.remove(run)
-            works.append(Work(stage, run, place))
+            process = stage.start("gpu_medium", "train_run", run, place)
+            works.append(types.SimpleNamespace(run=run, process=process, begun=time.monotonic(),
+                                               at_a_time=[]))
         if not works:
             break
         for work in works:
@@ -230,8 +219,6 @@ def drop_weights(finished, unfinished):
         for path in run.folder.glob("checkpoint*.pt"):
             path.unlink()
 
-
-# ---- what comes out
 
 def write_csvs(stage, grids, finished):
     """Write a shard's CSV of each experiment with finished runs, the first ones into OUT, too.

@@ -9,8 +9,8 @@
 The larger model of the main table, from scratch and fine-tuned (the paper: at 32 and 64 pixels,
 pretrained on ImageNet-21k); runs that experiments/main_results.py has finished are not trained
 again. The paper's temperature is not known: 1, the model as it was trained, is our choice.
---checkpoint draws from any weight file that load_jet takes. The grids of uint8 images go to
-results/samples/, with all that made them, and from there to the figure.
+--checkpoint draws from any weights that load_jet takes. The uint8 images go to results/samples/,
+with all that made them, and from there to the figure.
 """
 import json
 import sys
@@ -95,8 +95,13 @@ def interpolate(jet, images, steps=STEPS):
     return images.unflatten(0, (-1, steps)).cpu().numpy()
 
 
-def check_images(jet, images, flags):
-    """Raise DataError for images that the Jet does not take, or too few of them for the paths."""
+def save_samples(path, weights, jet, images, flags, about):
+    """Draw what the flags ask for from a Jet and save it with what made it.
+
+    weights: where they are, for messages. images: {split: ImageSet}, for neighbours and paths.
+    about: what is known of the weights. Raises TrainingError where samples overflow, and DataError
+    for images that the Jet does not take, or too few of them.
+    """
     for image_set in images.values():
         height, width, channels = image_set.array.shape[1:]
         if (channels, height, width) != jet.config.image_shape:
@@ -106,15 +111,6 @@ def check_images(jet, images, flags):
     if images and 2 * flags.interpolate > (count := len(images["test"].array)):
         raise DataError(f"--interpolate {flags.interpolate}: {images['test'].name} has {count} "
                         "test images, and each path takes two")
-
-
-def save_samples(path, weights, jet, images, flags, about):
-    """Draw what the flags ask for from a Jet and save it with what made it.
-
-    weights: where they are, for messages. images: {split: ImageSet}, for neighbours and paths.
-    about: what is known of the weights. Raises TrainingError where samples overflow.
-    """
-    check_images(jet, images, flags)
     hint = "try a lower --temperature"
     about = about | {"seed": flags.sample_seed, "temperature": flags.temperature}
     try:

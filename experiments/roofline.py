@@ -87,8 +87,6 @@ class Part:
                 "launches": self.launches * LAUNCH_S}
 
 
-# ---- FLOPs and bytes
-
 def step_parts(config, images):
     """The parts of a training step (ViT, pairing, without the two switches), forward first.
 
@@ -136,8 +134,6 @@ def step_parts(config, images):
         passes(CLIP, params, params * 4, 1),  # reads the gradients; AdamW scales them
         passes(ADAM, params, params * ADAM_BYTES, 1)]
 
-
-# ---- launches
 
 class Launches(TorchDispatchMode):
     """Counts the operators of each part, forward and backward. Views launch nothing."""
@@ -208,8 +204,6 @@ def step_launches(config):
                                  for part in more})
     return total
 
-
-# ---- the page
 
 def binding(seconds):
     """Which of compute and memory takes longer."""

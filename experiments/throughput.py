@@ -11,9 +11,7 @@
 
 Goals: on 2 CPU threads 1.2 times the images/s of jet-pytorch 0.0.2 and 40 % of the matrix-multiply
 peak (M); on an H100 40 % of the bfloat16 peak in training 32x2, and less than 0.001 bits/dim from
-float32. Steps alternate: a matrix product, ours, the other's, and back. Speed depends on neither
-the weights nor the pixels: the weights are fresh, the images are the CIFAR-10 subset (32 px) or
-uniform random ones (64 px).
+float32. Steps alternate. Speed depends on neither weights nor pixels: both are made for it.
 """
 import contextlib
 import dataclasses
@@ -32,10 +30,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 from data import training_batch
-from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, find_rival,
-                                          mode_of, our_images, our_step, port_step, seconds_of,
-                                          size_config, table_of)
-from experiments.throughput_checks import check_precision, profile_size, time_evaluation
+from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, check_precision,
+                                          find_rival, mode_of, our_images, our_step, port_step,
+                                          profile_size, seconds_of, size_config, table_of,
+                                          time_evaluation)
 from harness.errors import TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
