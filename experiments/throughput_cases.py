@@ -1,7 +1,5 @@
-"""What experiments/throughput.py measures: sizes, functions that do a step each, and checks.
-
-The checks have no row in its CSV: a trace of a few steps, what rounding costs, and the time of a
-whole evaluation.
+"""What experiments/throughput.py measures: sizes, functions that do a step each; and what has no row
+in its CSV: a trace, what rounding costs, the time of a whole evaluation.
 """
 import importlib
 import importlib.metadata
@@ -66,18 +64,13 @@ def size_config(size, batch_size, precision):
                        warmup_fraction=0.0, precision=precision)
 
 
-def our_images(model):
-    """Images for a JetConfig: the CIFAR-10 subset where it fits, else 1,024 uniform random ones."""
-    if model.image_shape == (3, 32, 32):
-        return load_images("cifar10-subset", "train")
-    return random_images(model, 1024)
-
-
-def random_images(model, count):
-    """So many uniform random images for a JetConfig."""
+def our_images(model, count=None):
+    """Images for a JetConfig: the CIFAR-10 subset where it fits, else (or so many) random ones."""
     channels, height, width = model.image_shape
-    shape = (count, height, width, channels)
-    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if not count and model.image_shape == (3, 32, 32):
+        return load_images("cifar10-subset", "train")
+    array = np.random.default_rng(0).integers(0, 256, (count or 1024, height, width, channels),
+                                              np.uint8)
     return ImageSet(array=array, labels=None, name="random", variant="uniform", split="train")
 
 
@@ -186,7 +179,7 @@ def other_checkout(folder):
 
 def _take_out(where):
     """The modules with names of a checkout's, taken out of sys.modules."""
-    names = {path.stem for path in where.iterdir()}
+    names = {path.stem for path in where.iterdir() if path.is_dir() or path.suffix == ".py"}
     return {name: sys.modules.pop(name) for name in list(sys.modules)
             if name.partition(".")[0] in names}
 
@@ -312,7 +305,7 @@ def time_evaluation(size, flags):
     """Print how long evaluate() takes for random images, from images in memory to the number."""
     torch.manual_seed(0)
     model = jet.Jet(jet.JetConfig(**SIZES[size])).to(flags.device)
-    images = random_images(model.config, flags.evaluate)
+    images = our_images(model.config, flags.evaluate)
     if flags.compile:
         compile_couplings(model)
     begin = time.perf_counter()
