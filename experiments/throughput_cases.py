@@ -1,5 +1,5 @@
-"""What experiments/throughput.py measures: sizes, functions that do a step each; and what has no row
-in its CSV: a trace, what rounding costs, the time of a whole evaluation.
+"""What experiments/throughput.py measures: sizes, functions that do a step each, and checks that
+have no row in its CSV: a trace, what rounding costs, the time of a whole evaluation.
 """
 import importlib
 import importlib.metadata
