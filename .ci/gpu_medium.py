@@ -283,7 +283,8 @@ def run(stage, flags):
     finished, never = run_grid(stage, todo, jobs, place | {"data_root": flags.data_root})
     done_ids = {one.run.run_id for one in finished}
     for run in never:
-        why = f"takes about {predict(run, finished, 1, stage.device):.0f} s: no time"
+        seconds = predict(run, finished, 1, stage.device)
+        why = stage.stopped_by or f"takes about {seconds:.0f} s: no time"
         if run.after and run.after.run_id not in done_ids:
             why = f"begins with the weights of {run.after.label}, which has not finished"
         leave_out(stage, run, why)

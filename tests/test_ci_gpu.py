@@ -434,6 +434,22 @@ def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, mon
     assert stage.failed == ["medium: no run has finished"]
 
 
+def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, stage, monkeypatch):
+    stage, real = stage(), gpu_medium.train_run
+
+    def train_run(run, place):
+        if run.run_id == runs[0].run_id:
+            sys.exit(3)
+        real(run, place)
+    runs = gpu_medium.runs_of(EXPERIMENT, stage.work / "runs")
+    monkeypatch.setattr(gpu_medium, "train_run", train_run)
+    body = gpu_medium.run(stage, tiny)
+    assert stage.failed == [f"tiny_experiment_medium: {runs[0].label}: its process has ended (3)"]
+    assert body[1].split() == ["tiny_experiment", "4", "0", "1", "3"]  # two begin with the weights of the first
+    assert [item["why"] for item in stage.left_out] == [
+        f"begins with the weights of {runs[0].label}, which has not finished"] * 2
+
+
 def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):
     # A run of half a minute that is believed to take no time, in a stage of a few seconds.
     monkeypatch.setattr(gpu_medium, "runs_of", lambda *_: make_runs(EXPERIMENT, "small", [0], stages.work / "runs"))
