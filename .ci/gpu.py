@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -20,45 +21,48 @@ import gpu_checks
 import gpu_medium
 from gpu_stage import ROOT, Stage, clean
 
-SECONDS = {"tests": 120, "speed": 180, "medium": 420}
+sys.path.insert(0, str(ROOT))
+from harness.errors import TrainingError
+from harness.flags import ArgumentParser, one_line_errors
+
+STAGES = {"tests": (120, gpu_checks.run_tests), "speed": (180, gpu_checks.run_speed),
+          "medium": (420, gpu_medium.run)}  # seconds, what does it
 PACKAGES = ("torch", "numpy", "pandas", "matplotlib", "tqdm", "pytest", "PIL")
 TORCH = (2, 11)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help shows what is allowed)\n")
-
-
 def read_flags(arguments=None):
-    parser = Parser(prog=".ci/gpu", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", metavar="STAGE", choices=SECONDS, help=", ".join(SECONDS))
+    parser = ArgumentParser(prog=".ci/gpu", description=__doc__)
+    parser.add_argument("stage", metavar="STAGE", choices=STAGES, help=", ".join(STAGES))
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the files; it is made")
-    defaults = ", ".join(f"{name} {seconds}" for name, seconds in SECONDS.items())
+    defaults = ", ".join(f"{name} {seconds}" for name, (seconds, _) in STAGES.items())
     parser.add_argument("seconds", metavar="SECONDS", nargs="?", type=int,
                         help=f"it ends by itself within these (default: {defaults})")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                         help="cpu: rehearse at tiny sizes (default: cuda)")
     medium = parser.add_argument_group("with medium")
-    medium.add_argument("--data-root", metavar="DIR", type=Path,
+    medium.add_argument("--data-root", metavar="DIR", type=os.path.abspath,
                         help="holds CIFAR-10 (default: $JET_DATA)")
-    medium.add_argument("--jobs", type=int, metavar="N",
-                        help="runs at a time (default: by GPU memory and CPU cores)")
+    medium.add_argument("--jobs", metavar="N", type=int,
+                        help="runs at a time (default: 1; eager, by GPU memory and cores)")
     medium.add_argument("--experiments", nargs="+", metavar="NAME", help="default: all seven")
-    medium.add_argument("--compile", action="store_true", help="torch.compile the couplings")
-    medium.add_argument("--graph", action="store_true", help="training steps as CUDA graphs")
+    for name, help in (("compile", "torch.compile the couplings (default: no)"),
+                       ("graph", "training steps as CUDA graphs (default: on a GPU)")):
+        medium.add_argument(f"--{name}", help=help, action=argparse.BooleanOptionalAction)
     flags = parser.parse_intermixed_args(arguments)
-    flags.seconds = SECONDS[flags.stage] if flags.seconds is None else flags.seconds
+    if flags.seconds is None:
+        flags.seconds, _ = STAGES[flags.stage]
     if flags.seconds < 10:
         parser.error(f"SECONDS {flags.seconds}: must be 10 or more")
     for name in ("data_root", "jobs", "experiments", "compile", "graph"):
-        if getattr(flags, name) and flags.stage != "medium":
+        if getattr(flags, name) is not None and flags.stage != "medium":
             parser.error(f"--{name.replace('_', '-')}: only with medium")
     if flags.jobs is not None and flags.jobs < 1:
         parser.error(f"--jobs {flags.jobs}: must be 1 or more")
     if flags.device == "cpu" and (flags.compile or flags.graph):
         parser.error("--compile and --graph: only on a GPU")
+    if flags.graph is None:
+        flags.graph = flags.device != "cpu"
     if flags.out.exists() and not flags.out.is_dir():
         parser.error(f"OUT {flags.out}: must be a folder")
     flags.experiments = flags.experiments or list(gpu_medium.ORDER)
@@ -85,33 +89,23 @@ def main(begun):
     flags = read_flags()
     if missing := what_is_missing():
         sys.exit(f".ci/gpu: error: {missing}")
-    flags.data_root = flags.data_root and flags.data_root.resolve()
-    sys.path.insert(0, str(ROOT))
     stage = Stage(flags, begun)
     try:
         stage.open()
-        check(stage, flags)
-        run = {"tests": gpu_checks.run_tests, "speed": gpu_checks.run_speed,
-               "medium": gpu_medium.run}
-        status = stage.close(run[stage.name](stage, flags))
+        with one_line_errors(".ci/gpu"):
+            if error := stage.look():
+                raise TrainingError(error)
+            if flags.stage == "medium":
+                gpu_medium.check(flags)
+        stage.empty()
+        # what processes, which begin as copies of this one, would import (optimizers the second)
+        for module in ("experiments.throughput", "torch._dynamo"):
+            importlib.import_module(module)
+        _, run = STAGES[flags.stage]
+        status = stage.close(run(stage, flags))
     finally:
         clean(stage)
     sys.exit(status)
-
-
-def check(stage, flags):
-    """End in one line where the stage cannot begin."""
-    from harness.errors import TrainingError
-    from harness.flags import one_line_errors
-    with one_line_errors(".ci/gpu"):
-        if error := stage.look():
-            raise TrainingError(error)
-        if flags.stage == "medium":
-            gpu_medium.check(flags)
-    stage.empty()
-    # Processes begin as copies of this one: what they would import, the second with an optimizer.
-    importlib.import_module("experiments.throughput")
-    importlib.import_module("torch._dynamo")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The stages tests and speed of .ci/gpu."""
 import collections
-import csv
 import gzip
 import importlib.util
 import json
@@ -13,121 +12,113 @@ class Recorder:
     """A pytest plugin that writes a line of JSON when a test begins, and one when it has ended."""
 
     def __init__(self, path):
-        self.path, self.outcome, self.seconds, self.why = path, "passed", 0.0, ""
+        self.path = path
 
-    def _write(self, test, outcome):
+    def _write(self, **changes):
+        self.row |= changes
         with open(self.path, "a") as file:
-            seconds = round(self.seconds, 3)
-            row = {"test": test, "outcome": outcome, "seconds": seconds, "why": self.why}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(self.row) + "\n")
 
     def pytest_runtest_logstart(self, nodeid, location):
-        self.outcome, self.seconds, self.why = "passed", 0.0, ""
-        self._write(nodeid, "not finished")
+        self.row, self.outcome = {"test": nodeid, "seconds": 0.0, "why": ""}, "passed"
+        self._write(outcome="not finished")
 
     def pytest_runtest_logreport(self, report):
-        self.seconds += report.duration
+        self.row["seconds"] = round(self.row["seconds"] + report.duration, 3)
         if report.outcome != "passed" and self.outcome == "passed":
             crash = getattr(report.longrepr, "reprcrash", None)
             why = getattr(crash, "message", report.longreprtext)
             if report.skipped:
                 why = report.longrepr[2]
             self.outcome = report.outcome
-            self.why = " ".join(why.split()).removeprefix("Skipped: ")[:300]
+            self.row["why"] = " ".join(why.split()).removeprefix("Skipped: ")[:300]
         if report.when == "teardown":
-            self._write(report.nodeid, self.outcome)
+            self._write(outcome=self.outcome)
 
 
 def run_pytest(record, basetemp):
     import pytest
-    arguments = ["-c", str(ROOT / "pytest.ini"), "--rootdir", str(ROOT), "-m", "gpu", "-rs",
-                 "-p", "no:cacheprovider", "--basetemp", basetemp, str(ROOT / "tests/test_gpu.py")]
+    arguments = ["-c", f"{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--basetemp={basetemp}",
+                 "-p", "no:cacheprovider", "-m", "gpu", "-rs", f"{ROOT}/tests/test_gpu.py"]
     return int(pytest.main(arguments, plugins=[Recorder(record)]))
+
+
+def read_lines(path):
+    """What the lines of a file hold, each as JSON."""
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
 def read_records(path):
     """A row for each test, as it was written last."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list({row["test"]: row for row in map(json.loads, lines)}.values())
+    return list({row["test"]: row for row in read_lines(path)}.values())
 
 
 def run_tests(stage, flags):
     """The stage tests; returns the body of its table."""
+    import pandas as pd
     record = stage.work / "tests.jsonl"
-    places = str(record), str(stage.work / "pytest")
-    ended = stage.part("tests", 5, "gpu_checks", "run_pytest", *places)
+    ended = stage.part("tests", 5, "gpu_checks", "run_pytest", record, stage.work / "pytest")
     rows = read_records(record)
     counts = {name: sum(row["outcome"] == name for row in rows)
               for name in ("passed", "failed", "skipped", "not finished")}
     if not (ended and counts["passed"]) and not stage.failed:
         stage.failed.append("tests: not all of them ran" if rows else "tests: none ran")
     stage.more["tests"] = counts
-    with open(stage.out / "tests_results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("test", "outcome", "seconds", "why"), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = pd.DataFrame(rows, columns=["test", "outcome", "seconds", "why"])
+    table.to_csv(stage.out / "tests_results.csv", index=False, lineterminator="\n")
     return tests_table(rows, counts)
 
 
 def tests_table(rows, counts):
     """Counts, what has failed, why some were skipped, and the slowest."""
-    def name(row):
-        return row["test"].partition("::")[2]
-    bad = [f"{row['outcome']}: {name(row)}: {row['why']}" for row in rows
-           if row["outcome"] in ("failed", "not finished")]
+    rows = [row | {"name": row["test"].partition("::")[2]} for row in rows]
     skipped = collections.Counter(row["why"] for row in rows if row["outcome"] == "skipped")
-    slow = sorted(rows, key=lambda row: -row["seconds"])[:5]
-    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()), *bad,
+    return [", ".join(f"{count} {outcome}" for outcome, count in counts.items()),
+            *("{outcome}: {name}: {why}".format(**row) for row in rows
+              if row["outcome"] in ("failed", "not finished")),
             *(f"{count} skipped: {why}" for why, count in skipped.items()),
-            *(f"{row['seconds']:6.1f} s {name(row)}" for row in slow)]
+            *("{seconds:6.1f} s {name}".format(**row)
+              for row in sorted(rows, key=lambda row: -row["seconds"])[:5])]
 
-
-# ---- speed
 
 def speed_parts(device, port):
-    """[(name, least seconds, flags of throughput.py, others if those fail)], in order of worth."""
+    """[(name, least seconds, flags of throughput.py)], in order of worth; a compile takes 30 s."""
     if device == "cpu":
         tiny = ["--sizes", "S", "--batch-size", "4", "--steps", "2", "--threads", "1"]
-        return [("training", 1, [*tiny, "--what", "train"], None),
-                ("modes", 1, [*tiny, "--what", "train", "--modes", "eager"], None),
-                ("rounding", 1, [*tiny, "--check-precision", "8"], None),
-                ("evaluation", 1, [*tiny, "--evaluate", "8"], None),
-                ("trace", 1, [*tiny, "--profile"], None),
-                ("likelihood and sampling", 1, [*tiny, "--what", "likelihood", "sampling"], None)]
+        return [(name, 1, [*tiny, *flags]) for name, flags in (
+            ("training", ["--what", "train"]), ("trace", ["--profile"]),
+            ("modes", ["--what", "train", "--modes", "eager"]),
+            ("rounding", ["--check-precision", "8"]), ("evaluation", ["--evaluate", "8"]),
+            ("likelihood and sampling", ["--what", "likelihood", "sampling"]))]
     large = ["--sizes", "32x2", "--precision", "bfloat16"]
-    small = ["--sizes", "S", "M", "medium", "--steps", "20"]
-    modes = ["--modes", "eager", "compile", "graph", "both"]
-    train = [*large, "--what", "train"]
-    first = ([*train, "--against", "jet-pytorch"], train) if port else (train, None)
-    return [("32x2 training", 15, *first),
-            ("S, M, medium: graph", 15, [*small, "--modes", "eager", "graph"], None),
-            ("32x2 rounding", 10, [*large, "--check-precision"], None),
-            ("32x2 evaluation of 49,999 images", 20, [*large, "--evaluate", "49999"], None),
-            ("32x2 trace", 15, [*train, "--profile", "--steps", "3"], None),
-            ("S, M, medium: compile", 40, [*small, *modes], None),
-            ("32x2 likelihood, sampling", 20, [*large, "--what", "likelihood", "sampling"], None),
-            ("32x2 modes", 60, [*train, "--batch-size", "32", *modes], None)]
+    both = [*large, "--what", "train", "--compile", "--graph"]  # the fastest mode
+    # at 128 images ours and the port do not fit into 80 GiB side by side
+    against = [*both, "--batch-size", "64", "--against", "jet-pytorch"]
+    alone = [*both, "--batch-size", "128"]
+    modes = ["--modes", "eager", "graph", "both", "--steps", "20"]  # compile alone gains little
+    return [*([("32x2 both, jet-pytorch", 60, against)] if port else ()),
+            ("32x2 both", 45, alone),
+            ("32x2 trace", 30, [*alone, "--profile", "--steps", "3"]),
+            *((f"{size} modes", 45, ["--sizes", size, *modes]) for size in ("S", "M", "medium")),
+            ("32x2 rounding", 10, [*large, "--check-precision"]),
+            ("32x2 evaluation of 49,999 images", 20, [*large, "--evaluate", "49999"]),
+            ("32x2 likelihood, sampling", 20, [*large, "--what", "likelihood", "sampling"])]
 
 
 def run_speed(stage, flags):
     """The stage speed; returns the body of its table."""
     numbers = stage.work / "numbers.jsonl"
-    program = "experiments.throughput", "main"
     places = ["--device", stage.device, "--no-figure", "--numbers", str(numbers)]
     places += [f"--{name}-dir={stage.work / name}" for name in ("runs", "results", "figures")]
     port = importlib.util.find_spec("jet_pytorch") is not None
-    for name, least_s, flags, others in speed_parts(stage.device, port):
-        ended = stage.part(name, least_s, *program, [*flags, *places])
-        if not ended and others and name in stage.failed:
-            stage.part(f"{name}, alone", least_s, *program, [*others, *places])
+    for name, least_s, flags in speed_parts(stage.device, port):
+        stage.part(name, least_s, "experiments.throughput", "main", [*flags, *places])
     for path in stage.work.glob("results/throughput_*.csv"):
         shutil.copyfile(path, stage.out / f"speed_{path.name}")
     for path in stage.work.glob("runs/throughput_profile/*.json.gz"):
         shrink_trace(path)
         shutil.copyfile(path, stage.out / f"speed_trace_{path.name}")
-    lines = numbers.read_text().splitlines() if numbers.exists() else []
-    stage.more["numbers"] = [json.loads(line) for line in lines]
-    stage.more["jet_pytorch"] = port
+    stage.more |= {"numbers": read_lines(numbers), "jet_pytorch": port}
     if not any(part["state"] == "ok" for part in stage.parts) and not stage.failed:
         stage.failed.append("speed: nothing was measured")
     alone = [] if port or stage.rehearsal else ["jet-pytorch is not installed: 32x2 is alone"]
@@ -137,32 +128,23 @@ def run_speed(stage, flags):
 def speed_rows(out):
     import pandas as pd
 
-    from experiments.throughput_cases import MODES
-    lines = []
-    for path in sorted(out.glob("speed_throughput_*.csv")):
-        modes = {tuple(map(str, switches)): name for name, switches in MODES.items()}
-        lines.append(f"{'size':6} {'what':10} {'of':12}{'mode':8}{'batch':>5}{'images/s':>10}"
-                     f"{'of peak':>8}{'ratio':>7}{'start s':>8}")
-        for row in pd.read_csv(path, dtype={"compile": str, "graph": str}).itertuples():
-            mode = modes[row.compile, row.graph] if row.implementation == "ours" else ""
-            ratio = "" if pd.isna(row.ratio) else f"{row.ratio:.2f}"
-            lines.append(f"{row.size:6} {row.what:10} {row.implementation:12}{mode:8}"
-                         f"{row.batch_size:5}{row.images_per_s:10,.1f}{row.peak_share:8.1%}"
-                         f"{ratio:>7}{row.startup_seconds:8.1f}")
-    return lines
+    from experiments.throughput_cases import table_of
+    looks = {"batch_size": ("batch", "{}"), "images_per_s": ("images/s", "{:,.1f}"),
+             "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.2f}"),
+             "startup_seconds": ("start s", "{:.1f}")}
+    return [line for path in sorted(out.glob("speed_throughput_*.csv"))
+            for line in table_of(pd.read_csv(path), looks).splitlines()]
 
 
 def number_line(numbers):
     """A line for what throughput.py measures beside its CSV."""
-    if numbers["what"] == "evaluate":
-        return (f"{numbers['size']}: bits/dim of {numbers['num_images']:,} images in "
-                f"{numbers['seconds']:.1f} s")
-    if numbers["what"] == "check-precision":
-        return (f"bfloat16 against float32: {numbers['mean_difference']:+.6f} bits/dim in the mean "
-                f"of {numbers['num_images']:,} images")
-    busy = f", the GPU busy {numbers['busy_share']:.1%} of it" if "busy_share" in numbers else ""
-    return (f"{numbers['size']} {numbers['work']}, traced: {numbers['step_seconds']:.4f} s a step"
-            f"{busy}")
+    lines = {
+        "evaluate": "{size}: bits/dim of {num_images:,} images in {seconds:.1f} s",
+        "check-precision": "bfloat16 against float32: {mean_difference:+.6f} bits/dim in the mean "
+                           "of {num_images:,} images",
+        "profile": "{size} {work}, traced: {step_seconds:.4f} s a step"}
+    busy = ", the GPU busy {busy_share:.1%} of it" if "busy_share" in numbers else ""
+    return (lines[numbers["what"]] + busy).format(**numbers)
 
 
 def shrink_trace(path):

@@ -6,43 +6,38 @@ once it lies in results/.
 """
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import importlib
 import math
 import multiprocessing.connection
 import os
+import statistics
 import tarfile
 import time
+import types
 
 from gpu_stage import MAX_BYTES, ROOT, end_process
 
 ORDER = ("compare_vit_cnn", "ablate_block_depth", "ablate_coupling", "ablate_layers",
          "ablate_splits", "main_results", "scaling")
 PLAIN_CSVS = 4  # beside done.json, log.txt and the packed run folders; the packed file has all
-MAX_JOBS = 4  # on a GPU, until it is measured how many feed one
-GIB_A_RUN, CORES_A_RUN = 12, 2
+# With steps as CUDA graphs one run fills an H100 (medium's largest ViT: 44 ms a step alone, 137 ms
+# beside two others); eager ones wait for the host, and several at a time feed it.
+MAX_EAGER_JOBS, GIB_A_RUN, CORES_A_RUN = 4, 12, 2
 ASSUMED_SHARE = 0.05  # of an H100's peak, by all runs together, before a run has finished here
 ASSUMED_CPU = 1e8  # FLOP/s of a rehearsal
-START_S = 20  # imports, images, the first step
-MARGIN = 1.2  # on predicted times
-PACKED = ("config.json", "done.json", "metrics.csv", "log.txt")
+START_S, MARGIN = 20, 1.2  # imports, images, the first step; on predicted times
+PACKED = ("config.json", "done.json", "log.txt", "metrics.csv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A run that has finished here: its done.json, and its seconds in all."""
+    """A run that has finished here."""
     run: object
-    done: dict
-    seconds: float
+    done: dict  # its done.json
+    seconds: float  # in all
+    at_a_time: float = 1.0  # runs at work while it was, itself among them, in the mean
 
-    @property
-    def extra_s(self):
-        """What it took beside training."""
-        return max(0.0, self.seconds - self.done["train_seconds"])
-
-
-# ---- what there is to run
 
 def check(flags):
     """Raise, in one line, for what no run could begin with."""
@@ -66,10 +61,8 @@ def finished_elsewhere(name, results_dir):
     """The run ids in the CSV of an experiment at medium scale and in its shards."""
     from paper_figures.results_csv import read_results
     experiment = load(name, tiny=False)
-    found = set()
-    for path in sorted(results_dir.glob(f"{name}_medium*.csv")):
-        found |= set(read_results(path, name, experiment.swept, experiment.varying)["run_id"])
-    return found
+    return {run_id for path in sorted(results_dir.glob(f"{name}_medium*.csv")) for run_id in
+            read_results(path, name, experiment.swept, experiment.varying)["run_id"]}
 
 
 def runs_of(experiment, runs_dir):
@@ -90,9 +83,9 @@ def shrink(points, swept):
         config = dataclasses.replace(
             config, model=model, data="cifar10-subset-vehicles", batch_size=4, precision="float32",
             total_steps=min(2, config.total_steps), clip_norm=number)
-        after = point.after and small[id(point.after)]
         small[id(point)] = dataclasses.replace(
-            point, config=config, after=after, labels=point.values(swept))
+            point, config=config, after=point.after and small[id(point.after)],
+            labels=point.values(swept))
     return list(small.values())
 
 
@@ -100,8 +93,6 @@ def is_orphan(run, skipped):
     """Whether a run begins with weights that were trained elsewhere, and are not here."""
     return run.after is not None and (run.after.run_id in skipped or is_orphan(run.after, skipped))
 
-
-# ---- which run to begin
 
 def evaluation_flops(config):
     from data import SETS
@@ -111,32 +102,30 @@ def evaluation_flops(config):
     return forward_flops(config.model) * (test + min(TRAIN_ROW_IMAGES, test))
 
 
-def predict(run, finished, jobs, device):
-    """Seconds that a run takes, by those that have finished here, with as many at a time.
+def predict(run, finished, at_a_time, device):
+    """Seconds that a run takes as one of so many at a time, with a margin.
 
-    Before there is one: with a cautious share of the peak, which all runs share. With a margin.
+    By those that have finished here, of the same kind of block where there are any; before, by a
+    cautious share of the peak. Runs share the GPU: the fewer are beside one, the faster it is.
     """
     from harness.flops import train_flops
-    from sweeps.plan import measured_rate
-    rate = (measured_rate(run.config, [one.done for one in finished])
-            or assumed_rate(run.config.precision, jobs, device))
-    training = train_flops(run.config) / rate
-    flops = evaluation_flops(run.config)
-    if not finished:
-        return MARGIN * (training + flops / assumed_rate("float32", jobs, device) + START_S)
-
-    def ratio(one):
-        return flops / evaluation_flops(one.run.config)
-    nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
-    return MARGIN * (training + nearest.extra_s * max(1, ratio(nearest)))
-
-
-def assumed_rate(precision, jobs, device):
-    """FLOP/s of one of so many runs at a time, before any has finished."""
-    from sweeps.plan import GPU_PEAKS
-    if device == "cpu":
-        return ASSUMED_CPU
-    return ASSUMED_SHARE * GPU_PEAKS[precision] / jobs
+    from sweeps.plan import GPU_PEAKS, measured_rate
+    config, flops = run.config, evaluation_flops(run.config)
+    assumed = {precision: ASSUMED_CPU if device == "cpu" else ASSUMED_SHARE * peak
+               for precision, peak in GPU_PEAKS.items()}
+    extra_s = START_S + at_a_time * flops / assumed["float32"]
+    finished = [one for one in finished
+                if one.run.config.model.block == config.model.block] or finished
+    if finished:
+        def ratio(one):
+            return flops / evaluation_flops(one.run.config)
+        nearest = min(finished, key=lambda one: abs(math.log(ratio(one))))
+        extra_s = max(0, nearest.seconds - nearest.done["train_seconds"])
+        extra_s *= max(1, ratio(nearest))
+    alone = [one.done | {"train_seconds": one.done["train_seconds"] / one.at_a_time}
+             for one in finished]
+    rate = measured_rate(config, alone) or assumed[config.precision]
+    return MARGIN * (at_a_time * train_flops(config) / rate + extra_s)
 
 
 def choose(todo, done_ids, left_s, seconds_of):
@@ -155,135 +144,81 @@ def choose(todo, done_ids, left_s, seconds_of):
     return None
 
 
-def default_jobs(device, free_gib, cores):
+def default_jobs(device, free_gib, cores, graph=False):
     if device == "cpu":
         return max(1, min(2, cores))
-    return max(1, min(MAX_JOBS, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
+    most = 1 if graph else MAX_EAGER_JOBS
+    return max(1, min(most, int(free_gib // GIB_A_RUN), cores // CORES_A_RUN))
 
 
-# ---- running
-
-class Worker:
-    """A process that stays alive and takes one run after another."""
-
-    def __init__(self, stage, place):
-        self.connection, other_end = stage.context.Pipe()
-        self.process = stage.start("gpu_medium", "work", other_end, os.getpid(), place)
-        other_end.close()
-        self.run, self.ready = None, False
-
-    def begin(self, run):
-        self.run, self.begun, self.ready = run, time.monotonic(), False
-        self.connection.send(run)
-
-    def answer(self):
-        """None while it works, else "" or why the run has failed."""
-        with contextlib.suppress(EOFError, OSError):
-            return self.connection.recv() if self.connection.poll() else None
-        self.process.join(5)
-        return "its process has ended"
-
-
-def work(connection, parent, place):
-    """What a worker does: train each run that comes, and answer why it failed, or "".
-
-    The first answer says that it is ready.
-    """
-    import torch
-
-    from harness.errors import one_line
+def train_run(run, place):
+    """What the process of a run does. The run folder says why it has failed."""
     from harness.place import Place
     from train import train
-    torch.zeros(1, device=place["device"])
-    connection.send("")
-    while os.getppid() == parent:
-        if not connection.poll(1):
-            continue
-        run = connection.recv()
-        try:
-            train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
-            why = ""
-        except Exception as error:
-            why = one_line(error)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        connection.send(why)
+    train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
 
 
 def run_grid(stage, todo, jobs, place):
     """Run what ends in time; returns ([Finished], the runs that never began)."""
-    todo, finished = list(todo), []
-    workers = [Worker(stage, place) for _ in range(min(jobs, len(todo)))]
-    predicted = {}  # by what had finished
-
-    def seconds_of(run):
-        key = run.run_id, len(finished)
-        if key not in predicted:
-            predicted[key] = predict(run, finished, jobs, stage.device)
-        return predicted[key]
+    from harness.run_folder import read_progress
+    todo, finished, works = list(todo), [], []  # works: the runs that a process is at
     while stage.left_s:
-        for worker in list(workers):
-            if not worker.ready and (why := worker.answer()) is not None:
-                take_in(stage, worker, why, finished)
-                drop_weights(finished, [*todo, *(other.run for other in workers if other.run)])
-                if not worker.process.is_alive():
-                    workers.remove(worker)
-            if worker.ready:
-                run = choose(todo, {one.run.run_id for one in finished}, stage.left_s, seconds_of)
-                if run:
-                    todo.remove(run)
-                    worker.begin(run)
-        if all(worker.ready for worker in workers):
+        for work in [work for work in works if not work.process.is_alive()]:
+            works.remove(work)
+            take_in(stage, work, finished)
+            drop_weights(finished, [*todo, *(other.run for other in works)])
+        while len(works) < jobs and (run := choose(
+                todo, {one.run.run_id for one in finished}, stage.left_s,
+                lambda run: predict(run, finished, len(works) + 1, stage.device))):
+            todo.remove(run)
+            process = stage.start("gpu_medium", "train_run", run, place)
+            works.append(types.SimpleNamespace(run=run, process=process, begun=time.monotonic(),
+                                               at_a_time=[]))
+        if not works:
             break
-        multiprocessing.connection.wait([one.connection for one in workers if not one.ready], 0.5)
-    for worker in workers:
-        end_process(worker.process)
-        if worker.run:
-            stop(stage, worker.run)
+        for work in works:
+            work.at_a_time.append(len(works))
+        multiprocessing.connection.wait([work.process.sentinel for work in works], 0.5)
+    for work in works:
+        end_process(work.process)
+        step, *_ = read_progress(work.run.folder)
+        leave_out(stage, work.run, f"stopped at step {step} of {work.run.config.total_steps}: "
+                  f"{stage.stopped_by or 'the time was up'}", " (begun)")
     return finished, todo
 
 
-def take_in(stage, worker, why, finished):
-    """A worker has answered."""
-    from harness.run_folder import read_done
-    worker.ready = worker.process.is_alive()
-    if not worker.run:
-        if why:
-            stage.failed.append(f"a worker: {why}")
-        return
-    run, seconds = worker.run, time.monotonic() - worker.begun
-    worker.run = None
-    done = None if why else read_done(run.folder)
-    label = f"{run.folder.parent.name}: {run.label}"
-    if done:
-        finished.append(Finished(run=run, done=done, seconds=seconds))
-        stage.say(f"{label}: {done['bits_per_dim']:.4f} bits/dim, {done['train_seconds']:.1f} s of "
-                  f"training, {seconds:.1f} in all")
+def take_in(stage, work, finished):
+    """A process has ended."""
+    from harness.run_folder import read_done, read_error
+    seconds, run = time.monotonic() - work.begun, work.run
+    end_process(work.process)
+    if done := read_done(run.folder):
+        finished.append(Finished(run=run, done=done, seconds=seconds,
+                                 at_a_time=statistics.mean(work.at_a_time)))
+        stage.say(f"{title(run)}: {done['bits_per_dim']:.4f} bits/dim, "
+                  f"{done['train_seconds']:.1f} s of training, {seconds:.1f} in all")
     else:
-        stage.failed.append(f"{label}: {why}")
-        stage.say(f"{label}: failed: {why}")
+        why = read_error(run.folder) or f"its process has ended ({work.process.exitcode})"
+        stage.failed.append(f"{title(run)}: {why}")
+        stage.say(f"{title(run)}: failed: {why}")
+
+
+def title(run):
+    return f"{run.folder.parent.name}: {run.label}"
+
+
+def leave_out(stage, run, why, kind=""):
+    """kind: of the runs of an experiment that are one line of the table."""
+    stage.leave_out(title(run), why, f"{run.folder.parent.name}{kind}")
 
 
 def drop_weights(finished, unfinished):
     """Remove the checkpoints of finished runs that none of the unfinished ones begins with."""
     needed = {run.after.run_id for run in unfinished if run.after}
-    for one in finished:
-        if one.run.run_id not in needed:
-            for path in one.run.folder.glob("checkpoint*.pt"):
-                path.unlink()
+    for run in [one.run for one in finished if one.run.run_id not in needed]:
+        for path in run.folder.glob("checkpoint*.pt"):
+            path.unlink()
 
-
-def stop(stage, run):
-    from harness.run_folder import read_progress
-    step, *_ = read_progress(run.folder)
-    why = stage.stopped_by or "the time was up"
-    stage.leave_out(f"{run.folder.parent.name}: {run.label}",
-                    f"stopped at step {step} of {run.config.total_steps}: {why}",
-                    f"{run.folder.parent.name} (begun)")
-
-
-# ---- what comes out
 
 def write_csvs(stage, grids, finished):
     """Write a shard's CSV of each experiment with finished runs, the first ones into OUT, too.
@@ -292,18 +227,19 @@ def write_csvs(stage, grids, finished):
     """
     from sweeps.sweep import collect
     done_ids, names = {one.run.run_id for one in finished}, []
-    folder = stage.work / "results"
-    folder.mkdir(exist_ok=True)
+    (stage.work / "results").mkdir(exist_ok=True)
     for name, grid in grids.items():
-        runs = [run for run in grid if run.run_id in done_ids]
-        if not runs:
+        if not (runs := [run for run in grid if run.run_id in done_ids]):
             continue
-        csv = folder / shard_name(name, [run.run_id for run in runs])
+        csv = stage.work / "results" / shard_name(name, [run.run_id for run in runs])
         with open(stage.log, "a") as log, contextlib.redirect_stdout(log):
             collect(load(name, stage.rehearsal), "medium", runs, csv)
         if len(names) < PLAIN_CSVS:
             (stage.out / csv.name).write_bytes(csv.read_bytes())
         names.append(csv.name)
+    if len(names) > PLAIN_CSVS:
+        stage.leave_out(f"{len(names) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
+                        f"{PLAIN_CSVS} lie beside it")
     return names
 
 
@@ -318,15 +254,14 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
 
     Where that is too large, without metrics.csv; returns whether it has them.
     """
-    for names in (PACKED, [name for name in PACKED if name != "metrics.csv"]):
+    for names in (PACKED, PACKED[:-1]):
+        files = [run.folder / name for run in runs for name in names]
         with tarfile.open(path, "w:gz") as tar:
-            files = [run.folder / name for run in runs for name in names]
-            for file in [*files, *sorted((work / "results").glob("*.csv"))]:
-                if file.exists():
-                    tar.add(file, str(file.relative_to(work)))
+            for file in filter(os.path.exists, [*files, *sorted(work.glob("results/*.csv"))]):
+                tar.add(file, str(file.relative_to(work)))
         if path.stat().st_size <= max_bytes:
             break
-    return "metrics.csv" in names
+    return names == PACKED
 
 
 def run(stage, flags):
@@ -334,56 +269,38 @@ def run(stage, flags):
     names = [name for name in ORDER if name in flags.experiments]
     grids = {name: runs_of(load(name, stage.rehearsal), stage.work / "runs") for name in names}
     skipped = {name: finished_elsewhere(name, ROOT / "results") for name in names}
-    todo, orphans = [], []
-    for name, grid in grids.items():
-        new = [run for run in grid if run.run_id not in skipped[name]]
-        orphans += [run for run in new if is_orphan(run, skipped[name])]
-        todo += [run for run in new if not is_orphan(run, skipped[name])]
-    for run in orphans:
-        stage.leave_out(f"{run.folder.parent.name}: {run.label}",
-                        f"begins with weights that are in no folder here, of {run.after.label}",
-                        f"{run.folder.parent.name} (weights)")
-    cores = len(os.sched_getaffinity(0))
-    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"], cores)
-    modes = {name: True for name in ("compile", "graph") if getattr(flags, name)}
+    new = [(run, is_orphan(run, skipped[name])) for name, grid in grids.items() for run in grid
+           if run.run_id not in skipped[name]]
+    for run in [run for run, orphan in new if orphan]:
+        leave_out(stage, run, "begins with weights that are in no folder here, of "
+                  f"{run.after.label}", " (weights)")
+    todo = [run for run, orphan in new if not orphan]
+    jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"],
+                                      len(os.sched_getaffinity(0)), flags.graph)
     place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
-             "checkpoint_every_s": 3600, **modes}
-    root = {"data_root": str(flags.data_root)} if flags.data_root else {}
+             "checkpoint_every_s": 3600, "compile": bool(flags.compile), "graph": flags.graph}
     stage.say(f"{len(todo)} runs to do, {jobs} at a time")
-    finished, never = run_grid(stage, todo, jobs, {**place, **root})
-    report(stage, never, finished, jobs)
-    csvs = write_csvs(stage, grids, finished)
-    packed, runs = stage.out / "medium_runs.tar.gz", [one.run for one in finished]
-    if finished and not pack(packed, stage.work, runs):
+    finished, never = run_grid(stage, todo, jobs, place | {"data_root": flags.data_root})
+    done_ids = {one.run.run_id for one in finished}
+    for run in never:
+        seconds = predict(run, finished, 1, stage.device)
+        why = stage.stopped_by or f"takes about {seconds:.0f} s: no time"
+        if run.after and run.after.run_id not in done_ids:
+            why = f"begins with the weights of {run.after.label}, which has not finished"
+        leave_out(stage, run, why)
+    csvs, runs = write_csvs(stage, grids, finished), [one.run for one in finished]
+    if finished and not pack(stage.out / "medium_runs.tar.gz", stage.work, runs):
         stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
     if todo and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
     seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
-                "train_seconds": round(one.done["train_seconds"], 1)} for one in finished]
+                "train_seconds": round(one.done["train_seconds"], 1),
+                "at_a_time": round(one.at_a_time, 2)} for one in finished]
     stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
-    if len(csvs) > PLAIN_CSVS:
-        stage.leave_out(f"{len(csvs) - PLAIN_CSVS} CSVs", "in medium_runs.tar.gz alone: at most "
-                        f"{PLAIN_CSVS} lie beside it")
-    return table(grids, skipped, finished, jobs)
-
-
-def report(stage, never, finished, jobs):
-    """Why the runs that never began did not."""
-    done_ids = {one.run.run_id for one in finished}
-    for run in never:
-        if run.after and run.after.run_id not in done_ids:
-            why = f"begins with the weights of {run.after.label}, which has not finished"
-        else:
-            why = f"takes about {predict(run, finished, jobs, stage.device):.0f} s: no time"
-        stage.leave_out(f"{run.folder.parent.name}: {run.label}", why, run.folder.parent.name)
-
-
-def table(grids, skipped, finished, jobs):
-    done_ids = {one.run.run_id for one in finished}
     lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
     for name, grid in grids.items():
-        ids = [run.run_id for run in grid]
-        here, there = len(done_ids.intersection(ids)), len(skipped[name].intersection(ids))
+        ids = {run.run_id for run in grid}
+        here, there = len(ids & done_ids), len(ids & skipped[name])
         lines.append(f"{name:20}{len(ids):6}{there:9}{here:10}{len(ids) - here - there:9}")
     training = sum(one.done["train_seconds"] for one in finished)
     return [*lines, f"{jobs} runs at a time; {training:.0f} s of training in {len(finished)} runs"]

@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -15,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_FILES, MAX_BYTES = 8, 16 * 2 ** 20
 TABLE_LINES, TABLE_COLUMNS = 30, 80
 CLOSING_S = 6  # kept for ending processes, packing and the table
+CACHES = {"TMPDIR": "tmp", "XDG_CACHE_HOME": "cache", "MPLCONFIGDIR": "matplotlib",
+          "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton",
+          "CUDA_CACHE_PATH": "cuda"}
 
 
 class Stage:
@@ -22,35 +24,26 @@ class Stage:
 
     def __init__(self, flags, begun):
         self.name, self.out, self.device = flags.stage, flags.out.resolve(), flags.device
-        self.begun, self.limit_s = begun, flags.seconds
-        self.work = self.out / f".{self.name}_work"
-        self.log, self.stopped_by = self.out / f"{self.name}_log.txt", None
+        self.begun, self.limit_s, self.stopped_by = begun, flags.seconds, None
+        self.work, self.log = self.out / f".{self.name}_work", self.out / f"{self.name}_log.txt"
         self.context, self.seen = multiprocessing.get_context("fork"), {}
         self.parts, self.left_out, self.failed, self.more = [], [], [], {}  # more: for done.json
-
-    @property
-    def rehearsal(self):
-        return self.device == "cpu"
+        self.rehearsal = self.device == "cpu"
 
     @property
     def left_s(self):
         """Seconds in which parts may still run; 0 once it has to end."""
-        if self.stopped_by:
-            return 0.0
         end = self.begun + self.limit_s - min(CLOSING_S, self.limit_s / 4)
-        return max(0.0, end - time.monotonic())
+        return 0.0 if self.stopped_by else max(0.0, end - time.monotonic())
 
     def open(self):
         """Caches and temporary files go into a folder in OUT that is removed again."""
         shutil.rmtree(self.work, ignore_errors=True)
-        places = {name: self.work / folder for name, folder in (
-            ("TMPDIR", "tmp"), ("XDG_CACHE_HOME", "cache"), ("MPLCONFIGDIR", "matplotlib"),
-            ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"),
-            ("CUDA_CACHE_PATH", "cuda"))}
-        for folder in places.values():
-            folder.mkdir(parents=True)
+        for name, folder in CACHES.items():
+            (self.work / folder).mkdir(parents=True)
+            os.environ[name] = str(self.work / folder)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        os.environ.update({name: str(folder) for name, folder in places.items()} | {
+        os.environ.update({
             "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "JET_KERNELS": "torch",
             "GIT_OPTIONAL_LOCKS": "0", "JET_TEST_DEVICE": self.device,
             # so that processes can begin as copies of this one: no CUDA and no threads here
@@ -61,9 +54,14 @@ class Stage:
     def _on_signal(self, number, _):
         self.stopped_by = signal.Signals(number).name
 
+    def files(self):
+        """The stage's files in OUT."""
+        return sorted(path for path in self.out.iterdir() if path.is_file() and (
+            path.name.startswith(f"{self.name}_") or f"_{self.name}.shard-" in path.name))
+
     def empty(self):
         """Remove the files of this stage that are in OUT."""
-        for path in stage_files(self.out, self.name):
+        for path in self.files():
             path.unlink()
 
     def say(self, line):
@@ -74,56 +72,47 @@ class Stage:
 
     def start(self, module, function, *arguments):
         """A process that calls a function of a module, with its output in the log."""
-        arguments = str(self.log), module, function, arguments
-        process = self.context.Process(target=call, args=arguments)
+        process = self.context.Process(target=call, args=(self.log, module, function, arguments))
         process.start()
         return process
 
     def look(self):
-        """See what the device is, in a process of its own.
+        """See what the device is; returns None, or a line on why the stage cannot begin.
 
-        This one never uses it: so others can begin as its copies, which saves seconds of imports.
-        Where a GPU does not work in a copy, they begin anew.
-        Returns None, or a line on why the stage cannot begin.
+        This process never uses it: so others can begin as its copies, which saves their imports.
         """
-        for method in ("fork", "spawn"):
-            self.context = multiprocessing.get_context(method)
-            connection, other_end = self.context.Pipe()
-            process = self.start("gpu_stage", "tell_device", other_end, self.device)
-            other_end.close()
-            try:
-                self.seen = connection.recv() if connection.poll(self.left_s) else {
-                    "error": f"{self.device} does not answer"}
-            except EOFError:
-                self.seen = {"error": f"{self.device} cannot be used: {self.log} says why"}
-            end_process(process)
-            if "error" not in self.seen or self.seen.get("absent"):
-                break
+        connection, other_end = self.context.Pipe()
+        process = self.start("gpu_stage", "tell_device", other_end, self.device)
+        other_end.close()
+        self.seen = {"error": f"{self.device} does not answer"}
+        try:
+            if connection.poll(self.left_s):
+                self.seen = connection.recv()
+        except EOFError:
+            self.seen = {"error": f"{self.device} cannot be used: {self.log} says why"}
+        end_process(process)
         return self.seen.pop("error", None)
 
     def part(self, name, least_s, module, function, *arguments):
         """Run a part in a process of its own, in the time left; returns whether it ended well."""
         if self.left_s < least_s or not self.left_s:
-            time_is_up = f"needs about {least_s} s, and {self.left_s:.0f} were left"
-            self.leave_out(name, self.stopped_by or time_is_up)
+            self.leave_out(name, self.stopped_by or f"needs about {least_s} s, and "
+                           f"{self.left_s:.0f} were left")
             return False
         self.say(f"{name} ...")
-        begin = time.monotonic()
-        process = self.start(module, function, *arguments)
+        begin, process = time.monotonic(), self.start(module, function, *arguments)
         while process.is_alive() and self.left_s:
             process.join(0.1)
-        cut = process.is_alive()
-        end_process(process)
-        state = "failed" if process.exitcode else "ok"
-        if cut:
+        state, code = "ok", process.exitcode
+        if code is None:
             state = "stopped"
-        seconds = round(time.monotonic() - begin, 1)
-        self.parts.append({"name": name, "state": state, "seconds": seconds,
-                           "exit": None if cut else process.exitcode})
-        if cut:
             self.leave_out(name, f"not finished: {self.stopped_by or 'the time was up'}")
-        if state == "failed":
+        elif code:
+            state = "failed"
             self.failed.append(name)
+        end_process(process)
+        seconds = round(time.monotonic() - begin, 1)
+        self.parts.append({"name": name, "state": state, "seconds": seconds, "exit": code})
         self.say(f"{name}: {state}, {seconds:.0f} s")
         return state == "ok"
 
@@ -136,21 +125,20 @@ class Stage:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         fit_files(self)
-        state = "failed" if self.failed else "ok"
+        state, seconds = "failed" if self.failed else "ok", time.monotonic() - self.begun
         about = {**provenance(), "device": self.device, "hardware": self.seen["hardware"]}
-        seconds = time.monotonic() - self.begun
         done = {"stage": self.name, "state": state, "rehearsal": self.rehearsal,
                 "stopped_by": self.stopped_by, "seconds": round(seconds, 1),
                 "limit_s": self.limit_s, **about, "parts": self.parts, "failed": self.failed,
                 "left_out": self.left_out, **self.more}
         (self.out / f"{self.name}_done.json").write_text(json.dumps(done, indent=1) + "\n")
-        remove_folder(self.work)
-        dirty = {True: ", with changes", False: ""}.get(about["git_dirty"], "")
+        clean(self)
         ended = f", ended by {self.stopped_by}" if self.stopped_by else ""
         counts = ", a rehearsal: no number of it counts" if self.rehearsal else ""
         head = [f"{self.name}: {state}, {seconds:.0f} of {self.limit_s} s{ended}{counts}",
                 f"{about['hardware']}, torch {about['torch_version']}, commit "
-                f"{about['git_commit'][:10] or 'unknown'}{dirty}"]
+                f"{about['git_commit'][:10] or 'unknown'}"
+                f"{', with changes' if about['git_dirty'] else ''}"]
         print("\n".join(fit_table(head, body, self.failed, self.left_out)))
         return 1 if self.failed else 0
 
@@ -163,11 +151,9 @@ def tell_device(connection, device):
     try:
         found = pick_device(device)
         torch.zeros(1, device=found).item()
-        free_gib = free_bytes(found) / 2 ** 30
-        connection.send({"hardware": hardware(found), "free_gib": free_gib})
+        connection.send({"hardware": hardware(found), "free_gib": free_bytes(found) / 2 ** 30})
     except (RuntimeError, ValueError) as error:
-        absent = device == "cpu" or not torch.cuda.is_available()
-        connection.send({"error": " ".join(str(error).split())[:300], "absent": absent})
+        connection.send({"error": " ".join(str(error).split())[:300]})
 
 
 def call(log, module, function, arguments):
@@ -199,51 +185,34 @@ def end_process(process):
 
 def clean(stage):
     """Leave no more than the stage's files."""
-    remove_folder(stage.work)
+    for _ in range(20):
+        shutil.rmtree(stage.work, ignore_errors=True)
+        if not stage.work.exists():
+            break
+        time.sleep(0.1)  # a process that has just been ended still wrote
     with contextlib.suppress(OSError):
         if not stage.log.stat().st_size:
             stage.log.unlink()
         stage.out.rmdir()  # where nothing was written
 
 
-def remove_folder(folder):
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)  # a process that has just been ended still wrote
-
-
-# ---- files and the table
-
-def stage_files(out, stage):
-    """A stage's files in OUT."""
-    return sorted(path for path in out.iterdir() if path.is_file() and (
-        path.name.startswith(f"{stage}_") or f"_{stage}.shard-" in path.name))
-
-
 def fit_files(stage):
-    """Cut or remove what is too large, or too many."""
-    for path in stage_files(stage.out, stage.name):
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", path.name):
-            raise AssertionError(path.name)
+    """Cut or remove what is too large; too many are a bug."""
+    for path in stage.files():
         if path.stat().st_size <= MAX_BYTES:
             continue
         if path == stage.log:
-            content = path.read_bytes()
-            path.write_bytes(b"(the beginning is cut)\n" + content[-MAX_BYTES // 2:])
+            path.write_bytes(b"(the beginning is cut)\n" + path.read_bytes()[-MAX_BYTES // 2:])
         else:
             stage.leave_out(path.name, f"{path.stat().st_size:,} bytes are more than {MAX_BYTES:,}")
             path.unlink()
-    files = stage_files(stage.out, stage.name)
-    if len(files) > MAX_FILES - 1:  # done.json is not there yet
+    if len(files := stage.files()) > MAX_FILES - 1:  # done.json is not there yet
         raise AssertionError(f"{len(files)} files: {files}")
 
 
 def fit_table(head, body, failed, left_out):
     """The lines of the table, as many and as long as are allowed."""
-    tail = [f"failed: {what}" for what in failed]
-    groups = {}
+    tail, groups = [f"failed: {what}" for what in failed], {}
     for item in left_out:
         groups.setdefault(item["group"] or item["what"], []).append(item)
     for group, (first, *more) in groups.items():
@@ -253,9 +222,9 @@ def fit_table(head, body, failed, left_out):
     lines = body[:room - min(len(tail), 8)]
     if len(lines) < len(body):
         lines[-1] = f"... and {len(body) - len(lines) + 1} more lines: see the CSVs"
-    if len(tail) > room - len(lines):
-        more = len(tail) - (room - len(lines)) + 1
-        tail = tail[:room - len(lines) - 1] + [f"... and {more} more: see done.json"]
+    room -= len(lines)
+    if len(tail) > room:
+        tail[room - 1:] = [f"... and {len(tail) - room + 1} more: see done.json"]
     return [line if len(line) <= TABLE_COLUMNS else line[:TABLE_COLUMNS - 3] + "..."
             for line in [*head, *lines, *tail]]
 

@@ -17,7 +17,7 @@ from jet import JetConfig
 from recipe import TrainConfig
 from train import train
 
-FOLDER = ROOT / "assets/jet_cifar10"
+FOLDER, RUN_DIR = ROOT / "assets/jet_cifar10", ROOT / "runs/jet_cifar10"
 CONFIG = TrainConfig(
     data="cifar10", batch_size=64, total_steps=8000, lr=1.5e-3, eval_every=2000,
     model=JetConfig(image_size=32, num_couplings=20, block_depth=1, emb_dim=64, num_heads=2))
@@ -25,17 +25,15 @@ CONFIG = TrainConfig(
 
 def main():
     parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/jet_cifar10", metavar="DIR",
-                        help="where it is trained (default: runs/jet_cifar10)")
-    run_dir = parser.parse_args().run_dir
+    parser.parse_args()
     with one_line_errors(parser.prog):
-        done = train(CONFIG, run_dir)
-        trained = read_tensors(run_dir / CHECKPOINT_NAME)
+        done = train(CONFIG, RUN_DIR)
+        trained = read_tensors(RUN_DIR / CHECKPOINT_NAME)
         FOLDER.mkdir(exist_ok=True)
         (FOLDER / CHECKPOINT_NAME).unlink(missing_ok=True)  # or it would be kept as the one before
         save_checkpoint(FOLDER, {name: trained[name] for name in ("config", "step", "model")})
         for name in ("config.json", "done.json", "log.txt", "metrics.csv"):
-            shutil.copyfile(run_dir / name, FOLDER / name)
+            shutil.copyfile(RUN_DIR / name, FOLDER / name)
     print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on "
           f"{done['num_images']:,} test images")
 

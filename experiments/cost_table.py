@@ -1,12 +1,10 @@
 """What paper scale needs: memory, hours and gradient traffic, as Markdown.
 
     python experiments/cost_table.py > docs/cost.md      # half a minute, no GPU
-
-Rows of results/throughput_<device>.csv are marked measured. All else is computed, and each table
-names its assumptions.
 """
 import dataclasses
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -29,10 +27,8 @@ CARDS = (24, 80, 141)  # GB, 1e9 bytes
 CONTEXT = 1e9  # bytes of a card that CUDA, its libraries and fragments take (assumed)
 # Bytes/s of a GPU: HBM3, to its node, to other nodes (400 Gb/s)
 MEMORY_RATE, NVLINK, NETWORK = 3.35e12, 450e9, 50e9
-# Of a parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient
-ADAM_BYTES = 28
-# GPUs of a node; bytes of the last gradients, which nothing is left to hide behind
-NODE, BUCKET = 8, 25 * 2 ** 20
+ADAM_BYTES = 28  # a parameter: it reads weight, gradient, moments, and writes all but the gradient
+NODE, BUCKET = 8, 25 * 2 ** 20  # its GPUs; bytes of the last gradients, with nothing to hide behind
 PRECISIONS = ("float32", "bfloat16")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 PAPER_SIZES = ("32x2", "64x5")
@@ -71,15 +67,10 @@ but the last {BUCKET / 2 ** 20:.0f} MiB beside backward; Adam on every GPU at
 """
 
 
-# ---- memory
-
 def coupling_bytes(config, precision):
-    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds.
-
-    Nothing is computed: the tensors have sizes and no values.
-    """
+    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds."""
     cycle = dataclasses.replace(config, num_couplings=len(config.kinds))
-    with torch.device("meta"):
+    with torch.device("meta"):  # sizes, and no values
         jet = Jet(cycle)
     with FakeTensorMode(allow_non_fake_inputs=True):
         return activation_bytes(jet.to_empty(device="cpu"), precision) / cycle.num_couplings
@@ -90,13 +81,10 @@ def largest_batch(card_gb, fixed, per_image):
     return max(0, int((card_gb * 1e9 - CONTEXT - fixed) // per_image))
 
 
-# ---- time
-
 def comm_seconds(params, gpus):
     """All-reduce of float32 gradients: 2 (n-1)/n x 4 bytes x parameters through each GPU.
 
-    Within its node first; then every GPU takes its share of the node's sum to the other nodes by
-    its own network card.
+    Within its node first; then each GPU takes its share of the node's sum to the other nodes.
     """
     within = min(gpus, NODE)
     nodes = gpus / within
@@ -105,10 +93,9 @@ def comm_seconds(params, gpus):
 
 
 def step_seconds(flops, params, rate, gpus):
-    """A training step of 3 x forward = flops over all GPUs: forward, backward, traffic, Adam.
+    """Seconds of (a training step, its traffic, its backward) of so many FLOPs over all GPUs.
 
-    The traffic runs beside backward, but for the last bucket. Returns (step, traffic, backward) in
-    seconds.
+    The traffic runs beside backward, but for the last bucket; then comes Adam.
     """
     compute, traffic = flops / rate / gpus, comm_seconds(params, gpus)
     backward, last = 2 / 3 * compute, traffic * min(1, BUCKET / (4 * params))
@@ -118,53 +105,44 @@ def step_seconds(flops, params, rate, gpus):
 
 def stops_scaling(flops, params, rate, gpus=GPUS):
     """The first number of GPUs whose traffic takes longer than backward, or None."""
-    for n in gpus:
-        _, traffic, backward = step_seconds(flops, params, rate, n)
-        if traffic > backward:
-            return n
-    return None
+    steps = {n: step_seconds(flops, params, rate, n) for n in gpus}
+    return next((n for n, (_, traffic, backward) in steps.items() if traffic > backward), None)
 
-
-# ---- the tables
 
 def table(heading, rows):
     """Rows of cells as a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
 
 
-def measured_rows(results_dir):
-    """Our training rows of throughput_cpu.csv and throughput_cuda.csv, as dicts."""
-    paths = [results_dir / f"throughput_{device}.csv" for device in ("cpu", "cuda")]
-    return [row for path in paths if path.exists() for row in figure.read(path).to_dict("records")
-            if row["implementation"] == "ours" and row["what"] == "train"]
-
-
-def train_rate(size, precision, measured):
-    """(FLOP/s of one GPU in training a size, the best "measured" one or else "computed")."""
+def train_rate(size, measured):
+    """(FLOP/s of a GPU in training a size in bfloat16, the best "measured" or else "computed")."""
     rates = [row["flops_per_s"] for row in measured
-             if (row["device"], row["size"], row["precision"]) == ("cuda", size, precision)]
+             if (row["device"], row["size"], row["precision"]) == ("cuda", size, "bfloat16")]
     if rates:
         return max(rates), "measured"
-    return GPU_SHARE * GPU_PEAKS[precision], "computed"
+    return GPU_SHARE * GPU_PEAKS["bfloat16"], "computed"
 
 
 def memory_table(measured):
     rows = []
-    for size, changes in SIZES.items():
-        config = JetConfig(**changes)
-        for precision in PRECISIONS:
-            coupling = coupling_bytes(config, precision)
-            fixed = fixed_bytes(num_parameters(config), precision)
-            for recompute, answer in ((False, "no"), (True, "yes")):
-                per_image = image_bytes(config, precision, recompute, coupling)
-                key = size, precision, str(recompute)
-                ran = [row for row in measured if key == (
-                    row["size"], row["precision"], row["checkpoint_activations"])]
-                rows.append([
-                    size, precision, answer,
-                    f"{fixed / 2 ** 30:.2f} + {per_image / 2 ** 20:.4g}",
-                    *(_batch_cell(gb, fixed, per_image, ran) for gb in CARDS),
-                    _speed_cell(size, config, precision, recompute, ran)])
+    for size, precision in itertools.product(SIZES, PRECISIONS):
+        config = JetConfig(**SIZES[size])
+        coupling = coupling_bytes(config, precision)
+        fixed = fixed_bytes(num_parameters(config), precision)
+        for recompute, answer, forwards in ((False, "no", 3), (True, "yes", 4)):
+            per_image = image_bytes(config, precision, recompute, coupling)
+            ran = [row for row in measured if (size, precision, str(recompute)) == (
+                row["size"], row["precision"], row["checkpoint_activations"])]
+            best = {row["hardware"]: f"{number(row['images_per_s'])} measured ({row['hardware']})"
+                    for row in sorted(ran, key=lambda row: row["images_per_s"])}
+            if not ran and size in PAPER_SIZES:
+                flops = forward_flops(config) * forwards
+                speed = GPU_SHARE * GPU_PEAKS[precision] / flops
+                best = {"H100": f"{number(speed)} computed (H100)"}
+            rows.append([size, precision, answer,
+                         f"{fixed / 2 ** 30:.2f} + {per_image / 2 ** 20:.4g}",
+                         *(_batch_cell(gb, fixed, per_image, ran) for gb in CARDS),
+                         "; ".join(best.values())])
     return table(["size", "precision", "checkpointing", "GiB + MiB an image",
                   *(f"{gb} GB" for gb in CARDS), "training images/s"], rows)
 
@@ -177,20 +155,6 @@ def _batch_cell(gb, fixed, per_image, ran):
         return f"{max(batches):,.0f} measured"
     batch_size = largest_batch(gb, fixed, per_image)
     return f"{batch_size:,}" if batch_size else "does not fit"
-
-
-def _speed_cell(size, config, precision, recompute, ran):
-    """Measured images/s with where, or for the paper's sizes what an H100 would do."""
-    if ran:
-        best = {row["hardware"]: row["images_per_s"]
-                for row in sorted(ran, key=lambda row: row["images_per_s"])}
-        return "; ".join(f"{number(speed)} measured ({hardware})"
-                         for hardware, speed in best.items())
-    if size not in PAPER_SIZES:
-        return ""
-    forwards = 4 if recompute else 3
-    speed = GPU_SHARE * GPU_PEAKS[precision] / forward_flops(config) / forwards
-    return f"{number(speed)} computed (H100)"
 
 
 def paper_experiments():
@@ -209,57 +173,48 @@ def paper_runs():
     """{what: its training runs (TrainConfig) at paper scale}: the main models, each experiment."""
     runs = {f"main table, {size}": [TrainConfig(model=JetConfig(**SIZES[size]))]
             for size in PAPER_SIZES}
-    for item, experiment in paper_experiments().items():
-        runs[f"{item} (`{experiment.name}`)"] = [
-            run.config for run in make_runs(experiment, "paper", [0], ROOT / "runs")]
-    return runs
+    return runs | {f"{item} (`{experiment.name}`)": [
+        run.config for run in make_runs(experiment, "paper", [0], ROOT / "runs")]
+        for item, experiment in paper_experiments().items()}
 
 
 def hours_table(measured, gpus=(8, 64)):
     rows = []
     for what, configs in paper_runs().items():
-        size = "64x5" if "64x5" in what else "32x2"
-        rate, source = train_rate(size, "bfloat16", measured)
-        flops = sum(map(train_flops, configs))
-        hours = [sum(run_seconds(config, rate, n) for config in configs) / 3600 for n in gpus]
+        rate, source = train_rate("64x5" if "64x5" in what else "32x2", measured)
+        flops, hours = sum(map(train_flops, configs)), dict.fromkeys(gpus, 0)
+        for config, n in itertools.product(configs, gpus):
+            step, _, _ = step_seconds(train_flops(config) / config.total_steps,
+                                      num_parameters(config.model), rate, n)
+            hours[n] += config.total_steps * step / 3600
         rows.append([what, str(len(configs)), f"{flops:.3g}", number(flops / rate / 3600),
-                     *map(number, hours), f"{rate / 1e12:.0f} TFLOP/s {source}"])
+                     *map(number, hours.values()), f"{rate / 1e12:.0f} TFLOP/s {source}"])
     return table(["what", "runs", "FLOPs", "GPU-hours", *(f"hours on {n} GPUs" for n in gpus),
                   "speed of a GPU"], rows)
 
 
-def run_seconds(config, rate, gpus):
-    """Seconds of a training run on so many GPUs of such a rate."""
-    step, _, _ = step_seconds(train_flops(config) / config.total_steps,
-                              num_parameters(config.model), rate, gpus)
-    return config.total_steps * step
-
-
 def traffic_table(measured):
-    batch_size, rows, stops = TrainConfig.batch_size, [], {}
-    for n in GPUS:
-        cells = []
-        for size in PAPER_SIZES:
-            config, (rate, _) = JetConfig(**SIZES[size]), train_rate(size, "bfloat16", measured)
-            flops, params = 3 * batch_size * forward_flops(config), num_parameters(config)
-            step, traffic, backward = step_seconds(flops, params, rate, n)
-            alone, _, _ = step_seconds(flops, params, rate, 1)
-            stops[size] = stops_scaling(flops, params, rate)
-            cells += [f"{step * 1e3:.3g} ms, {alone / step / n:.0%}",
-                      f"{traffic * 1e3:.2g} / {backward * 1e3:.3g} ms"]
-        rows.append([str(n), str(batch_size // n), *cells])
-    heading = ["GPUs", "images a GPU"]
+    batch_size, heading, stops = TrainConfig.batch_size, ["GPUs", "images a GPU"], []
+    rows = {n: [str(n), str(batch_size // n)] for n in GPUS}
     for size in PAPER_SIZES:
         heading += [f"{size}: step, efficiency", "traffic / backward"]
-    places = ", ".join(f"{size} at {n or f'more than {GPUS[-1]}'} GPUs"
-                       for size, n in stops.items())
-    return (f"{table(heading, rows)}\n\nIt stops scaling where traffic takes longer than backward: "
-            f"{places}.")
+        config, (rate, _) = JetConfig(**SIZES[size]), train_rate(size, measured)
+        work = 3 * batch_size * forward_flops(config), num_parameters(config), rate
+        alone, _, _ = step_seconds(*work, 1)
+        for n, cells in rows.items():
+            step, traffic, backward = step_seconds(*work, n)
+            cells += [f"{step * 1e3:.3g} ms, {alone / step / n:.0%}",
+                      f"{traffic * 1e3:.2g} / {backward * 1e3:.3g} ms"]
+        stops.append(f"{size} at {stops_scaling(*work) or f'more than {GPUS[-1]}'} GPUs")
+    return (f"{table(heading, rows.values())}\n\nIt stops scaling where traffic takes longer than "
+            f"backward: {', '.join(stops)}.")
 
 
 def page(results_dir):
     """The whole of docs/cost.md."""
-    measured = measured_rows(results_dir)
+    paths = [results_dir / f"throughput_{device}.csv" for device in ("cpu", "cuda")]
+    found = [row for path in paths if path.exists() for row in figure.read(path).to_dict("records")]
+    measured = [row for row in found if row["implementation"] == "ours" and row["what"] == "train"]
     gpus = sorted({row["hardware"] for row in measured if row["device"] == "cuda"})
     where = f"measured on {', '.join(gpus)} where marked, else" if gpus else "no GPU was measured:"
     speeds = (f"{where}\n{GPU_SHARE:.0%} (assumed) of an H100 SXM's dense peak, "
@@ -271,11 +226,9 @@ def page(results_dir):
 
 def main(arguments=None):
     parser = ArgumentParser(prog="cost_table.py", description=__doc__)
-    parser.add_argument("--results-dir", type=Path, default=ROOT / "results", metavar="DIR",
-                        help="default: results")
-    flags = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     with one_line_errors(parser.prog):
-        print(page(flags.results_dir))
+        print(page(ROOT / "results"))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
 The larger model of the main table, from scratch and fine-tuned (the paper: at 32 and 64 pixels,
 pretrained on ImageNet-21k); runs that experiments/main_results.py has finished are not trained
 again. The paper's temperature is not known: 1, the model as it was trained, is our choice.
---checkpoint draws from any weight file that load_jet takes. The grids of uint8 images go to
-results/samples/, with all that made them, and from there to the figure.
+--checkpoint draws from any weights that load_jet takes. The uint8 images go to results/samples/,
+with all that made them, and from there to the figure.
 """
 import json
 import sys
@@ -49,10 +49,7 @@ def configs(scale):
 
 @torch.no_grad()
 def draw_samples(jet, n, seed, temperature):
-    """n samples, uint8 (n, H, W, C), the same whatever the device.
-
-    Raises ValueError where they overflow.
-    """
+    """n samples, uint8 (n, H, W, C), the same on any device; ValueError where they overflow."""
     generator = torch.Generator().manual_seed(seed)
     batches = [jet.sample(min(64, n - start), generator, temperature).cpu()
                for start in range(0, n, 64)]
@@ -62,8 +59,8 @@ def draw_samples(jet, n, seed, temperature):
 def nearest(queries, array, device="cpu"):
     """The image of an array that is nearest to each query, and how near it is.
 
-    queries: uint8 (n, H, W, C). array: uint8 (N, H, W, C), read in pieces. Returns indices (n,) and
-    root mean square differences (n,) in grey levels. The first of equally near images counts.
+    queries, array: uint8 (n, H, W, C) and (N, H, W, C). Returns indices (n,) and root mean square
+    differences (n,) in grey levels. The first of equally near images counts.
     """
     x = torch.tensor(queries, device=device).flatten(1).double()
     best, index = np.full(len(queries), np.inf), np.zeros(len(queries), int)
@@ -72,9 +69,9 @@ def nearest(queries, array, device="cpu"):
         # whole numbers below 2^53: exact
         squares = x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)
         squares = squares.cpu().numpy()  # (n, images of the piece)
-        closest, distance = squares.argmin(1), squares.min(1)
-        closer = distance < best
-        best[closer], index[closer] = distance[closer], start + closest[closer]
+        closer = squares.min(1) < best
+        index = np.where(closer, start + squares.argmin(1), index)
+        best = np.where(closer, squares.min(1), best)
     return index, np.sqrt(best / x.shape[1])
 
 
@@ -82,8 +79,7 @@ def nearest(queries, array, device="cpu"):
 def interpolate(jet, images, steps=STEPS):
     """Paths between pairs of images, uint8 (2 r, H, W, C) -> (r, steps, H, W, C).
 
-    They are arcs between the latents, and not lines: the middle of a line between two normal
-    vectors is shorter than any sample.
+    They are arcs between the latents: the middle of a line would be shorter than any sample.
     """
     weight = next(jet.parameters())
     middle = torch.full(images.shape, 0.5, dtype=weight.dtype)  # of each bin
@@ -99,8 +95,13 @@ def interpolate(jet, images, steps=STEPS):
     return images.unflatten(0, (-1, steps)).cpu().numpy()
 
 
-def check_images(jet, images, flags):
-    """Raise DataError for images that the Jet does not take, or too few of them for the paths."""
+def save_samples(path, weights, jet, images, flags, about):
+    """Draw what the flags ask for from a Jet and save it with what made it.
+
+    weights: where they are, for messages. images: {split: ImageSet}, for neighbours and paths.
+    about: what is known of the weights. Raises TrainingError where samples overflow, and DataError
+    for images that the Jet does not take, or too few of them.
+    """
     for image_set in images.values():
         height, width, channels = image_set.array.shape[1:]
         if (channels, height, width) != jet.config.image_shape:
@@ -110,30 +111,19 @@ def check_images(jet, images, flags):
     if images and 2 * flags.interpolate > (count := len(images["test"].array)):
         raise DataError(f"--interpolate {flags.interpolate}: {images['test'].name} has {count} "
                         "test images, and each path takes two")
-
-
-def save_samples(path, weights, jet, images, flags, about):
-    """Draw what the flags ask for from a Jet and save it with what made it; returns the path.
-
-    weights: where they are, for messages. images: {split: ImageSet}, needed for neighbours and
-    paths alone. about: what is known of the weights. Raises TrainingError where samples overflow.
-    """
-    check_images(jet, images, flags)
+    hint = "try a lower --temperature"
+    about = about | {"seed": flags.sample_seed, "temperature": flags.temperature}
     try:
         samples = draw_samples(jet, flags.num, flags.sample_seed, flags.temperature)
-    except ValueError as error:
-        raise TrainingError(f"{weights}: {error}: try a lower --temperature") from None
-    content = {"samples": samples}
-    about = about | {"seed": flags.sample_seed, "temperature": flags.temperature}
-    if flags.interpolate:
-        try:
+        content = {"samples": samples}
+        if flags.interpolate:
+            hint = "no paths between these images"
             content["paths"] = interpolate(jet, images["test"].array[:2 * flags.interpolate])
-        except ValueError as error:
-            raise TrainingError(f"{weights}: {error}: no paths between these images") from None
-        about["paths_of"] = images["test"].name
+            about["paths_of"] = images["test"].name
+    except ValueError as error:
+        raise TrainingError(f"{weights}: {error}: {hint}") from None
     if flags.neighbours:
-        train, test = images["train"], images["test"]
-        device = next(jet.parameters()).device
+        train, test, device = images["train"], images["test"], next(jet.parameters()).device
         index, distances = nearest(samples, train.array, device)
         content |= {"neighbours": np.array(train.array[index]), "distances": distances}
         about |= {"neighbours_of": train.name, "train_fingerprint": train.fingerprint}
@@ -141,8 +131,9 @@ def save_samples(path, weights, jet, images, flags, about):
             _, held_out = nearest(test.array[:flags.num], train.array, device)
             about["held_out_distance"] = float(np.median(held_out))
     about = json.dumps(about | code_version())
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: np.savez_compressed(file, about=about, **content))
-    return path
+    print(path)
 
 
 def add_sample_flags(parser):
@@ -150,13 +141,11 @@ def add_sample_flags(parser):
     group.add_argument("--num", type=int, default=32, metavar="N",
                        help="samples of a model (default: 32)")
     group.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                       help="standard deviation of the latent noise (default: 1, the model as it "
-                            "was trained)")
+                       help="standard deviation of the latent noise (default: 1, as trained)")
     group.add_argument("--sample-seed", type=int, default=0, metavar="SEED",
                        help="of the latent noise (default: 0)")
     group.add_argument("--neighbours", action="store_true",
-                       help="with the nearest training image of each sample, to see whether it is "
-                            "a copy")
+                       help="with the nearest training image of each sample: is it a copy?")
     group.add_argument("--interpolate", type=int, nargs="?", const=4, default=0, metavar="ROWS",
                        help="with paths between pairs of test images (4, or so many)")
 
@@ -178,24 +167,19 @@ def load_splits(data, root):
 
 
 def sample_runs(samples):
-    """Save the samples of each run of the sweep."""
+    """Save the samples of each run of the sweep; one seed is shown."""
     flags, place = samples.flags, samples.place
-    folder = flags.results_dir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in samples.runs:
-        if run.config.seed != 0:  # one seed is shown
-            continue
-        data = run.config.data
-        images = load_splits(data, place.data_root)
-        about = {"run_id": run.run_id, "dataset": data, "variant": images["train"].variant,
-                 "weights": run.config.hash}
+    for run in [run for run in samples.runs if run.config.seed == 0]:
+        images = load_splits(run.config.data, place.data_root)
+        about = {"run_id": run.run_id, "dataset": run.config.data,
+                 "variant": images["train"].variant, "weights": run.config.hash}
         path = figure5.samples_path(flags.results_dir, flags.scale, run.points[0].values())
         jet = load_jet(run.folder).to(pick_device(place.device)).eval()
-        print(save_samples(path, run.folder, jet, images, flags, about))
+        save_samples(path, run.folder, jet, images, flags, about)
 
 
-def make_checkpoint_parser():
-    """The command line with --checkpoint."""
+def sample_checkpoint(arguments):
+    """The command line with --checkpoint: draw from the weights that it names."""
     parser = ArgumentParser(prog="draw_samples.py", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True,
                         help="a run folder or weight file")
@@ -212,12 +196,6 @@ def make_checkpoint_parser():
     add_setting_flags(parser.add_argument_group(
         "the model, as far as a file of another implementation does not tell it"), JetConfig,
         "model.")
-    return parser
-
-
-def sample_checkpoint(arguments):
-    """Draw from the weights that --checkpoint names."""
-    parser = make_checkpoint_parser()
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog):
         check_sample_flags(flags)
@@ -227,19 +205,17 @@ def sample_checkpoint(arguments):
         config, _ = weights_config(flags.checkpoint)
         trained_on, images = config.data if config else "", {}
         if flags.neighbours or flags.interpolate:
-            data = flags.data or trained_on
-            if not data:
+            if not (data := flags.data or trained_on):
                 raise DataError(f"{flags.checkpoint} does not tell what it was trained on: give "
                                 "images by --data")
             images = load_splits(data, flags.data_root)
-        variant = SETS[trained_on].variant if trained_on in SETS else ""
-        about = {"run_id": name, "dataset": trained_on, "variant": variant,
+        about = {"run_id": name, "dataset": trained_on,
+                 "variant": SETS[trained_on].variant if trained_on in SETS else "",
                  "weights": weights_id(flags.checkpoint)}
-        (flags.results_dir / "samples").mkdir(parents=True, exist_ok=True)
         path = flags.results_dir / f"samples/{name}.npz"
         save_samples(path, flags.checkpoint, jet, images, flags, about)
-        for written in (path, *figure5.draw_file(path, flags.figures_dir)):
-            print(written)
+        for drawn in figure5.draw_file(path, flags.figures_dir):
+            print(drawn)
 
 
 EXPERIMENT = Experiment(

@@ -6,6 +6,7 @@
 Ten seconds, no GPU. The page names its assumptions.
 """
 import dataclasses
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -86,8 +87,6 @@ class Part:
                 "launches": self.launches * LAUNCH_S}
 
 
-# ---- FLOPs and bytes
-
 def step_parts(config, images):
     """The parts of a training step (ViT, pairing, without the two switches), forward first.
 
@@ -136,8 +135,6 @@ def step_parts(config, images):
         passes(ADAM, params, params * ADAM_BYTES, 1)]
 
 
-# ---- launches
-
 class Launches(TorchDispatchMode):
     """Counts the operators of each part, forward and backward. Views launch nothing."""
 
@@ -152,8 +149,7 @@ class Launches(TorchDispatchMode):
         part = self.part
         if name == "_to_copy" and isinstance(args[0], nn.Parameter):
             part = CASTS
-        node = torch._C._current_autograd_node()
-        if node:  # in backward: the part of the operator whose gradient it is
+        if node := torch._C._current_autograd_node():  # in backward: of whose gradient it is
             part = self.parts_of_nodes.get(node._sequence_nr(), part)
         elif torch.is_grad_enabled():
             # the newest node is this operator's, or, where it needs no gradient, one that is known
@@ -165,32 +161,28 @@ class Launches(TorchDispatchMode):
     def watch(self, model, optimizer):
         """From now on, know which part is at work."""
         def begin(part):
-            self.part = part
-
-        def mark(module, during, after):
-            module.register_forward_pre_hook(lambda *_: begin(during))
-            module.register_forward_hook(lambda *_: begin(after))
+            return lambda *_: setattr(self, "part", part)
         for module in model.modules():
+            during_and_after = {}
             if isinstance(module, Coupling):
-                mark(module, SPLIT, IMAGES)
-                mark(module.net.init_proj, INIT, NORMS)
-                mark(module.net.final_proj, FINAL, AFFINE)
+                during_and_after = {module: (SPLIT, IMAGES), module.net.init_proj: (INIT, NORMS),
+                                    module.net.final_proj: (FINAL, AFFINE)}
             if isinstance(module, ViTBlock):
-                mark(module.attention, SCORES, NORMS)
-                mark(module.attention.qkv, QKV, SCORES)
-                mark(module.attention.out, OUT, NORMS)
-                mark(module.gelu, GELU, MLP)
-                mark(module.fc1, MLP, MLP)
-                mark(module.fc2, MLP, NORMS)
-        optimizer.register_step_pre_hook(lambda *_: begin(ADAM))
+                during_and_after = {
+                    module.attention: (SCORES, NORMS), module.attention.qkv: (QKV, SCORES),
+                    module.attention.out: (OUT, NORMS), module.gelu: (GELU, MLP),
+                    module.fc1: (MLP, MLP), module.fc2: (MLP, NORMS)}
+            for layer, (during, after) in during_and_after.items():
+                layer.register_forward_pre_hook(begin(during))
+                layer.register_forward_hook(begin(after))
+        optimizer.register_step_pre_hook(begin(ADAM))
 
 
 def count_launches(config):
     """Operators of each part of the real training step: of a tiny Jet, since size changes none."""
     train_config = TrainConfig(model=config, batch_size=2, precision="bfloat16")
-    model, launches = Jet(config), Launches()
+    model, launches, x = Jet(config), Launches(), torch.rand(2, *config.image_shape)
     optimizer = make_optimizer(model.parameters(), train_config)
-    x = torch.rand(2, *config.image_shape)
     training_step(model, optimizer, x, 1, train_config)  # makes Adam's moments
     launches.watch(model, optimizer)
     with launches:
@@ -213,8 +205,6 @@ def step_launches(config):
     return total
 
 
-# ---- the page
-
 def binding(seconds):
     """Which of compute and memory takes longer."""
     return max(("compute", "memory"), key=seconds.get)
@@ -233,19 +223,19 @@ def ceiling(parts, gpu, eager):
 def aligned(rows):
     """Rows of text as a Markdown table, all but its first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    heading, *rest = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-                      for row in rows]
-    rule = " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(f"| {line} |" for line in (heading, rule, *rest))
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+             for row in (rows[0], rule, *rows[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def step_table(parts):
     rows = [["part", "GFLOP", "MB", "launches", "launch µs",
              *(cell for gpu in MEMORY_RATES for cell in (f"{gpu} µs", f"bound on {gpu}"))]]
     for part in parts:
-        row = [part.name, number((part.product_flops + part.pass_flops) / 1e9),
-               number(part.bytes / 1e6), number(part.launches),
-               number(part.launches * LAUNCH_S * 1e6)]
+        row = [part.name, *map(number, (
+            (part.product_flops + part.pass_flops) / 1e9, part.bytes / 1e6, part.launches,
+            part.launches * LAUNCH_S * 1e6))]
         for gpu in MEMORY_RATES:
             seconds = part.seconds(gpu)
             binds = binding(seconds)
@@ -259,36 +249,32 @@ def summary_table(steps):
     """steps: {size: its parts}."""
     rows = [["size", "GPU", "compute ms", "memory ms", "launch ms", "mode", "step ms", "images/s",
              "share of peak", "bound"]]
-    for size, (config, images, _) in STEPS.items():
-        flops = 3 * forward_flops(config) * images
-        for gpu in MEMORY_RATES:
-            terms = [sum(part.seconds(gpu)[term] for part in steps[size])
-                     for term in ("compute", "memory", "launches")]
-            for mode in ("graph", "eager"):
-                step, binds = ceiling(steps[size], gpu, eager=mode == "eager")
-                rows.append([size, gpu, *(number(1e3 * term) for term in terms), mode,
-                             number(1e3 * step), number(images / step),
-                             f"{flops / step / GPU_PEAKS['bfloat16']:.0%}", binds])
+    for (size, parts), gpu, mode in itertools.product(steps.items(), MEMORY_RATES,
+                                                      ("graph", "eager")):
+        config, images, _ = STEPS[size]
+        terms = [sum(part.seconds(gpu)[term] for part in parts)
+                 for term in ("compute", "memory", "launches")]
+        step, binds = ceiling(parts, gpu, eager=mode == "eager")
+        share = 3 * forward_flops(config) * images / step / GPU_PEAKS["bfloat16"]
+        rows.append([size, gpu, *(number(1e3 * term) for term in terms), mode, number(1e3 * step),
+                     number(images / step), f"{share:.0%}", binds])
     return aligned(rows)
-
-
-def heading(size):
-    config, images, why = STEPS[size]
-    flops, params = 3 * forward_flops(config) * images, num_parameters(config)
-    return (f"## {size}\n\n{images} images, {why}: {config.image_shape[1]} px, "
-            f"{config.num_couplings} couplings x depth {config.block_depth},\n"
-            f"width {config.emb_dim}, {config.num_heads} heads; {number(params / 1e6)} million "
-            f"parameters, {number(flops / 1e12)} training TFLOP a step.")
 
 
 def page():
     """The whole of docs/roofline.md."""
-    steps = {}
-    for size, (config, images, _) in STEPS.items():
+    steps, sizes = {}, []
+    for size, (config, images, why) in STEPS.items():
         launches = step_launches(config)
         steps[size] = [dataclasses.replace(part, launches=launches[part.name])
                        for part in step_parts(config, images)]
-    sizes = [f"{heading(size)}\n\n{step_table(parts)}\n" for size, parts in steps.items()]
+        flops, params = 3 * forward_flops(config) * images, num_parameters(config)
+        sizes.append(
+            f"## {size}\n\n{images} images, {why}: {config.image_shape[1]} px, "
+            f"{config.num_couplings} couplings x depth {config.block_depth},\n"
+            f"width {config.emb_dim}, {config.num_heads} heads; {number(params / 1e6)} million "
+            f"parameters, {number(flops / 1e12)} training TFLOP a step.\n\n"
+            f"{step_table(steps[size])}\n")
     return "\n".join([INTRODUCTION, summary_table(steps), "", *sizes])
 
 

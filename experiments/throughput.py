@@ -11,9 +11,7 @@
 
 Goals: on 2 CPU threads 1.2 times the images/s of jet-pytorch 0.0.2 and 40 % of the matrix-multiply
 peak (M); on an H100 40 % of the bfloat16 peak in training 32x2, and less than 0.001 bits/dim from
-float32. Steps alternate: a matrix product, ours, the other's, and back. Speed depends on neither
-the weights nor the pixels: the weights are fresh, the images are the CIFAR-10 subset (32 px) or
-uniform random ones (64 px).
+float32. Steps alternate. Speed depends on neither weights nor pixels: both are made for it.
 """
 import contextlib
 import dataclasses
@@ -32,9 +30,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 from data import training_batch
-from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, find_rival,
-                                          our_images, our_step, port_step, seconds_of, size_config)
-from experiments.throughput_checks import check_precision, profile_size, time_evaluation
+from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, check_precision,
+                                          find_rival, mode_of, our_images, our_step, port_step,
+                                          profile_size, seconds_of, size_config, table_of,
+                                          time_evaluation)
 from harness.errors import TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
@@ -47,18 +46,15 @@ from paper_figures import throughput as figure
 
 LARGEST = 1024  # the paper's global batch: the largest that is tried on a GPU
 FORWARDS = {"train": 3, "likelihood": 1, "sampling": 1}  # in forward passes, by definition
-QUARTILES = (0.25, 0.5, 0.75)
+QUARTILES = {"_q25": 0.25, "": 0.5, "_q75": 0.75}
 DIRS = {"runs": "runs", "results": "results", "figures": "paper_figures/out"}
 
-
-# ---- measuring
 
 def product_timer(device, precision):
     """A function that times square matrix products: FLOP/s."""
     n, repeats = (8192, 10) if device.type == "cuda" else (1536, 2)
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
-    out = torch.empty_like(a)
-    flops = 2 * n ** 3 * repeats
+    out, flops = torch.empty_like(a), 2 * n ** 3 * repeats
     return lambda: flops / seconds_of(lambda: torch.mm(a, b, out=out), device, repeats)
 
 
@@ -70,27 +66,23 @@ def measure(makers, config, flags):
     product, numbers, steps = product_timer(flags.device, config.precision), {}, {}
     product()
     for name, make in makers.items():
-        peak = watch_memory(flags.device)
-        begin = time.perf_counter()
+        peak, begin = watch_memory(flags.device), time.perf_counter()
         steps[name] = make()
         seconds_of(steps[name], flags.device)
         first = time.perf_counter() - begin
         # with Adam's moments in place; a CUDA graph is recorded in the second
         seconds_of(steps[name], flags.device, 2)
-        numbers[name] = {"first_step_seconds": first,
-                         "startup_seconds": time.perf_counter() - begin,
-                         "peak_memory_gib": peak()}
-    rates, seconds = [product() for _ in range(3)], {name: [] for name in makers}
-    order = list(makers)
+        numbers[name] = {"first_step_seconds": first, "peak_memory_gib": peak(), "seconds": [],
+                         "startup_seconds": time.perf_counter() - begin}
+    rates, order = [product() for _ in range(3)], list(makers)
     for _ in range(flags.steps):
         for name in order:
-            seconds[name].append(seconds_of(steps[name], flags.device))
+            numbers[name]["seconds"].append(seconds_of(steps[name], flags.device))
         rates.append(product())
         order.reverse()
     rates += [product() for _ in range(2)]
-    for name, step in steps.items():
-        numbers[name]["seconds"] = np.array(seconds[name])
-        if flags.device.type == "cuda":  # as in a training loop: nobody waits for the GPU
+    if flags.device.type == "cuda":  # as in a training loop: nobody waits for the GPU
+        for name, step in steps.items():
             free_running = seconds_of(step, flags.device, flags.steps) / flags.steps
             numbers[name]["free_running_images_per_s"] = config.batch_size / free_running
     return numbers, max(rates)
@@ -103,41 +95,38 @@ def make_rows(size, what, config, numbers, matmul_peak, labels, against):
     """
     flops = FORWARDS[what] * forward_flops(config.model) * config.batch_size
     rows = []
+
+    def quartiles(name, values):
+        return {f"{name}{end}": np.quantile(values, share) for end, share in QUARTILES.items()}
     for name, measured in numbers.items():
-        low, middle, high = np.quantile(measured["seconds"], QUARTILES)
-        row = {**labels, "experiment": "throughput", "size": size, "what": what,
+        middle = np.median(measured["seconds"])
+        row = {**labels, **measured, "experiment": "throughput", "size": size, "what": what,
                "implementation": name, "against": against, "precision": config.precision,
                "batch_size": config.batch_size, "num_params": num_parameters(config.model),
-               "images_per_s": config.batch_size / middle, "step_seconds": middle,
-               "step_seconds_q25": low, "step_seconds_q75": high, "flops_per_s": flops / middle,
+               "images_per_s": config.batch_size / middle, "flops_per_s": flops / middle,
                "matmul_peak_flops_per_s": matmul_peak, "peak_share": flops / middle / matmul_peak,
-               **{key: value for key, value in measured.items() if key != "seconds"}}
+               **quartiles("step_seconds", measured["seconds"])}
+        others = [other for other in numbers if other != name]
         if name in MODES:
             row |= {"implementation": "ours", **dict(zip(("compile", "graph"), MODES[name]))}
-        other = "eager"
-        if name not in MODES:
-            other = next((rival for rival in numbers if rival != name), name)
-        if row["implementation"] == "ours" and other != name:
-            ratios = numbers[other]["seconds"] / measured["seconds"]  # round by round
-            row |= dict(zip(("ratio_q25", "ratio", "ratio_q75"), np.quantile(ratios, QUARTILES)))
+            others = ["eager"] if name != "eager" else []
+        if row["implementation"] == "ours" and others:  # round by round
+            ratios = np.divide(numbers[others[0]]["seconds"], measured["seconds"])
+            row |= quartiles("ratio", ratios)
         rows.append(row)
     return rows
 
 
 def merge_rows(csv, rows):
-    """Write the rows into the CSV, in place of those of the same key; returns them as written."""
-    text = pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False)
-    new = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-    table = new
+    """Write the rows into the CSV, in place of those of the same key."""
+    files = [io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))]
     if csv.exists():
-        figure.read(csv)
-        table = pd.concat([pd.read_csv(csv, dtype=str, keep_default_na=False), new])
-        table = table.drop_duplicates(figure.KEY, keep="last")
+        files.insert(0, csv)
+    table = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in files)
     order = {name: f"{place:02}" for place, name in enumerate((*SIZES, *FORWARDS, "ours"))}
-    table = table.sort_values(
+    table = table.drop_duplicates(figure.KEY, keep="last").sort_values(
         figure.KEY, key=lambda column: column.map(lambda name: order.get(name, name)))
     write_atomically(csv, table.to_csv(index=False, lineterminator="\n"))
-    return new
 
 
 def with_batch(work, size, what, flags):
@@ -161,11 +150,9 @@ def with_batch(work, size, what, flags):
 
 def first_batch(size, flags):
     """(batch size to try, whether to halve it until it fits)."""
-    if flags.batch_size is not None:
-        return flags.batch_size, False
-    if flags.device.type == "cuda" and size in ("32x2", "64x5"):
-        return LARGEST, True
-    return BATCH_SIZES[size], False
+    search = (not flags.batch_size and flags.device.type == "cuda"
+              and size in ("32x2", "64x5"))
+    return flags.batch_size or (LARGEST if search else BATCH_SIZES[size]), search
 
 
 def hopeful_batch(size, flags):
@@ -186,11 +173,10 @@ def measure_size(size, what, batch_size, flags, rival):
 
     def make(code, mode):
         return lambda: our_step(code, size, config, what, lambda: x, flags, mode)
-    makers = {"ours": make(OURS, flags.mode)}
-    if flags.modes:
-        makers = {mode: make(OURS, mode) for mode in flags.modes}
+    makers, against = {mode: make(OURS, mode) for mode in flags.modes}, figure.EAGER
+    if not flags.modes:
+        makers, against = {"ours": make(OURS, flags.mode)}, ""
     code_versions = dict.fromkeys(makers, OURS.version)
-    against = figure.EAGER if flags.modes else ""
     if rival:
         name, against, code = rival
         makers[name] = make(code, "eager") if code else lambda: port_step(config, what, x, flags)
@@ -206,20 +192,31 @@ def measure_size(size, what, batch_size, flags, rival):
     rows = make_rows(size, what, config, numbers, matmul_peak, labels, against)
     for row, version in zip(rows, code_versions.values()):
         row |= version
-        if row["implementation"] == "ours" and not row["compile"]:
-            row["kernels"] = kernels_of(config, flags.device)
+        is_plain = row["implementation"] == "ours" and not row["compile"]
+        if is_plain and config.precision == "float32":
+            one = Jet(dataclasses.replace(config.model, num_couplings=1)).to(flags.device)
+            row["kernels"] = kernels.used_by(kernels.accelerate(one))
     return rows
 
 
-def kernels_of(config, device):
-    """What computes a step of ours on a CPU: "C" or "torch"; None elsewhere and in bfloat16."""
-    if config.precision != "float32":
-        return None
-    one = Jet(dataclasses.replace(config.model, num_couplings=1)).to(device)
-    return kernels.used_by(kernels.accelerate(one))
+def measure_all(flags):
+    """Measure each size and what it does, into the CSV and the figure."""
+    rival, rows = find_rival(flags.against), []
+    csv = flags.results_dir / f"throughput_{flags.device.type}.csv"
+    if csv.exists():
+        figure.read(csv)  # a file that cannot be added to is refused before anything is measured
+    for folder in (flags.results_dir, flags.figures_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    for size, what in itertools.product(flags.sizes, flags.what):
+        print(f"{size} {what} ...", flush=True)
+        new = with_batch(lambda n: measure_size(size, what, n, flags, rival), size, what, flags)
+        merge_rows(csv, new)
+        rows += new
+    print(csv)
+    print_table(rows)
+    for path in () if flags.no_figure else figure.draw(csv, flags.figures_dir):
+        print(path)
 
-
-# ---- the command line
 
 def print_plan(flags):
     rows = []
@@ -229,38 +226,34 @@ def print_plan(flags):
                      "batch": f"largest, from {batch_size}" if search else batch_size,
                      "parameters": f"{num_parameters(model):,}",
                      "FLOPs an image": f"{FORWARDS[what] * forward_flops(model):.3g}"})
-    print(pd.DataFrame(rows).to_string(index=False))
     against = f", against {flags.against}" if flags.against else ""
-    print(f"{flags.precision} on {hardware(flags.device)}, {flags.steps} steps each after three, "
-          f"{flags.threads} CPU threads{against}")
+    print(f"{pd.DataFrame(rows).to_string(index=False)}\n{flags.precision} on "
+          f"{hardware(flags.device)}, {flags.steps} steps each after three, {flags.threads} CPU "
+          f"threads{against}")
 
 
 def print_table(rows):
-    numbers = rows.replace("", "nan")
-    numbers = numbers.astype(dict.fromkeys((*figure.NUMBERS, *figure.MAYBE), float))
-    looks = {"batch_size": ("batch", "{:.0f}"), "images_per_s": ("images/s", "{:.4g}"),
-             "step_seconds": ("s a step", "{:.4f}"), "step_seconds_q25": ("25 %", "{:.4f}"),
-             "step_seconds_q75": ("75 %", "{:.4f}"), "flops_per_s": ("FLOP/s", "{:.3g}"),
-             "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.3f}"),
-             "ratio_q25": ("25 %", "{:.3f}"), "ratio_q75": ("75 %", "{:.3f}"),
-             "peak_memory_gib": ("GiB", "{:.2f}"), "first_step_seconds": ("first step s", "{:.2f}"),
-             "startup_seconds": ("start s", "{:.2f}")}
-    modes = {tuple(map(str, switches)): name for name, switches in MODES.items()}
-    numbers["mode"] = [modes[pair] for pair in zip(numbers["compile"], numbers["graph"])]
-    print(numbers[["size", "what", "implementation", "mode", *looks]].to_string(
-        index=False, na_rep="",
-        header=["size", "what", "of", "mode", *(name for name, _ in looks.values())],
-        formatters={column: look.format for column, (_, look) in looks.items()}))
-    if numbers["ratio"].notna().any():
+    table = pd.DataFrame(rows, columns=figure.COLUMNS)
+    table = table.astype(dict.fromkeys((*figure.NUMBERS, *figure.MAYBE), float))
+    print(table_of(table, {
+        "batch_size": ("batch", "{:.0f}"), "images_per_s": ("images/s", "{:.4g}"),
+        "step_seconds": ("s a step", "{:.4f}"), "step_seconds_q25": ("25 %", "{:.4f}"),
+        "step_seconds_q75": ("75 %", "{:.4f}"), "flops_per_s": ("FLOP/s", "{:.3g}"),
+        "peak_share": ("of peak", "{:.1%}"), "ratio": ("ratio", "{:.3f}"),
+        "ratio_q25": ("25 %", "{:.3f}"), "ratio_q75": ("75 %", "{:.3f}"),
+        "peak_memory_gib": ("GiB", "{:.2f}"), "first_step_seconds": ("first step s", "{:.2f}"),
+        "startup_seconds": ("start s", "{:.2f}")}))
+    if table["ratio"].notna().any():
         print("ratio: of images/s, ours to the other's or our mode to eager, round by round; 25 % "
               "and 75 %: quartiles")
 
 
 def make_parser():
     parser = ArgumentParser(prog="throughput.py", description=__doc__)
+    switch = {"action": "store_true"}
 
-    def add(name, help, **settings):
-        parser.add_argument(name, help=help, **settings)
+    def add(name, help, group=parser, **settings):
+        group.add_argument(name, help=help, **settings)
     add("--sizes", "default: S M on a CPU, 32x2 on a GPU", nargs="+", choices=SIZES)
     add("--what", "default: all; train with --profile, --graph and --modes", nargs="+",
         choices=FORWARDS)
@@ -272,26 +265,23 @@ def make_parser():
         "CPU, on a GPU the largest power of two up to 1024 with which all that is compared fits",
         type=int, metavar="N")
     add("--steps", "measured steps (default: 10)", type=int, default=10, metavar="N")
-    add("--compile", "torch.compile each of our couplings", action="store_true")
-    add("--graph", "our training step as one CUDA graph", action="store_true")
+    add("--compile", "torch.compile each of our couplings", **switch)
+    add("--graph", "our training step as one CUDA graph", **switch)
     add("--modes", "compare our own modes in alternation: eager and others", nargs="+",
         choices=MODES)
-    add("--checkpoint-activations", "our backward runs each forward again", action="store_true")
+    add("--checkpoint-activations", "our backward runs each forward again", **switch)
     add("--against", f"alternate with {PORT}, or with the checkout in a folder", metavar="WHAT")
     instead = parser.add_mutually_exclusive_group()
-    for name, help, settings in (
-            ("--dry-run", "list what would be measured; measure nothing", {"action": "store_true"}),
-            ("--profile", "write traces into runs/throughput_profile instead, and print the "
-             "largest costs", {"action": "store_true"}),
-            ("--check-precision", "compare bits/dim of N images with bfloat16 networks instead "
-             "(default: 1000)", {"nargs": "?", "type": int, "const": 1000, "metavar": "N"}),
-            ("--evaluate", "time evaluate() on N random images instead",
-             {"type": int, "metavar": "N"})):
-        instead.add_argument(name, help=help, **settings)
+    add("--dry-run", "list what would be measured; measure nothing", instead, **switch)
+    add("--profile", "write traces into runs/throughput_profile instead, and print the largest "
+        "costs", instead, **switch)
+    add("--check-precision", "compare bits/dim of N images with bfloat16 networks instead "
+        "(default: 1000)", instead, nargs="?", type=int, const=1000, metavar="N")
+    add("--evaluate", "time evaluate() on N random images instead", instead, type=int, metavar="N")
     add("--checkpoint", "weights for --check-precision", type=Path, metavar="PATH")
     add("--numbers", "add what --profile, --check-precision and --evaluate measure to this file, "
         "as lines of JSON", type=Path, metavar="FILE")
-    add("--no-figure", "write the CSV, and draw nothing", action="store_true")
+    add("--no-figure", "write the CSV, and draw nothing", **switch)
     for name, default in DIRS.items():
         add(f"--{name}-dir", f"default: {default}", type=Path, metavar="DIR",
             default=ROOT / default)
@@ -304,26 +294,24 @@ def read_flags(parser, arguments):
     for name in ("threads", "steps", "batch_size", "check_precision", "evaluate"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 1 or more")
+    instead = flags.profile or flags.check_precision or flags.evaluate
     if flags.checkpoint and not flags.check_precision:
         parser.error("--checkpoint: is only for --check-precision")
-    if flags.modes and (flags.compile or flags.graph or flags.against):
-        parser.error("--modes: compares our own modes, without --compile, --graph and --against")
-    if flags.modes and (flags.profile or flags.check_precision or flags.evaluate):
-        parser.error("--modes: not with --profile, --check-precision or --evaluate")
+    if flags.modes and (flags.compile or flags.graph or flags.against or instead):
+        parser.error("--modes: compares our own modes, without --compile, --graph and --against, "
+                     "and not with --profile, --check-precision or --evaluate")
     if flags.modes and "eager" not in flags.modes:
         parser.error(f"--modes {' '.join(flags.modes)}: must have eager, which the others are "
                      "compared with")
     flags.modes = list(dict.fromkeys(flags.modes or ()))
-    flags.mode = next(name for name, switches in MODES.items()
-                      if switches == (flags.compile, flags.graph))
-    flags.any_compile, graph = (any(MODES[mode][which] for mode in (*flags.modes, flags.mode))
-                                for which in (0, 1))
+    flags.mode = mode_of(flags.compile, flags.graph)
+    flags.any_compile, graph = map(any, zip(*(MODES[mode] for mode in (*flags.modes, flags.mode))))
     flags.device = pick_device(flags.device, graph)
     sizes, precision = ["S", "M"], "float32"
     if flags.device.type == "cuda":
-        sizes, precision = ["32x2"], "bfloat16"
-    flags.precision, flags.sizes = flags.precision or precision, flags.sizes or sizes
+        sizes, precision = (["32x2"], "bfloat16")
     train_alone = flags.profile or graph or flags.modes
+    flags.sizes, flags.precision = flags.sizes or sizes, flags.precision or precision
     flags.what = flags.what or (["train"] if train_alone else list(FORWARDS))
     if graph and flags.what != ["train"]:
         parser.error(f"--what {' '.join(flags.what)}: a CUDA graph is of training steps alone: "
@@ -350,24 +338,6 @@ def main(arguments=None):
                 with_batch(lambda n: profile_size(size, what, n, flags), size, what, flags)
         else:
             measure_all(flags)
-
-
-def measure_all(flags):
-    """Measure each size and what it does, into the CSV and the figure."""
-    rival, tables = find_rival(flags.against), []
-    csv = flags.results_dir / f"throughput_{flags.device.type}.csv"
-    if csv.exists():
-        figure.read(csv)  # a file that cannot be added to is refused before anything is measured
-    for folder in (flags.results_dir, flags.figures_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    for size, what in itertools.product(flags.sizes, flags.what):
-        print(f"{size} {what} ...", flush=True)
-        rows = with_batch(lambda n: measure_size(size, what, n, flags, rival), size, what, flags)
-        tables.append(merge_rows(csv, rows))
-    print(csv)
-    print_table(pd.concat(tables))
-    for path in () if flags.no_figure else figure.draw(csv, flags.figures_dir):
-        print(path)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def stage(tmp_path, monkeypatch):
     (["medium", "out", "--jobs", "0"], "--jobs 0: must be 1 or more"),
     (["medium", "out", "--experiments", "figure9"], "--experiments figure9: must be of compare_vit_cnn, "),
     (["medium", "out", "--graph", "--device", "cpu"], "only on a GPU"),
+    (["speed", "out", "--no-graph"], "--graph: only with medium"), (["tests", "out", "--compile"], "--compile: only with medium"),
     (["speed", "out", "--device", "tpu"], "invalid choice: 'tpu'"), (["speed", __file__], "must be a folder")])
 def test_a_bad_argument_is_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -69,6 +70,11 @@ def test_seconds_have_defaults_and_stand_anywhere():
     flags = gpu.read_flags(["medium", "out", "--jobs", "3", "99"])
     assert (flags.seconds, flags.jobs, flags.device) == (99, 3, "cuda")
     assert tuple(flags.experiments) == gpu_medium.ORDER
+
+
+def test_steps_are_graphs_on_a_gpu_where_nothing_else_is_said():
+    for flags, graph in ([], True), (["--no-graph"], False), (["--graph"], True), (["--device", "cpu"], False):
+        assert gpu.read_flags(["medium", "out", *flags]).graph is graph
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch):
@@ -204,13 +210,21 @@ def test_tests_fail_where_not_all_ran(stage, monkeypatch, outcomes, ended, faile
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_all_parts_of_speed_are_commands_that_throughput_takes(device, monkeypatch):
     monkeypatch.setattr(throughput, "pick_device", lambda name, graph=False: torch.device(device))
-    for _, _, flags, others in gpu_checks.speed_parts(device, port=True):
-        for arguments in (flags, others):
-            if arguments:
-                throughput.read_flags(throughput.make_parser(), arguments)
-    names = [name for name, *_ in gpu_checks.speed_parts("cuda", port=True)]
-    assert names[0] == "32x2 training" and names.index("32x2 trace") < names.index("32x2 modes")
-    assert "--against" not in str(gpu_checks.speed_parts("cuda", port=False))
+    for _, _, flags in gpu_checks.speed_parts(device, port=True):
+        throughput.read_flags(throughput.make_parser(), flags)
+
+
+def test_speed_begins_with_the_fastest_mode_beside_the_port_and_alone():
+    parts = gpu_checks.speed_parts("cuda", port=True)
+    assert [name for name, *_ in parts] == [
+        "32x2 both, jet-pytorch", "32x2 both", "32x2 trace", "S modes", "M modes", "medium modes", "32x2 rounding",
+        "32x2 evaluation of 49,999 images", "32x2 likelihood, sampling"]
+    against, alone, trace = (" ".join(flags) for _, _, flags in parts[:3])
+    assert all("--compile --graph" in flags for flags in (against, alone, trace))
+    assert against.endswith("--batch-size 64 --against jet-pytorch")  # more do not fit beside each other
+    assert alone.endswith("--batch-size 128") and trace == f"{alone} --profile --steps 3"
+    assert all("--modes eager graph both" in " ".join(flags) for _, _, flags in parts[3:6])
+    assert gpu_checks.speed_parts("cuda", port=False) == parts[1:]
 
 
 def test_where_the_comparison_fails_ours_is_measured_alone(stage, monkeypatch):
@@ -224,7 +238,7 @@ def test_where_the_comparison_fails_ours_is_measured_alone(stage, monkeypatch):
     monkeypatch.setattr(stage, "part", part)
     monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: name)
     gpu_checks.run_speed(stage, None)
-    assert ran[:2] == [("32x2 training", True), ("32x2 training, alone", False)] and len(ran) == 9
+    assert ran[:2] == [("32x2 both, jet-pytorch", True), ("32x2 both", False)] and len(ran) == 9
 
 
 def test_speed_brings_its_csv_its_trace_and_its_numbers(stage, monkeypatch):
@@ -296,26 +310,56 @@ def test_a_chain_is_begun_where_all_of_it_ends_in_time():
     assert choose([child, other], {"parent"}, 40) == "child" and choose([child], {"parent"}, 9) is None
 
 
-def test_times_are_predicted_by_what_has_finished_here(monkeypatch):
-    config = types.SimpleNamespace(precision="bfloat16")
-    run = types.SimpleNamespace(config=config)
-    monkeypatch.setattr(flops, "train_flops", lambda config: 1e15)
-    monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: 1e13)
-    monkeypatch.setattr(plan, "measured_rate", lambda config, done: done[0]["rate"] if done else None)
+@pytest.fixture
+def costs(monkeypatch):
+    """Runs by their training FLOPs, FLOPs of an evaluation and block; measured_rate by the last finished run."""
+    monkeypatch.setattr(flops, "train_flops", lambda config: config.flops)
+    monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: config.evaluation)
+    monkeypatch.setattr(plan, "measured_rate", lambda config, done: done and done[-1]["flops"] / done[-1]["train_seconds"] or None)
+
+    def run(train_flops, evaluation=1e13, block="vit"):
+        model = types.SimpleNamespace(block=block)
+        return types.SimpleNamespace(config=types.SimpleNamespace(
+            precision="bfloat16", flops=train_flops, evaluation=evaluation, model=model))
+    return run
+
+
+def finished(run, train_seconds, extra_s=0.0, at_a_time=1.0):
+    return gpu_medium.Finished(run=run, done={"flops": run.config.flops, "train_seconds": train_seconds},
+                               seconds=train_seconds + extra_s, at_a_time=at_a_time)
+
+
+def test_times_are_predicted_by_what_has_finished_here(costs):
+    run = costs(1e15)
     share = gpu_medium.ASSUMED_SHARE / 4
     cautious = 1e15 / (share * 989e12) + 1e13 / (share * 67e12) + gpu_medium.START_S
     assert gpu_medium.predict(run, [], 4, "cuda") == pytest.approx(1.2 * cautious)
-    done = gpu_medium.Finished(run=run, done={"rate": 1e14, "train_seconds": 8.0}, seconds=11.0)
-    assert gpu_medium.predict(run, [done], 4, "cuda") == pytest.approx(1.2 * (10 + 3))
-    larger = types.SimpleNamespace(config="larger")
-    monkeypatch.setattr(gpu_medium, "evaluation_flops", lambda config: 5e13 if config == "larger" else 1e13)
-    assert gpu_medium.predict(larger, [done], 4, "cuda") == pytest.approx(1.2 * (10 + 5 * 3))
+    done = finished(costs(8e14), 8.0, extra_s=3.0)
+    assert gpu_medium.predict(run, [done], 1, "cuda") == pytest.approx(1.2 * (10 + 3))
+    assert gpu_medium.predict(costs(1e15, evaluation=5e13), [done], 1, "cuda") == pytest.approx(1.2 * (10 + 5 * 3))
+    assert gpu_medium.predict(costs(1e15, evaluation=5e12), [done], 1, "cuda") == pytest.approx(1.2 * (10 + 3))
+
+
+def test_a_run_beside_fewer_is_faster(costs):
+    """As on an H100: 3.77e15 FLOPs were left out as 250 s, though alone they would have taken less than the 140 left."""
+    largest, done = costs(3.77e15, block="cnn"), finished(costs(1e15, block="cnn"), 81.0, extra_s=9.0, at_a_time=3.0)
+    alone, beside_one, beside_two = (gpu_medium.predict(largest, [done], number, "cuda") for number in (1, 2, 3))
+    assert alone == pytest.approx(1.2 * (3.77 * 27 + 9)) and alone < 140
+    assert beside_one == pytest.approx(1.2 * (2 * 3.77 * 27 + 9)) and beside_two == pytest.approx(1.2 * (3 * 3.77 * 27 + 9))
+
+
+def test_times_are_predicted_by_runs_of_the_same_block_where_there_are_any(costs):
+    cnn, vit = finished(costs(1e15, block="cnn"), 10.0), finished(costs(1e15), 40.0)
+    assert gpu_medium.predict(costs(1e15, block="cnn"), [cnn, vit], 1, "cuda") == pytest.approx(1.2 * 10)
+    assert gpu_medium.predict(costs(1e15, block="cnn"), [vit], 1, "cuda") == pytest.approx(1.2 * 40)
+    assert gpu_medium.predict(costs(2e15), [vit, cnn], 1, "cuda") == pytest.approx(1.2 * 80)
 
 
 def test_runs_at_a_time_fit_the_card_and_the_cores():
     assert [gpu_medium.default_jobs("cuda", *room) for room in ((79, 16), (79, 4), (30, 16), (5, 1), (140, 64))] == [
         4, 2, 2, 1, 4]
     assert [gpu_medium.default_jobs("cpu", 100, cores) for cores in (1, 2, 64)] == [1, 2, 2]
+    assert gpu_medium.default_jobs("cuda", 140, 64, graph=True) == 1  # one fills the card
 
 
 def test_runs_whose_first_weights_are_elsewhere_are_orphans():
@@ -357,7 +401,7 @@ def tiny(monkeypatch, tmp_path):
 def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, stage, tmp_path):
     first = stage()
     body = gpu_medium.run(first, tiny)
-    assert not first.failed and not first.left_out
+    assert not first.failed and not first.left_out and all(1 <= one["at_a_time"] <= 2 for one in first.more["finished"])
     assert body[1].split() == ["tiny_experiment", "4", "0", "4", "0"]
     csv, = first.out.glob("*.csv")
     assert re.fullmatch(r"tiny_experiment_medium\.shard-[0-9a-f]{8}\.csv", csv.name)
@@ -388,6 +432,22 @@ def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, mon
     assert [item["what"].split(": ")[1] for item in stage.left_out] == [run.label for run in runs[1:3]]
     assert all("in no folder here" in item["why"] for item in stage.left_out)
     assert stage.failed == ["medium: no run has finished"]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, stage, monkeypatch):
+    stage, real = stage(), gpu_medium.train_run
+
+    def train_run(run, place):
+        if run.run_id == runs[0].run_id:
+            sys.exit(3)
+        real(run, place)
+    runs = gpu_medium.runs_of(EXPERIMENT, stage.work / "runs")
+    monkeypatch.setattr(gpu_medium, "train_run", train_run)
+    body = gpu_medium.run(stage, tiny)
+    assert stage.failed == [f"tiny_experiment_medium: {runs[0].label}: its process has ended (3)"]
+    assert body[1].split() == ["tiny_experiment", "4", "0", "1", "3"]  # two begin with the weights of the first
+    assert [item["why"] for item in stage.left_out] == [
+        f"begins with the weights of {runs[0].label}, which has not finished"] * 2
 
 
 def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 
 import kernels
 import recipe
-from experiments import cost_table, throughput, throughput_cases, throughput_checks
+from experiments import cost_table, throughput, throughput_cases
 from harness import memory
 from harness.flops import forward_flops, train_flops
 from jet import Jet, JetConfig
@@ -257,7 +257,7 @@ def test_precision_is_checked_on_a_jet_that_is_not_the_identity(run, capsys):
 
 
 def test_the_busy_time_is_the_union_of_intervals():
-    share = throughput_checks.busy_share
+    share = throughput_cases.busy_share
     assert share([(0, 1e5), (2e5, 3e5)], 1) == pytest.approx(0.2)
     assert share([(2e5, 3e5), (0, 1e5), (5e4, 1e5), (0, 6e4), (2.5e5, 4e5)], 1) == pytest.approx(0.3)
     assert share([], 1) == 0
@@ -269,7 +269,7 @@ def test_gpu_costs_leave_out_annotations(capsys):
                                      time_range=types.SimpleNamespace(start=begin, end=end, elapsed_us=lambda: end - begin))
     events = [event("gemm", 0, 4e5, "CUDA"), event("Memcpy HtoD", 6e5, 7e5, "CUDA"), event("aten::mm", 0, 9e5, "CPU"),
               event("Optimizer.step", 0, 1e6, "CUDA", note=True), event("aten::item", 0, 1, "CPU")]
-    assert throughput_checks.print_gpu_costs(events, 1.0, 2) == pytest.approx(0.5)
+    assert throughput_cases.print_gpu_costs(events, 1.0, 2) == pytest.approx(0.5)
     out = capsys.readouterr().out
     assert "aten::item 1," in out and "50.000 ms a step" in out and "busy for 50.0% of 0.5000 s" in out
 
