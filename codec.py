@@ -6,8 +6,8 @@
 
 A likelihood is a promise of a file size, and this module keeps it:
 
-- Bits back (Hinton and van Camp 1993): the dequantization noise is *popped* from the bits written so
-  far, and the decoder, who finds it out, pushes it back. So an image costs what the uniform
+- Bits back (Hinton and van Camp 1993): the dequantization noise is *popped* from the bits that are
+  written, and the decoder, who finds it out, pushes it back. So an image costs what the uniform
   dequantization bound says. The first image is stored raw: its bits are the first stack.
 - A coupling, z2 = (x2 + bias) * scale, is a bijection of the integers whatever the network says. It
   costs -log2 scale bits, as its log-det says (coding/lifting.py).
@@ -164,9 +164,9 @@ def decode(jet, content, progress=QUIET):
                          f"{[height, width, channels]}")
     try:
         images = _decode(jet, header, lanes, words, progress)
+    except CodecError:
+        raise
     except (IndexError, OverflowError, ValueError) as error:  # of a header that was made up
-        if isinstance(error, CodecError):
-            raise
         raise CodecError(f"the data are not what was encoded ({type(error).__name__}): encode it "
                          "again") from None
     if fingerprint(images) != header["pixels"]:
