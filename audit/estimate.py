@@ -13,6 +13,7 @@ import evaluate as evaluator
 from audit.checks import BAR, at_precision, attempt, check, counted, dequantized, device_of
 from data import evaluation_noise, fingerprint
 from harness.errors import short
+from harness.flops import logdet_cap_share
 from jet import Jet
 
 line = functools.partial(check, "Estimate")
@@ -127,8 +128,10 @@ def check_terms(measured):
 
 def check_scales(model, measured, scales):
     """What the couplings make of their scales, and whether more couplings are needed."""
-    if isinstance(model, Jet) and not (model.config.actnorm or model.config.invertible_dense):
-        share = float(measured["rows"]["logdet"].mean() / model.config.logdet_cap_nats)
+    share = None
+    if isinstance(model, Jet):
+        share = logdet_cap_share(model.config, float(measured["rows"]["logdet"].mean()))
+    if share is not None:
         text = "share of what the couplings can reach"
         if share >= 0.9:
             text += "; SATURATED: more couplings are needed"
