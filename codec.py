@@ -158,10 +158,10 @@ def decode(jet, content, progress=QUIET):
         if header[name] != ours:
             raise CodecError(f"written with another {name} (checksum {header[name]}, this Jet's is "
                              f"{ours}): give the weights that it was encoded with")
-    channels, height, width = jet.config.image_shape
-    if header["shape"][1:] != [height, width, channels]:
+    channels, *sides = jet.config.image_shape
+    if header["shape"][1:] != [*sides, channels]:
         raise CodecError(f"of images of shape {header['shape'][1:]}: this Jet makes "
-                         f"{[height, width, channels]}")
+                         f"{[*sides, channels]}")
     try:
         images = _decode(jet, header, lanes, words, progress)
     except CodecError:
@@ -196,9 +196,7 @@ def _decode(jet, header, lanes, words, progress):
 @torch.no_grad()
 def bound(jet, images, noise, batch_size=BATCH):
     """Bits/dim (N,) of images (N, H, W, C) under a Jet in float64, with the noise of encode."""
-    jet = copy.deepcopy(jet).double().eval()
-    device = next(jet.parameters()).device
-    bits = []
+    jet, device, bits = copy.deepcopy(jet).double().eval(), next(jet.parameters()).device, []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         x = dequantize(images[part], noise[part].astype(float)).permute(0, 3, 1, 2).to(device)

@@ -15,7 +15,7 @@ SWEPT = ("coupling_ratio", "spatial_split")
 
 
 def load(path):
-    """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
+    """Test rows of the last step, one for each (ratio, split, seed)."""
     return final_test_rows(path, "ablate_coupling", SWEPT, "Figure 4")
 
 
@@ -44,8 +44,7 @@ def draw(path, out_dir=style.OUT):
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
-    figure.legend(*axes.get_legend_handles_labels(),
-                  title=f"spatial split ({spread}){equal_splits(rows)}", title_fontsize=6.5,
+    figure.legend(title=f"spatial split ({spread}){equal_splits(rows)}", title_fontsize=6.5,
                   ncols=3, handlelength=1.6, loc="outside lower center")
     return style.save(figure, f"figure4_{rows['scale'].iloc[0]}", out_dir)
 
