@@ -4,22 +4,18 @@
         --out images.jet
     python codec.py decode images.jet --checkpoint assets/jet_cifar10 --out images.npy
 
-A likelihood is a promise of a file size, and this module keeps it. Three ideas make it work:
+A likelihood is a promise of a file size, and this module keeps it:
 
-- Bits back (Hinton and van Camp 1993). The dequantization noise is not thrown away: it is *popped*
-  from the bits that were written so far, and the decoder, who finds it out, pushes it back. So an
-  image costs what the uniform dequantization bound says, and no more.
-- Everything is an integer, and a coupling, z2 = (x2 + bias) * scale, is a bijection of the integers
-  whatever the network says. It costs -log2 scale bits, which is what the coupling's log-det takes
-  from the code length (coding/lifting.py).
-- The prior is a table of whole numbers (coding/prior.py), and popping and pushing is asymmetric
-  numeral systems (coding/ans.py).
+- Bits back (Hinton and van Camp 1993): the dequantization noise is *popped* from the bits that are
+  written, and the decoder, who finds it out, pushes it back. So an image costs what the uniform
+  dequantization bound says. The first image is stored raw: its bits are the first stack.
+- A coupling, z2 = (x2 + bias) * scale, is a bijection of the integers whatever the network says. It
+  costs -log2 scale bits, as its log-det says (coding/lifting.py).
+- The prior is a table of whole numbers (coding/prior.py); to pop and push is asymmetric numeral
+  systems (coding/ans.py).
 
-The first image is stored raw: its bits are the first stack. The decoder runs everything backwards.
-Networks run in float64, which only PyTorch's own kernels serve: both sides use the same ones. Their
-results are rounded to integers, and what lies so near the middle between two of them that another
-machine may round it otherwise is listed in the header (coding/file_format.py).
-Shapes: as in jet.py; n images in a batch.
+Networks run in float64, on PyTorch's own kernels. Where another machine may round their results
+otherwise, the header says how (coding/file_format.py). Shapes: as in jet.py; n images in a batch.
 """
 import copy
 import functools
@@ -103,13 +99,12 @@ class GridFlow:
 
 @torch.no_grad()
 def encode(jet, images, progress=QUIET):
-    """Compress images, uint8 (N, H, W, C), with a Jet.
+    """Compress images, uint8 (N, H, W, C), with a Jet. progress: tqdm shows a bar.
 
-    Returns (bytes, a dict): net_bits (of all images but the first, which is stored raw), noise
-    (float32 (N-1, H, W, C) in [0, 1), what dequantized them), file_bits, header_bits, borrowed_bits
-    (taken from nowhere while the first images found too few), latents_beyond (the prior's tables,
-    stored raw) and ties. progress: tqdm shows a bar.
-    Raises CodecError where shape or type do not fit, or the Jet overflows on an image.
+    Returns (bytes, a dict): net_bits (of all images but the first), noise (what dequantized them,
+    float32 in [0, 1)), file_bits, header_bits, borrowed_bits (from nowhere, while the first images
+    found too few), latents_beyond (the prior's tables) and ties. Raises CodecError where shape or
+    type do not fit, or the Jet overflows on an image.
     """
     channels, height, width = jet.config.image_shape
     if images.dtype != np.uint8 or not len(images) or images.shape[1:] != (height, width, channels):
@@ -156,18 +151,17 @@ def _checksums(jet):
 def decode(jet, content, progress=QUIET):
     """The images, uint8 (N, H, W, C), of a file that encode wrote with the same Jet.
 
-    Raises CodecError for other weights, another version, and a file that is truncated, altered or
-    something else.
+    Raises CodecError for other weights, another version, and what is no such file.
     """
     header, lanes, words = read_file(content)
     for name, ours in _checksums(jet).items():
         if header[name] != ours:
             raise CodecError(f"written with another {name} (checksum {header[name]}, this Jet's is "
                              f"{ours}): give the weights that it was encoded with")
-    channels, height, width = jet.config.image_shape
-    if header["shape"][1:] != [height, width, channels]:
+    channels, *sides = jet.config.image_shape
+    if header["shape"][1:] != [*sides, channels]:
         raise CodecError(f"of images of shape {header['shape'][1:]}: this Jet makes "
-                         f"{[height, width, channels]}")
+                         f"{[*sides, channels]}")
     try:
         images = _decode(jet, header, lanes, words, progress)
     except CodecError:
@@ -202,9 +196,7 @@ def _decode(jet, header, lanes, words, progress):
 @torch.no_grad()
 def bound(jet, images, noise, batch_size=BATCH):
     """Bits/dim (N,) of images (N, H, W, C) under a Jet in float64, with the noise of encode."""
-    jet = copy.deepcopy(jet).double().eval()
-    device = next(jet.parameters()).device
-    bits = []
+    jet, device, bits = copy.deepcopy(jet).double().eval(), next(jet.parameters()).device, []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         x = dequantize(images[part], noise[part].astype(float)).permute(0, 3, 1, 2).to(device)

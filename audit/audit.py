@@ -2,29 +2,35 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import math
 import platform
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import codec
 from audit.adapters import load_model
 from audit.certificates import FORMAT
-from audit.checks import FAIL, check
+from audit.checks import BAR, FAIL, check, device_of
 from audit.claims import read_claim, verdict
-from audit.code_length import check_code_length
 from audit.couplings import check_identity, check_inverse
 from audit.estimate import check_estimate, check_precision, estimate
 from audit.images import check_data
 from data import SPLITS, load_images
 from harness.errors import DataError, NonFiniteError
 from harness.flops import forward_flops
-from harness.machine import code_version, hardware, pick_device
+from harness.machine import ROOT, code_version, hardware, pick_device
 from jet import Jet
 
 CODELENGTH_FLOPS = 1e13  # by default as many images (8 to 512) as this allows
 INVERSE_IMAGES = 64
+code_line = functools.partial(check, "Code length")
 
 
 def audit(request, reported=(), tell=lambda one: None):
@@ -39,7 +45,9 @@ def audit(request, reported=(), tell=lambda one: None):
     model, about, recorded = load_model(request)
     images, other_split, whole = select_images(request, model)
     if request.codelength is None:
-        request = dataclasses.replace(request, codelength=affordable_images(model))
+        cost = 4 * forward_flops(model.config) if isinstance(model, Jet) else math.inf
+        affordable = max(8, min(512, int(CODELENGTH_FLOPS / cost))) if cost < math.inf else 0
+        request = dataclasses.replace(request, codelength=affordable)
     checks, measured = [], None
 
     def add(new):
@@ -59,21 +67,27 @@ def audit(request, reported=(), tell=lambda one: None):
     except NonFiniteError as error:
         add([check("Estimate", "finite", str(error), False, "finite", "no number can be reported")])
     if not isinstance(model, Jet):
-        add([check("Code length", "bytes", None, None, "", "the codec takes a Jet alone")])
+        add([code_line("bytes", None, None, "", "the codec takes a Jet alone")])
     elif not request.codelength or not measured:
-        add([check("Code length", "bytes", None, None, "", "not asked for (--codelength N)")])
+        add([code_line("bytes", None, None, "", "not asked for (--codelength N)")])
     else:
         add(check_code_length(model, images.array[:request.codelength], request.checkpoint,
                               request.model_arguments(), request.threads))
+    numbers = dict.fromkeys(("bits_per_dim", "bits_per_dim_se", "noise_se"), math.nan)
+    if measured:
+        numbers = {name: (measured["ours"] | measured)[name] for name in numbers}
     now = datetime.datetime.now().astimezone()
     certificate = {
         "format": FORMAT, "made": now.isoformat(timespec="seconds"),
         "passed": all(one.result != FAIL for one in checks), "settings": request.to_settings(),
-        "weights": about, "data": describe(images, whole), **numbers(measured),
+        "weights": about,
+        "data": {"name": images.name, "variant": images.variant, "split": images.split,
+                 "num_images": len(images.array), "shape": list(images.array.shape[1:]),
+                 "whole_split": whole, "fingerprint": images.fingerprint},
+        **{name: None if math.isnan(value) else value for name, value in numbers.items()},
         "verdict": verdict(claim, images, whole, measured) if measured else None,
         "checks": [dataclasses.asdict(one) for one in checks],
-        "made_with": {**code_version(),
-                      "hardware": hardware(pick_device(request.device)),
+        "made_with": {**code_version(), "hardware": hardware(pick_device(request.device)),
                       "python": platform.python_version(), "torch": torch.__version__,
                       "numpy": np.__version__, "seconds": round(time.monotonic() - begun, 1)}}
     return certificate, measured
@@ -99,13 +113,6 @@ def select_images(request, model):
     return images, other_split, whole
 
 
-def affordable_images(model):
-    """How many images are compressed where nobody says."""
-    if not isinstance(model, Jet):
-        return 0
-    return max(8, min(512, int(CODELENGTH_FLOPS / forward_flops(model.config) / 4)))
-
-
 def check_weights(found, recorded):
     """Whether the weights are those that the run's done.json names."""
     expected = recorded.get("weights_sha256") if recorded else None
@@ -116,16 +123,48 @@ def check_weights(found, recorded):
                  "SHA-256 of the weights, as the run recorded them when it ended")
 
 
-def describe(images, whole):
-    return {"name": images.name, "variant": images.variant, "split": images.split,
-            "num_images": len(images.array), "shape": list(images.array.shape[1:]),
-            "whole_split": whole, "fingerprint": images.fingerprint}
+# ---- code length: whether the bits become bytes, and the bytes the images
+
+def check_code_length(model, images, checkpoint, model_arguments, threads):
+    """Images (N, H, W, C) in a file, and back in a fresh process. model_arguments: of codec.py."""
+    array = np.array(images)
+    try:
+        content, about = codec.encode(model, array, functools.partial(BAR, desc="encoding"))
+    except codec.CodecError as error:
+        yield code_line("encoding", str(error), False, "a file", "")
+        return
+    options = ["--checkpoint", str(checkpoint), "--threads", str(threads),
+               "--device", str(device_of(model)), *model_arguments]
+    with BAR(total=1, desc="decoding in a fresh process"):
+        decoded, error = decode_elsewhere(content, options)
+    is_exact = decoded is not None and np.array_equal(decoded, array)
+    yield code_line("decoded by a fresh process", f"{len(array)} images", is_exact,
+               "every pixel as it was", error or f"of {len(content):,} bytes")
+    if len(array) == 1:
+        return
+    bound = float(codec.bound(model, array[1:], about["noise"]).mean())
+    net = about["net_bits"] / array[1:].size
+    whole = about["file_bits"] / array.size
+    yield code_line("bound, same images and noise", bound, True, "the reference",
+               "bits/dim by the likelihood, float64", 1e-3)
+    yield code_line("net", net, abs(net - bound) < 1e-3, "within 0.001 of the bound",
+               f"differs by {net - bound:+.2g}: what was written less what was borrowed", 1e-3)
+    # The raw image, the first stack, the header and the last lanes.
+    allowed = 0.001 + (8 * array[0].size + 40_000) / array.size
+    yield code_line("whole file", whole, whole - bound < allowed,
+               f"at most {allowed:.3f} above the bound",
+               f"{whole - bound:+.4f}: with one raw image, {about['borrowed_bits']:,} borrowed "
+               f"bits, {about['header_bits']:,} of header; {about['latents_beyond']} latents "
+               "beyond the tables", 1e-3)
 
 
-def numbers(measured):
-    """bits/dim and its errors for JSON, which knows no nan."""
-    if not measured:
-        return {"bits_per_dim": None, "bits_per_dim_se": None, "noise_se": None}
-    values = {name: measured["ours"][name] for name in ("bits_per_dim", "bits_per_dim_se")}
-    values["noise_se"] = measured["noise_se"]
-    return {name: None if math.isnan(value) else value for name, value in values.items()}
+def decode_elsewhere(content, options):
+    """(images or None, the error or None) of codec.py in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = Path(folder) / "images.jet", Path(folder) / "images.npy"
+        file.write_bytes(content)
+        command = [sys.executable, str(ROOT / "codec.py"), "decode", str(file), "--out", str(out)]
+        done = subprocess.run([*command, *options], capture_output=True, text=True)
+        if done.returncode:
+            return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return np.load(out), None

@@ -1,11 +1,13 @@
-"""Certificates: what an audit found, sealed by a checksum; JSON, a page, and image by image."""
+"""Certificates: what an audit found, as JSON sealed by a checksum, a page, lines on a terminal."""
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
-from audit.checks import FAIL, AuditError
-from audit.pages import page
+import pandas as pd
+
+from audit.checks import FAIL, NOT_APPLICABLE, PASS, AuditError, counted
 from harness.errors import one_line, short
 from harness.files import write_atomically
 
@@ -24,34 +26,30 @@ def seal(certificate):
 def write(certificate, measured, out_dir):
     """NAME.json, NAME.md and, where something was measured, NAME.csv; returns the paths."""
     weights, data = certificate["weights"], certificate["data"]
-    name = (f"{weights['name']}-{weights['weights_sha256'][:8]}_{Path(data['name']).stem}_"
-            f"{data['split']}")
-    if not data["whole_split"]:
-        name += f"_{data['num_images']}"
-    name = re.sub(r"[^\w.-]", "_", name)
+    part = "" if data["whole_split"] else f"_{data['num_images']}"
+    name = re.sub(r"[^\w.-]", "_", f"{weights['name']}-{weights['weights_sha256'][:8]}_"
+                  f"{Path(data['name']).stem}_{data['split']}{part}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = [out_dir / f"{name}.{kind}" for kind in ("json", "md")]
-    if measured:
-        path, text = out_dir / f"{name}.csv", per_image_csv(measured)
-        write_atomically(path, text)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        certificate["per_image"] = {"file": path.name, "sha256": digest}
-        paths.append(path)
+    table = per_image_csv(measured) if measured else None
+    if table:
+        digest = hashlib.sha256(table.encode()).hexdigest()
+        certificate["per_image"] = {"file": f"{name}.csv", "sha256": digest}
     certificate["sha256"] = seal(certificate)
-    write_atomically(paths[0], json.dumps(certificate, indent=1) + "\n")
-    write_atomically(paths[1], page(certificate, paths[0].name))
-    return paths
+    texts = {"json": json.dumps(certificate, indent=1) + "\n",
+             "md": page(certificate, f"{name}.json"), "csv": table}
+    paths = {out_dir / f"{name}.{kind}": text for kind, text in texts.items() if text}
+    for path, text in paths.items():
+        write_atomically(path, text)
+    return list(paths)
 
 
 def per_image_csv(measured):
     """The values of every image, mean over the draws."""
     rows, draws = measured["rows"], measured["draws"]
-    columns = [measured["ours"]["bits_per_dim_per_image"],
-               *(rows[name][:draws].mean(0) for name in ("bits", "square", "logdet"))]
-    lines = ["image,bits_per_dim,bits_per_dim_float64,squares_bits_per_dim,logdet_nats"]
-    for index, values in enumerate(zip(*columns)):
-        lines.append(",".join([str(index), *(repr(float(value)) for value in values)]))
-    return "\n".join(lines) + "\n"
+    values = zip(measured["ours"]["bits_per_dim_per_image"],  # as many as both computations have
+                 *(rows[name][:draws].mean(0) for name in ("bits", "square", "logdet")))
+    columns = "bits_per_dim", "bits_per_dim_float64", "squares_bits_per_dim", "logdet_nats"
+    return pd.DataFrame(values, columns=columns).to_csv(index_label="image", lineterminator="\n")
 
 
 def read_certificate(path):
@@ -60,11 +58,10 @@ def read_certificate(path):
         if Path(path).stat().st_size > LARGEST_BYTES:
             raise AuditError(f"{path}: far too large for a certificate")
         certificate = json.loads(Path(path).read_text())
-        seal_now, seal_then = seal(certificate), certificate["sha256"]
         if certificate["format"] != FORMAT:
             raise AuditError(f"{path}: of format {certificate['format']!r}, and this reads "
                              f"{FORMAT}")
-        if seal_now != seal_then:
+        if seal(certificate) != certificate["sha256"]:
             raise AuditError(f"{path}: altered since it was made (its checksum does not fit): "
                              "make a new one")
         if not _has_types(certificate):
@@ -95,16 +92,19 @@ def changes(old, new):
         then, now = old[group][name], new[group][name]
         if then != now:
             lines.append(f"{what} changed: {then[:16]} then, {now[:16]} now")
-    checks_now = {(one["section"], one["name"]): one for one in new["checks"]}
+    checks_now = {_title(one): one for one in new["checks"]}
     for one in old["checks"]:
-        now = checks_now.pop((one["section"], one["name"]), None)
-        if difference := _difference(one, now):
-            lines.append(f"{one['section']}: {one['name']}: {difference}")
-    lines += [f"{section}: {name}: was not checked then, and fails now"
-              for (section, name), one in checks_now.items() if one["result"] == FAIL]
+        if difference := _difference(one, checks_now.pop(_title(one), None)):
+            lines.append(f"{_title(one)}: {difference}")
+    lines += [f"{title}: was not checked then, and fails now"
+              for title, one in checks_now.items() if one["result"] == FAIL]
     then, now = (certificate["verdict"] and certificate["verdict"]["result"]
                  for certificate in (old, new))
     return lines if then == now else [*lines, f"verdict: {then} then, {now} now"]
+
+
+def _title(one):
+    return f"{one['section']}: {one['name']}"
 
 
 def _difference(then, now):
@@ -118,3 +118,104 @@ def _difference(then, now):
         differs = abs(old - new) > now["drift"]
         return f"{old:.8g} then, {new:.8g} now" if differs else None
     return f"{old} then, {new} now" if old != new else None
+
+
+# ---- what people read
+
+def format_value(value):
+    """A check's value as text."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def check_lines(one):
+    """A Check on the terminal: the result, the value, and below it what it means."""
+    value, tolerance = format_value(one.value), one.tolerance
+    if len(value) > 40:
+        value = value[:12] + "..."
+    if len(tolerance) > 45:
+        tolerance = tolerance[:12] + "..."
+    mark = "  - " if one.result == NOT_APPLICABLE else one.result
+    allowed = f"[{tolerance}]" if tolerance else ""
+    return f"{mark}  {f'{one.section}: {one.name}':44} {value:>14}  {allowed}\n      {one.text}"
+
+
+def conclusion(certificate):
+    """The last lines on the terminal."""
+    passed, failed, others = count_checks(certificate)
+    lines = [f"{passed} checks passed, {len(failed)} failed, {others} not applicable; "
+             f"{certificate['made_with']['seconds']:.0f} s"]
+    if certificate["verdict"]:
+        lines.append(certificate["verdict"]["sentence"])
+    elif certificate["bits_per_dim"] is not None:
+        data, se = certificate["data"], certificate["bits_per_dim_se"]
+        lines.append(f"{certificate['bits_per_dim']:.4f} +- {se or math.nan:.4f} bits/dim on "
+                     f"{data['num_images']:,} {data['split']} images of {data['name']}")
+    if failed:
+        lines.append(f"The number is NOT to be trusted: {'; '.join(map(_title, failed))}")
+    return "\n".join(lines)
+
+
+def count_checks(certificate):
+    """(how many passed, those that failed, how many did not apply)."""
+    results = [one["result"] for one in certificate["checks"]]
+    failed = [one for one in certificate["checks"] if one["result"] == FAIL]
+    return results.count(PASS), failed, results.count(NOT_APPLICABLE)
+
+
+def page(certificate, file):
+    """The certificate as Markdown. file: its name."""
+    weights, data = certificate["weights"], certificate["data"]
+    lines = [f"# Audit of {weights['name']} on {data['name']} {data['split']}", ""]
+    if certificate["bits_per_dim"] is not None:
+        lines += [_number(certificate), ""]
+    answer = certificate["verdict"]
+    lines += [f"**{answer['sentence']}**" if answer else "No claim was given.", "",
+              _summary(certificate), "", _made(certificate), "",
+              f"To verify: `python experiments/audit_bpd.py --check {file}` (in this folder's "
+              "place). What each line means: [AUDIT.md](../AUDIT.md).", ""]
+    for section in dict.fromkeys(one["section"] for one in certificate["checks"]):
+        lines += [f"## {section}", "", "| check | value | allowed | result | |",
+                  "| --- | --- | --- | --- | --- |"]
+        lines += [_row(one) for one in certificate["checks"] if one["section"] == section]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _number(certificate):
+    data, se = certificate["data"], certificate["bits_per_dim_se"]
+    value = f"{certificate['bits_per_dim']:.4f}" + (f" ± {se:.4f}" if se is not None else "")
+    part = "" if data["whole_split"] else " (a part of the split)"
+    return (f"**{value} bits/dim** on {data['num_images']:,} images{part}, uniform dequantization, "
+            f"{counted(certificate['settings']['draws'], 'draw')} an image: an upper bound.")
+
+
+def _summary(certificate):
+    passed, failed, others = count_checks(certificate)
+    if failed:
+        names = "; ".join(f"{one['section']}, {one['name']}" for one in failed)
+        return f"{len(failed)} checks FAILED: {names}."
+    return f"Every check passed ({passed}; {others} not applicable)."
+
+
+def _made(certificate):
+    weights, data, made = (certificate[name] for name in ("weights", "data", "made_with"))
+    settings = certificate["settings"]
+    commit = (made["git_commit"] or "unknown")[:10] + (" with changes" if made["git_dirty"] else "")
+    return (f"Weights `{weights['path']}`, SHA-256 `{weights['weights_sha256']}`. Images: variant "
+            f"{data['variant']}, fingerprint `{data['fingerprint']}`. Noise seed "
+            f"{settings['eval_seed']}. Made {certificate['made']} at commit {commit} on "
+            f"{made['hardware']}, {counted(settings['threads'], 'thread')}, Python "
+            f"{made['python']}, torch {made['torch']}, numpy {made['numpy']}, in "
+            f"{made['seconds']:.0f} s.")
+
+
+def _row(one):
+    """A check as a row of a table, long checksums cut."""
+    cells = [one["name"], format_value(one["value"]), one["tolerance"], one["result"], one["text"]]
+    cells = [re.sub(r"([0-9a-f]{16})[0-9a-f]{48}", r"\1…", cell).replace("|", "\\|")
+             for cell in cells]
+    return f"| {' | '.join(cells)} |"

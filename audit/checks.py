@@ -4,7 +4,6 @@ A check looks at a model and images, and yields Checks. A model is a Jet, or any
 forward(x) -> (z, logdet) and inverse(z) -> (x, logdet) like one: prior N(0, I), x as dequantize
 makes it, float (B, C, H, W), logdet (B,) in nats.
 """
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -51,13 +50,9 @@ def check(section, name, value, holds, tolerance, text, drift=0.0):
 
 
 def at_precision(model, name):
-    """A copy of the model in a precision, the type of its weights, and the context to run it in.
-
-    bfloat16: in the networks alone, under autocast.
-    """
-    dtype, context = PRECISIONS[name], contextlib.nullcontext()
-    if name == "bfloat16":
-        context = torch.autocast(device_of(model).type, torch.bfloat16)
+    """A copy of the model in a precision, the type of its weights, and the context to run it in."""
+    dtype, is_mixed = PRECISIONS[name], name == "bfloat16"  # which is for the networks alone
+    context = torch.autocast(device_of(model).type, torch.bfloat16, enabled=is_mixed)
     return copy.deepcopy(model).to(dtype), dtype, context
 
 

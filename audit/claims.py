@@ -42,35 +42,32 @@ class Claim:
 
 def read_claim(request, reported):
     """The Claim of a Request, or None. reported: rows of results/reported.csv, for claim_from."""
-    if request.claim is not None and request.claim_from is not None:
+    text, name = request.claim, request.claim_data
+    if text is not None and request.claim_from is not None:
         raise AuditError("--claim and --claim-from: give one of them")
     if request.claim_from is not None:
         return _reported_claim(request, reported)
-    name = request.claim_data
-    if request.claim is None:
+    if text is None:
         if name:
             raise AuditError("--claim-data: of which claim? Give --claim or --claim-from")
         return None
     try:
-        value = Decimal(request.claim)
-        is_possible = value.is_finite() and 0 < value < 1000
-    except InvalidOperation:
+        is_possible = 0 < float(Decimal(text)) < 1000
+    except (InvalidOperation, ValueError):
         is_possible = False
     if not is_possible:
-        raise AuditError(f"--claim {request.claim}: must be bits/dim above 0, with the digits that "
-                         "were published, like 3.66")
-    if not name:
-        return Claim(text=request.claim)
-    if name not in SETS:
+        raise AuditError(f"--claim {text}: must be bits/dim above 0, with the digits that were "
+                         "published, like 3.66")
+    if name and name not in SETS:
         raise AuditError(f"--claim-data {name}: no known set (like {', '.join(list(SETS)[:3])}, "
                          "imagenet64-oord)")
-    return Claim(text=request.claim, dataset=name, variant=SETS[name].variant)
+    return Claim(text=text, dataset=name, variant=SETS[name].variant if name else None)
 
 
 def _reported_claim(request, reported):
     wanted, models = request.claim_from, list(dict.fromkeys(row["model"] for row in reported))
-    fits = [name for name in models if name.lower() == wanted.lower()]
-    fits = fits or [name for name in models if wanted.lower() in name.lower()]
+    fits = [name for name in models if wanted.lower() in name.lower()]
+    fits = [name for name in fits if name.lower() == wanted.lower()] or fits
     if len(fits) > 1:
         raise AuditError(f"--claim-from {wanted!r}: several models of results/reported.csv: "
                          f"{'; '.join(fits)}")
@@ -83,7 +80,7 @@ def _reported_claim(request, reported):
     if len(chosen) != 1:
         raise AuditError(f"--claim-from {fits[0]!r}: reported for "
                          f"{', '.join(map(reported_name, rows))}: choose by --claim-data")
-    row = chosen[0]
+    row, = chosen
     same = {name: row[name] for name in ("model", "variant", "bound", "dequantization", "source")}
     return Claim(text=row["bits_per_dim"], dataset=reported_name(row), **same)
 

@@ -152,7 +152,12 @@ def check_inverse_at(precision, model, array, x):
     def line(name, *rest):
         return check("Inverse", f"{precision}: {name}", *rest)
 
-    result = attempt(lambda: there_and_back(model, x))
+    def there_and_back():
+        z, logdet = model(x)
+        back, back_logdet = model.inverse(z)
+        return back, logdet + back_logdet
+
+    result = attempt(there_and_back)
     if isinstance(result, Exception):
         yield line("largest error", None, None, "", f"the model does not run so ({short(result)})")
         return
@@ -169,26 +174,7 @@ def check_inverse_at(precision, model, array, x):
                f"exactly; largest error {error:.2g}; log-dets cancel to {cancelled:.2g} nats", 0.01)
     if not isinstance(model, Jet):
         return
-    errors, gaps = layer_errors(model, x)
-    worst, gap = largest_of(errors.values()), largest_of(gaps)
-    tolerance = COUPLING_TOLERANCE[precision]
-    yield line("worst coupling", worst, worst < tolerance, f"below {tolerance:g}",
-               f"{max(errors, key=errors.get)}; each layer forward and back on its own", tolerance)
-    tolerance = LOGDET_TOLERANCE[precision]
-    yield line("log-det against scales", gap, gap < tolerance, f"below {tolerance:g} nats",
-               "the scales that act on x2 and those in the log-det are the same numbers", tolerance)
-
-
-def there_and_back(model, x):
-    """inverse(forward(x)), and the sum of both log-dets."""
-    z, logdet = model(x)
-    back, back_logdet = model.inverse(z)
-    return back, logdet + back_logdet
-
-
-def layer_errors(model, x):
-    """({layer: largest error of its inverse}, what log-det and applied scales differ by)."""
-    errors, gaps = {}, []
+    errors, gaps = {}, []  # of each layer's inverse; of the log-det against applied scales
     for number, layer, tokens in layers_with_input(model, x):
         kind = "Coupling" if isinstance(layer, Coupling) else type(layer).__name__
         again = layer.inverse(layer(tokens)[0])[0]
@@ -196,4 +182,10 @@ def layer_errors(model, x):
         if isinstance(layer, Coupling):
             applied, logdet = applied_scales(layer, tokens)
             gaps.append((applied.double().log().sum(1) - logdet).abs().max())
-    return errors, gaps
+    worst, gap = largest_of(errors.values()), largest_of(gaps)
+    tolerance = COUPLING_TOLERANCE[precision]
+    yield line("worst coupling", worst, worst < tolerance, f"below {tolerance:g}",
+               f"{max(errors, key=errors.get)}; each layer forward and back on its own", tolerance)
+    tolerance = LOGDET_TOLERANCE[precision]
+    yield line("log-det against scales", gap, gap < tolerance, f"below {tolerance:g} nats",
+               "the scales that act on x2 and those in the log-det are the same numbers", tolerance)

@@ -13,7 +13,7 @@ import evaluate as evaluator
 from audit.checks import BAR, at_precision, attempt, check, counted, dequantized, device_of
 from data import evaluation_noise, fingerprint
 from harness.errors import short
-from harness.flops import logdet_cap_nats
+from harness.flops import logdet_cap_share
 from jet import Jet
 
 line = functools.partial(check, "Estimate")
@@ -46,11 +46,10 @@ def importance_weighted(bits, K, dims):
     """Bits/dim (N,) by the importance-weighted bound of K of the draws (R, N), mean over groups.
 
     -log2 of the mean of K densities over K: a bound between that of one draw and the image's true
-    code length (Burda et al. 2016). The largest term is taken out of the sum, so that nothing
-    under- or overflows.
+    code length (Burda et al. 2016).
     """
     nats = -bits[:len(bits) // K * K].reshape(-1, K, bits.shape[1]) * dims * math.log(2)
-    top = nats.max(1, keepdims=True)
+    top = nats.max(1, keepdims=True)  # taken out of the sum, so that nothing under- or overflows
     log_mean = top[:, 0] + np.log(np.exp(nats - top).mean(1))
     return -(log_mean / dims / math.log(2)).mean(0)
 
@@ -119,17 +118,16 @@ def check_terms(measured):
     yield line("sum of its terms", float(own.mean()), abs(own.mean() - ours["bits_per_dim"]) < 2e-4,
                "bits/dim, to 0.0002", f"{text}; computed again in float64, from the formulas", 1e-6)
     # A fault of the evaluator may hide in the mean: image by image it cannot.
-    worst = math.inf
-    if len(own) == len(per_image):
-        worst = float(np.abs(own - per_image).max())
+    worst = float(np.abs(own - per_image).max()) if len(own) == len(per_image) else math.inf
     yield line("image by image", worst, worst < 2e-3, "below 0.002",
                "largest difference of one image between the two computations, bits/dim", 1e-3)
 
 
 def check_scales(model, measured, scales):
     """What the couplings make of their scales, and whether more couplings are needed."""
-    if isinstance(model, Jet) and not (model.config.actnorm or model.config.invertible_dense):
-        share = float(measured["rows"]["logdet"].mean() / logdet_cap_nats(model.config))
+    logdet = float(measured["rows"]["logdet"].mean())
+    share = logdet_cap_share(model.config, logdet) if isinstance(model, Jet) else None
+    if share is not None:
         text = "share of what the couplings can reach"
         if share >= 0.9:
             text += "; SATURATED: more couplings are needed"
@@ -149,9 +147,8 @@ def check_importance_weights(measured):
     before, K = math.inf, 1
     while K <= measured["iw"]:
         bits = importance_weighted(measured["rows"]["bits"], K, measured["dims"])
-        value, error = float(bits.mean()), math.nan
-        if len(bits) > 1:
-            error = float(bits.std(ddof=1) / math.sqrt(len(bits)))
+        value = float(bits.mean())
+        error = bits.std(ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
         yield line(f"importance-weighted, K = {K}", value, value <= before + 1e-9,
                    "falls with K" if K > 1 else "the bound above",
                    f"+- {error:.4f} over images; {measured['iw'] // K} groups of draws", 1e-6)

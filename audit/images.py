@@ -12,22 +12,19 @@ line = functools.partial(check, "Data")
 
 
 def check_data(images, other_split, recorded):
-    """images: ImageSet. other_split: that of the set's other split, or None. recorded: what the
-    weights' run says of its own data (its done.json), or None."""
+    """images: ImageSet. other_split: that of the set's other split, or None. recorded: done.json
+    of the weights' run, or None."""
     yield from check_identity(images)
     yield from check_repeated(images, other_split)
     if recorded:
-        is_trained = recorded["train_fingerprint"] == fingerprint(images.array)
-        is_variant = (are_related(recorded["dataset"], images.name)
-                      and recorded["variant"] != images.variant)
-        name, text = "what it was trained on", "as the run's done.json has it"
-        if is_trained:
-            text += ": THE SAME IMAGES"
-        elif is_variant:
-            text += ": ANOTHER VARIANT"
-        yield line(name, f"{recorded['dataset']}, variant {recorded['variant']}",
-                   not (is_trained or is_variant), "not these images, nor another variant of them",
-                   text)
+        dataset, variant, fault = recorded["dataset"], recorded["variant"], ""
+        if recorded["train_fingerprint"] == fingerprint(images.array):
+            fault = ": THE SAME IMAGES"
+        elif are_related(dataset, images.name) and variant != images.variant:
+            fault = ": ANOTHER VARIANT"
+        yield line("what it was trained on", f"{dataset}, variant {variant}", not fault,
+                   "not these images, nor another variant of them",
+                   f"as the run's done.json has it{fault}")
 
 
 def check_identity(images):
@@ -49,8 +46,7 @@ def check_identity(images):
         holds, text = expected == found, "SHA-256 of the pixels, as recorded when the set was made"
     if names:
         text = f"these are the images of {names[0]}"
-        if f"{name} {split}" not in names:
-            holds = False
+        holds = holds if f"{name} {split}" in names else False
     yield line("fingerprint", found, holds, expected or "not known", text)
 
 

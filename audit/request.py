@@ -49,8 +49,8 @@ class Request:
             raise AuditError(str(error)) from None
         if self.adapter and self.checkpoint:
             raise AuditError("--adapter and --checkpoint: give one of them")
-        if not self.adapter and not self.checkpoint:
-            object.__setattr__(self, "checkpoint", str(DEFAULT_MODEL))
+        if not self.adapter:
+            object.__setattr__(self, "checkpoint", self.checkpoint or str(DEFAULT_MODEL))
 
     @classmethod
     def from_flags(cls, flags):
@@ -74,11 +74,10 @@ class Request:
 
     def to_settings(self):
         """The part of it that a certificate records."""
+        files = {name: path and relative_path(path) for name, path in
+                 (("checkpoint", self.checkpoint), ("adapter", self.adapter))}
         settings = {name: getattr(self, name) for name in RECORDED}
-        for name in ("checkpoint", "adapter"):
-            if settings[name]:
-                settings[name] = relative_path(settings[name])
-        return settings | {"model_flags": self.model_arguments()}
+        return settings | files | {"model_flags": self.model_arguments()}
 
     def model_arguments(self):
         """The JetConfig fields, as command lines have them."""

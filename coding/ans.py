@@ -26,7 +26,7 @@ class Coder:
         self.num_words = self.low_water = len(words)
         self.lanes = np.zeros(0, np.int64)
         self.fill_bits = 0.0  # a lane holds a fraction of a bit before its first symbol
-        self.borrow, self.borrowed = borrow, 0
+        self.borrow, self.borrowed = borrow, 0  # words
         self.set_lanes(num_lanes)
 
     @property
@@ -74,9 +74,10 @@ class Coder:
             self.lanes = self.lanes[:count].copy()
 
     def rows(self, count):
-        """The slices of `count` values that are coded together, a lane for each."""
+        """[(slice, lanes)]: which of `count` values are coded together, and the lane of each."""
         width = len(self.lanes)
-        return [slice(start, min(start + width, count)) for start in range(0, count, width)]
+        ends = [(start, min(start + width, count)) for start in range(0, count, width)]
+        return [(slice(start, end), self.lanes[:end - start]) for start, end in ends]
 
     def shrink(self, x, bounds):
         """Lanes above their bound move their low half to the stack."""
@@ -93,19 +94,26 @@ class Coder:
 
     def push_bits(self, values, num_bits):
         """Push values below 2^num_bits (num_bits up to 30), an array of any length."""
-        for row in self.rows(len(values)):
-            x = self.lanes[:row.stop - row.start]
-            self.shrink(x, (1 << 62 - num_bits) - 1)
-            x[:] = x << num_bits | values[row]
+        for row, x in self.rows(len(values)):
+            self.push_raw(x, values[row], num_bits)
 
     def pop_bits(self, count, num_bits):
         """The inverse of push_bits: `count` values."""
         values = np.empty(count, np.int64)
-        for row in reversed(self.rows(count)):
-            x = self.lanes[:row.stop - row.start]
-            values[row] = x & (1 << num_bits) - 1
-            x >>= num_bits
-            self.grow(x, 1 << LOWEST)
+        for row, x in reversed(self.rows(count)):
+            values[row] = self.pop_raw(x, num_bits)
+        return values
+
+    def push_raw(self, x, values, num_bits):
+        """Push a value below 2^num_bits to each of the lanes x."""
+        self.shrink(x, (1 << 62 - num_bits) - 1)
+        x[:] = x << num_bits | values
+
+    def pop_raw(self, x, num_bits):
+        """The inverse of push_raw: a value from each of the lanes x."""
+        values = x & (1 << num_bits) - 1
+        x >>= num_bits
+        self.grow(x, 1 << LOWEST)
         return values
 
     def rescale(self, x, values, p, shift):

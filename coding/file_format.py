@@ -65,21 +65,16 @@ def read_file(content):
 
 def _is_whole(header, lanes, words):
     """Whether a header's values have their types, and fit each other, the lanes and the words."""
-    sizes, shape, num_words = header["batches"], header["shape"], header["words"]
-    if not (all(type(value) is int and value > 0 for value in (*sizes, *shape))
-            and type(header["borrowed"]) is int and type(header["bits"]) is list
-            and all(type(header[name]) is str for name in ("config", "weights", "pixels"))):
-        return False
+    sizes, shape = header["batches"], header["shape"]
+    texts = [header[name] for name in ("config", "weights", "pixels")]
+    counts, values = [header["borrowed"]], []  # from 0 on, and of either sign
     for batch, layer, name, pairs in header.get("ties", ()):
-        if not type(batch) is type(layer) is int or type(name) is not str:
-            return False
-        if not all(map(_is_tie, pairs)):
-            return False
-    return (len(shape) == 4 and sum(sizes) == shape[0] - 1 and max(sizes, default=1) <= BATCH
-            and len(lanes) == num_lanes(sizes) and len(words) == num_words >= 0
-            and header["borrowed"] >= 0)
-
-
-def _is_tie(pair):
-    index, value = pair
-    return type(index) is type(value) is int and 0 <= index < 2 ** 53 and abs(value) < 2 ** 53
+        texts.append(name)
+        counts += [batch, layer, *(index for index, _ in pairs)]
+        values += [value for _, value in pairs]
+    numbers = *sizes, *shape, *counts, *values
+    return (all(type(text) is str for text in texts) and type(header["bits"]) is list
+            and all(type(number) is int and abs(number) < 2 ** 53 for number in numbers)
+            and min(*sizes, *shape) > 0 and min(counts) >= 0
+            and len(shape) == 4 and sum(sizes) == shape[0] - 1 and max(sizes, default=1) <= BATCH
+            and len(lanes) == num_lanes(sizes) and len(words) == header["words"] >= 0)

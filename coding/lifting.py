@@ -41,56 +41,50 @@ class Lifting:
 
     def affine(self, X, bias, scale, where):
         """(x + bias) * scale for X, int64 of any shape; bias and scale are floats of its shape."""
-        _check_finite(bias, scale)
-        self._check_size(X, bias, scale, where)
+        self._check(X, bias, scale, where)
         B, steps = self._whole_numbers(bias, scale, where)
-        Z, rows = X.ravel() + B, self.coder.rows(X.size)
+        Z = X.ravel() + B
         for p, shift in steps:
-            Z = self._by_rows(self.coder.rescale, Z, p, shift, rows)
+            for row, lanes in self.coder.rows(X.size):
+                Z[row] = self.coder.rescale(lanes, Z[row], p[row], shift[row])
         return Z.reshape(X.shape)
 
     def affine_inverse(self, Z, bias, scale, where):
         """The inverse of affine."""
-        _check_finite(bias, scale)
+        self._check(np.zeros(0), bias, scale, where)
         B, steps = self._whole_numbers(bias, scale, where)
-        X, rows = Z.ravel(), self.coder.rows(Z.size)
+        X = Z.flatten()
         for p, shift in reversed(steps):
-            X = self._by_rows(self.coder.unscale, X, p, shift, rows[::-1])
+            for row, lanes in reversed(self.coder.rows(X.size)):
+                X[row] = self.coder.unscale(lanes, X[row], p[row], shift[row])
         return (X - B).reshape(Z.shape)
 
     def dense(self, X, layer, where):
         """z = P L U x: rows of U from the first on, its diagonal, rows of L from the last on."""
         lower, upper, diagonal, order = _factors(layer)
-        X, dim = X.copy(), len(order)
-        for row in range(dim):
-            X[..., row] += _shift(X, upper, row, slice(row + 1, None))
+        X, rows = X.copy(), range(len(order))
+        for row in rows:
+            X[..., row] += X @ upper[row] >> DENSE_BITS
         scale = np.broadcast_to(np.abs(diagonal), X.shape)
         X = self.affine(X, np.zeros(X.shape), scale, where)
         X = np.where(diagonal < 0, ~X, X)
-        for row in reversed(range(dim)):
-            X[..., row] += _shift(X, lower, row, slice(0, row))
+        for row in reversed(rows):
+            X[..., row] += X @ lower[row] >> DENSE_BITS
         return X[..., order]
 
     def dense_inverse(self, Z, layer, where):
         """The inverse of dense."""
         lower, upper, diagonal, order = _factors(layer)
-        X, dim = np.empty_like(Z), len(order)
+        X, rows = np.empty_like(Z), range(len(order))
         X[..., order] = Z
-        for row in range(dim):
-            X[..., row] -= _shift(X, lower, row, slice(0, row))
+        for row in rows:
+            X[..., row] -= X @ lower[row] >> DENSE_BITS
         X = np.where(diagonal < 0, ~X, X)
         scale = np.broadcast_to(np.abs(diagonal), X.shape)
         X = self.affine_inverse(X, np.zeros(X.shape), scale, where)
-        for row in reversed(range(dim)):
-            X[..., row] -= _shift(X, upper, row, slice(row + 1, None))
+        for row in reversed(rows):
+            X[..., row] -= X @ upper[row] >> DENSE_BITS
         return X
-
-    def _by_rows(self, operation, X, p, shift, rows):
-        Y = np.empty_like(X)
-        for row in rows:
-            lanes = self.coder.lanes[:row.stop - row.start]
-            Y[row] = operation(lanes, X[row], p[row], shift[row])
-        return Y
 
     def _whole_numbers(self, bias, scale, where):
         """B, and (p, shift) of each step, flat: doublings for factors above 2, then the rest."""
@@ -106,8 +100,11 @@ class Lifting:
                  for i in range(int(doublings.max(initial=0)))]
         return B, [*steps, (p, SCALE_BITS - exponent + doublings)]
 
-    def _check_size(self, X, bias, scale, where):
+    def _check(self, X, bias, scale, where):
         """Raise CodecError where 2^13 times (X + bias) * scale would not fit 63 bits."""
+        if not (np.isfinite(bias).all() and (scale > 0).all() and np.isfinite(scale).all()):
+            raise CodecError("this Jet's bias or scale is not finite, or a scale is 0: it cannot "
+                             "encode these images")
         largest = np.abs(bias).max(initial=0) / delta(noise_bits(where[0]))
         largest += np.abs(X).max(initial=0)
         if not largest * max(1.0, scale.max(initial=0)) < 2.0 ** 48:
@@ -130,14 +127,9 @@ class Lifting:
         return whole
 
 
-def _check_finite(bias, scale):
-    if not (np.isfinite(bias).all() and (scale > 0).all() and np.isfinite(scale).all()):
-        raise CodecError("this Jet's bias or scale is not finite, or a scale is 0: it cannot "
-                         "encode these images")
-
-
 def _factors(layer):
-    """(L, U / its diagonal, both in 2^-20, the diagonal, P's order) of an InvertibleDense layer."""
+    """(L - 1, U / its diagonal - 1, both in 2^-20, the diagonal, P's order) of an InvertibleDense.
+    """
     lower, upper = (factor.detach().cpu().numpy() for factor in layer._factors())
     diagonal = upper.diagonal()
     with np.errstate(all="ignore"):  # what is not finite is refused
@@ -146,8 +138,6 @@ def _factors(layer):
         raise CodecError("this Jet's dense layer is not finite, not invertible or too large: it "
                          "cannot encode these images")
     lower, upper = (np.rint(matrix * 2 ** DENSE_BITS).astype(np.int64) for matrix in matrices)
+    for matrix in (lower, upper):
+        np.fill_diagonal(matrix, 0)
     return lower, upper, diagonal, layer.order.cpu().numpy()
-
-
-def _shift(X, matrix, row, columns):
-    return X[..., columns] @ matrix[row, columns] >> DENSE_BITS

@@ -35,36 +35,32 @@ class Prior:
         place = magnitude & (1 << cell_bits) - 1
         coder.push_bits(place << 1 | (z < 0).astype(np.int64), cell_bits + 1)
         is_beyond = cells >= self.ends[-1]
-        for row in coder.rows(len(z)):
-            lanes, level = coder.lanes[:row.stop - row.start], levels[row]
-            if is_beyond[row].any():
-                where = np.flatnonzero(is_beyond[row])
-                rest = cells[row][where] - self.ends[-1]
-                _push_raw(coder, lanes, where, rest & 2 ** 24 - 1)
-                _push_raw(coder, lanes, where, rest >> 24)
+        for row, lanes in coder.rows(len(z)):
+            level, where = levels[row], np.flatnonzero(is_beyond[row])
+            if len(where):
+                x, rest = lanes[where], cells[row][where] - self.ends[-1]
+                coder.push_raw(x, rest & 2 ** 24 - 1, 24)
+                coder.push_raw(x, rest >> 24, 24)
+                lanes[where] = x
             for depth in range(min(int(level.max()), len(self.tables) - 1), -1, -1):
                 where = np.flatnonzero(level >= depth)
                 cell = np.where(level[where] > depth, self.ends[depth], cells[row][where])
-                self._push_symbol(coder, lanes, where, depth, cell - self.firsts[depth])
+                table, symbol = self.tables[depth], cell - self.firsts[depth]
+                start, freq = table[symbol], table[symbol + 1] - table[symbol]
+                x = lanes[where]
+                coder.shrink(x, (freq << 62 - PRIOR_BITS) - 1)
+                lanes[where] = (x // freq << PRIOR_BITS) + x % freq + start
         return int(is_beyond.sum())
 
     def pop(self, coder, count, noise_bits):
         """The inverse of push: `count` latents."""
         cell_bits = noise_bits - 2
         cells = np.empty(count, np.int64)
-        for row in reversed(coder.rows(count)):
-            cells[row] = self._pop_cells(coder, coder.lanes[:row.stop - row.start])
+        for row, lanes in reversed(coder.rows(count)):
+            cells[row] = self._pop_cells(coder, lanes)
         low = coder.pop_bits(count, cell_bits + 1)
         magnitude = cells << cell_bits | low >> 1
         return np.where(low & 1, ~magnitude, magnitude)
-
-    def _push_symbol(self, coder, lanes, where, depth, symbol):
-        table = self.tables[depth]
-        start = table[symbol]
-        freq = table[symbol + 1] - start
-        x = lanes[where]
-        coder.shrink(x, (freq << 62 - PRIOR_BITS) - 1)
-        lanes[where] = (x // freq << PRIOR_BITS) + x % freq + start
 
     def _pop_cells(self, coder, lanes):
         """A cell from each lane: from one table to the next, as far as there are escapes."""
@@ -81,8 +77,10 @@ class Prior:
             where = where[symbol == self.ends[depth] - self.firsts[depth]]
             if not len(where):
                 return cells
-        high = _pop_raw(coder, lanes, where)
-        cells[where] = self.ends[-1] + (high << 24 | _pop_raw(coder, lanes, where))
+        x = lanes[where]
+        high = coder.pop_raw(x, 24)
+        cells[where] = self.ends[-1] + (high << 24 | coder.pop_raw(x, 24))
+        lanes[where] = x
         return cells
 
 
@@ -116,18 +114,3 @@ def _power(base, exponent, one):
             result = result * base // one
         base, exponent = base * base // one, exponent >> 1
     return result
-
-
-def _push_raw(coder, lanes, where, values):
-    x = lanes[where]
-    coder.shrink(x, (1 << 38) - 1)
-    lanes[where] = x << 24 | values
-
-
-def _pop_raw(coder, lanes, where):
-    x = lanes[where]
-    values = x & 2 ** 24 - 1
-    x >>= 24
-    coder.grow(x, 1 << LOWEST)
-    lanes[where] = x
-    return values

@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from audit import certificates
 from audit.audit import audit
+from audit.certificates import check_lines, conclusion
 from audit.checks import AuditError
-from audit.pages import check_lines, conclusion
 from audit.request import Request
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
 from harness.machine import ROOT

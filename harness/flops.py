@@ -1,4 +1,4 @@
-"""FLOPs, parameters and the largest log-det, computed from a configuration."""
+"""What is computed from a configuration: FLOPs, parameters, the share of the log-det's cap."""
 import dataclasses
 import functools
 import math
@@ -24,6 +24,13 @@ def forward_flops(config):
 def train_flops(config):
     """Training FLOPs of a TrainConfig: three forward passes (backward counts two) an image seen."""
     return 3 * forward_flops(config.model) * config.batch_size * config.total_steps
+
+
+def logdet_cap_share(model, logdet_nats):
+    """log-det over the most that the couplings can reach; None where other layers add to it."""
+    if model.actnorm or model.invertible_dense or model.scale_factor <= 1:
+        return None
+    return logdet_nats / logdet_cap_nats(model)
 
 
 def num_parameters(model):

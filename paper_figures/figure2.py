@@ -23,15 +23,14 @@ def draw_a(path, out_dir=style.OUT):
     """Draw Figure 2a, a line for each kind of block; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "compare_vit_cnn", SWEPT_A, "Figure 2a")
     looks = style.looks(rows["block"], style.METHOD_STYLES)
-    figure, axes, area = new_figure(rows, "2a")
+    figure, axes, area = new_figure(rows, "Figure 2a")
     for block, look in looks.items():
         points = style.over_seeds(rows[rows["block"] == block], ["block", "emb_dim"])
         axes.plot(points["train_flops"], points["mean"], color=look["color"], lw=0.7)
         style.draw_points(axes, points["train_flops"], points, area, look)
     style.compute_axis(axes, rows["train_flops"])
     axes.set_xlabel("training compute (FLOPs)")
-    lines = [style.plt.Line2D([], [], lw=0.7, label=NAMES.get(block, block), **look)
-             for block, look in looks.items()]
+    lines = [style.line(NAMES.get(block, block), lw=0.7, **look) for block, look in looks.items()]
     couplings, depth = rows[["num_couplings", "block_depth"]].iloc[0]
     title = (f"{couplings} couplings of depth {depth},\n"
              f"width {', '.join(style.ordered(rows['emb_dim']))}")
@@ -44,7 +43,7 @@ def draw_a(path, out_dir=style.OUT):
 def draw_b(path, out_dir=style.OUT):
     """Draw Figure 2b, one line over the depths; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "ablate_block_depth", SWEPT_B, "Figure 2b")
-    figure, axes, area = new_figure(rows, "2b")
+    figure, axes, area = new_figure(rows, "Figure 2b")
     points, look = style.over_seeds(rows, ["block_depth"]), style.METHOD_STYLES["vit"]
     depths = points["block_depth"].astype(int)
     axes.plot(depths, points["mean"], color=look["color"], lw=0.7)
@@ -63,20 +62,10 @@ def draw_b(path, out_dir=style.OUT):
     return style.save(figure, f"figure2b_{rows['scale'].iloc[0]}", out_dir)
 
 
-def new_figure(rows, number):
-    """What both have: bits/dim upwards, the title, the smoke mark.
-
-    Returns figure, axes and the area of a marker, in points^2 per parameter.
-    """
-    first = rows.iloc[0]
-    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 2.85))
-    axes.set_ylabel("bits/dim, test (lower is better)")
+def new_figure(rows, title):
+    """(figure, axes, the area of a marker in points^2 per parameter)."""
+    figure, axes = style.new_figure(rows, title, 2.85, f"\n{style.spread_note(rows)}")
     axes.margins(y=0.14)
-    images = f"{style.dataset_title(first['dataset'])}, {first['num_images']:,} test images"
-    figure.suptitle(f"Figure {number}, {first['scale']} scale\n{images}\n{style.spread_note(rows)}",
-                    fontsize=7.5)
-    if first["scale"] == "smoke":
-        style.mark_smoke(axes)
     return figure, axes, LARGEST / rows["num_params"].max()
 
 

@@ -45,12 +45,11 @@ def draw(path, out_dir=style.OUT):
         axes.set_xlabel("training compute (FLOPs)")
     for axes in panels[:, 0]:
         axes.set_ylabel("bits/dim (lower is better)")
-    line = style.plt.Line2D
-    handles = [line([], [], lw=0.7, label=f"{depth} x {width}", **look)
+    handles = [style.line(f"{depth} x {width}", lw=0.7, **look)
                for (depth, width), look in looks.items()]
-    dot = {"xdata": [], "ydata": [], "ls": "", "marker": "o"}
-    handles += [line(**dot, color=(0, 0, 0, 0.5), mew=0, label="filled: test images"),
-                line(**dot, color="black", mfc="none", label="hollow: training images")]
+    dot = {"ls": "", "marker": "o"}
+    handles += [style.line("filled: test images", **dot, color=(0, 0, 0, 0.5), mew=0),
+                style.line("hollow: training images", **dot, color="black", mfc="none")]
     couplings = ", ".join(style.ordered(rows["num_couplings"]))
     figure.legend(handles=handles, title=f"blocks x width, {couplings} couplings",
                   title_fontsize=6.5, ncols=2, handlelength=1.6, columnspacing=1,

@@ -15,16 +15,16 @@ SWEPT = ("coupling_ratio", "spatial_split")
 
 
 def load(path):
-    """Test rows of the last step, one for each (ratio, split, seed). Raises ResultsError."""
+    """Test rows of the last step, one for each (ratio, split, seed)."""
     return final_test_rows(path, "ablate_coupling", SWEPT, "Figure 4")
 
 
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = load(path)
-    first, num_seeds = rows.iloc[0], rows["seed"].nunique()
+    num_seeds = rows["seed"].nunique()
     looks = style.looks(rows["spatial_split"], style.SPLIT_STYLES)
-    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 3.1))
+    figure, axes = style.new_figure(rows, "Figure 4", 3.1)
     for split, look in looks.items():
         line = rows[rows["spatial_split"] == split].groupby("channel_share")["bits_per_dim"]
         line = line.agg(["mean", "min", "max"])
@@ -38,21 +38,15 @@ def draw(path, out_dir=style.OUT):
               label="no spatial coupling")
 
     axes.set_xlabel("share of channel couplings (realised)")
-    axes.set_ylabel("bits/dim, test (lower is better)")
-    images = f"{style.dataset_title(first['dataset'])}, {first['num_images']:,} test images"
-    figure.suptitle(f"Figure 4, {first['scale']} scale\n{images}", fontsize=7.5)
     names = rows.groupby("channel_share")["coupling_ratio"].agg(
         lambda ratios: " = ".join(style.ordered(ratios)))
     top = axes.secondary_xaxis("top")
     top.set_xticks(names.index, names.str.replace("-", "\n"), fontsize=6)
     top.tick_params(length=2, pad=1)
     spread = f"{num_seeds} seeds: mean, band = min to max" if num_seeds > 1 else "one seed"
-    figure.legend(*axes.get_legend_handles_labels(),
-                  title=f"spatial split ({spread}){equal_splits(rows)}", title_fontsize=6.5,
+    figure.legend(title=f"spatial split ({spread}){equal_splits(rows)}", title_fontsize=6.5,
                   ncols=3, handlelength=1.6, loc="outside lower center")
-    if first["scale"] == "smoke":
-        style.mark_smoke(axes)
-    return style.save(figure, f"figure4_{first['scale']}", out_dir)
+    return style.save(figure, f"figure4_{rows['scale'].iloc[0]}", out_dir)
 
 
 def equal_splits(rows):

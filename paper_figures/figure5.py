@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.flags import ArgumentParser, one_line_errors
 from paper_figures import style, tables
 from paper_figures.results_csv import ResultsError, final_test_rows
 
@@ -42,38 +41,29 @@ def read_samples(path):
 
 def check_samples(about, content):
     """Raise an error of any kind for what is no content of a file of samples."""
-    if "samples" not in content:
-        raise ValueError("it has no samples")
-    for name, rank in RANKS.items():
-        array = content.get(name)
-        if array is not None and (array.dtype != np.uint8 or array.ndim != rank or not array.size
-                                  or array.shape[-1] not in (1, 3)):
+    for name in RANKS.keys() & {"samples", *content}:
+        array = content[name]
+        if (array.dtype != np.uint8 or array.ndim != RANKS[name] or not array.size
+                or array.shape[-1] not in (1, 3)):
             raise ValueError(f"{name} are {array.dtype} {array.shape}")
-    texts, numbers = ["run_id", "dataset", "weights"], ["seed", "temperature"]
+    texts = [about.get(name) for name in ("run_id", "dataset", "weights")]
+    numbers = [about.get("seed"), about.get("temperature"), about.get("held_out_distance", 0)]
     if "neighbours" in content:
-        texts.append("neighbours_of")
-        distances = content["distances"]
-        if distances.ndim != 1 or not np.isfinite(distances).all():
+        texts.append(about.get("neighbours_of"))
+        if content["distances"].ndim != 1 or not np.isfinite(content["distances"]).all():
             raise ValueError("distances are no numbers")
-    if "held_out_distance" in about:
-        numbers.append("held_out_distance")
-    if not (all(isinstance(about.get(name), str) for name in texts)
-            and all(isinstance(about.get(name), (int, float)) for name in numbers)):
+    if not (all(isinstance(text, str) for text in texts)
+            and all(isinstance(number, (int, float)) for number in numbers)):
         raise ValueError("it does not tell what made it")
 
 
 def tile(images, columns=COLUMNS):
-    """(n, H, W, C) -> one image of rows of so many, one pixel of white between them.
-
-    The last row may be white at its end.
-    """
+    """(n, H, W, C) -> one image, in rows of so many, with a pixel of white between them."""
+    images = np.pad(images, ((0, -len(images) % columns), (0, 1), (0, 1), (0, 0)),
+                    constant_values=255)
     n, H, W, C = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, C), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * (H + 1), i % columns * (W + 1)
-        sheet[y:y + H, x:x + W] = image
-    return sheet
+    sheet = images.reshape(n // columns, columns, H, W, C).swapaxes(1, 2)
+    return sheet.reshape(n // columns * H, columns * W, C)[:-1, :-1]
 
 
 def panels_of(about, content):
@@ -97,37 +87,30 @@ def panels_of(about, content):
 
 def show(files, title, name, out_dir):
     """One figure, placed by the inch: files is [(heading or "", about, content)]."""
-    width, line, top = style.COLUMN_WIDTH, 0.105, 0.12 + 0.12 * title.count("\n")  # inches
-    blocks = []  # (caption, its lines, sheet)
+    width, line, top = style.COLUMN_WIDTH, 0.105, 0.22 + 0.12 * title.count("\n")  # inches
+    blocks = []  # (lines of text, sheet, height of the sheet)
     for heading, about, content in files:
         for caption, sheet in panels_of(about, content):
             lines = [*textwrap.wrap(heading, 78), *textwrap.wrap(caption, 78)]
-            blocks.append((len(lines), "\n".join(lines), sheet))
+            blocks.append((lines, sheet, width * sheet.shape[0] / sheet.shape[1]))
             heading = ""
-    heights = [0.08 + line * lines + width * sheet.shape[0] / sheet.shape[1]
-               for lines, _, sheet in blocks]
-    total = top + 0.1 + sum(heights)
+    total = top + sum(0.08 + line * len(lines) + height for lines, _, height in blocks)
     figure = style.plt.figure(figsize=(width, total))
     figure.set_layout_engine("none")
     figure.suptitle(title, fontsize=7.5, y=1 - 0.04 / total, va="top")
-    above = top + 0.1
-    for height, (_, caption, sheet) in zip(heights, blocks):
-        figure.text(0.005, 1 - (above + 0.06) / total, caption, fontsize=6, va="top",
+    for lines, sheet, height in blocks:
+        figure.text(0.005, 1 - (top + 0.06) / total, "\n".join(lines), fontsize=6, va="top",
                     linespacing=1.15)
-        share = width * sheet.shape[0] / sheet.shape[1]
-        axes = figure.add_axes((0, 1 - (above + height) / total, 1, share / total))
+        top += 0.08 + line * len(lines) + height
+        axes = figure.add_axes((0, 1 - top / total, 1, height / total))
         axes.imshow(sheet.squeeze(), interpolation="nearest", cmap="gray", vmin=0, vmax=255,
                     aspect="auto")
         axes.set_axis_off()
-        above += height
     return style.save(figure, name, out_dir)
 
 
 def draw(path, out_dir=style.OUT):
-    """Draw samples of the models of a scale, from its CSV and the files beside it.
-
-    Returns the paths of the PDF and the PNG.
-    """
+    """Draw samples of the models of a scale, from its CSV and the files beside it."""
     rows = final_test_rows(path, "draw_samples", SWEPT, "Figure 5", tables.MAIN_VARYING)
     scale = rows["scale"].iloc[0]
     rows = rows[rows["seed"] == 0].set_index([*SWEPT], drop=False)
@@ -160,18 +143,5 @@ def draw_file(path, out_dir=style.OUT):
     return show([("", about, content)], title, f"samples_{Path(path).stem}", out_dir)
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not any(argument.split("=")[0] == "--samples" for argument in arguments):
-        return style.main(__file__, __doc__, {"draw_samples": draw}, arguments)
-    parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
-    parser.add_argument("--samples", type=Path, required=True, help="draw this file")
-    style.add_out_flag(parser)
-    flags = parser.parse_args(arguments)
-    with one_line_errors(parser.prog):
-        for path in draw_file(flags.samples, flags.out):
-            print(path)
-
-
 if __name__ == "__main__":
-    main()
+    style.main(__file__, __doc__, {"draw_samples": draw}, samples=draw_file)

@@ -42,31 +42,29 @@ def redraw(results_dir, out_dir):
 
 
 def check(results_dir, out_dir):
-    """The files that are not what is drawn now, are missing, or are drawn from nothing here."""
+    """Raise ResultsError where a file differs from what is drawn now, or is drawn from nothing."""
     with tempfile.TemporaryDirectory() as folder:
         wanted = {out_dir / path.name: path.read_bytes()
                   for path in redraw(results_dir, Path(folder))}
-    page = results_page.page(results_dir, style.ROOT / "assets")
-    wanted[results_dir / "RESULTS.md"] = page.encode()
+    wanted[results_dir / "RESULTS.md"] = results_page.page(results_dir).encode()
     wrong = [path for path, content in wanted.items()
              if not path.exists() or path.read_bytes() != content]
-    return wrong + [path for path in sorted(out_dir.glob("*"))
-                    if path not in wanted and "_smoke" not in path.name]
+    wrong += [path for path in sorted(out_dir.glob("*"))
+              if path not in wanted and "_smoke" not in path.name]
+    if wrong:
+        raise ResultsError(f"not what the CSVs give: {', '.join(map(str, wrong))}: run redraw.py")
 
 
 def main(arguments=None):
     parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
-    results_page.add_results_flag(parser)
-    style.add_out_flag(parser)
+    style.add_folder_flag(parser, "--results-dir", "results")
+    style.add_folder_flag(parser, "--out", "paper_figures/out")
     parser.add_argument("--check", action="store_true",
                         help="write nothing, and fail where a file differs or is missing")
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog):
         if flags.check:
-            if wrong := check(flags.results_dir, flags.out):
-                raise ResultsError(f"not what the CSVs give: {', '.join(map(str, wrong))}: run "
-                                   f"{parser.prog}")
-            return
+            return check(flags.results_dir, flags.out)
         for path in redraw(flags.results_dir, flags.out):
             print(path)
         print(results_page.write(flags.results_dir))

@@ -31,12 +31,12 @@ def read_reported(path):
         raise ResultsError(f"{path}: has no rows")
     seen = set()
     for number, row in enumerate(rows, 1):
-        where = f"{path}: row {number} ({row['model']})"
-        if problem := fault_of(row):
-            raise ResultsError(f"{where}: {problem}")
         key = tuple(row[name] for name in ("model", "dataset", "variant", "bound"))
-        if key in seen:
-            raise ResultsError(f"{where}: {' '.join(key[1:])} is there twice")
+        fault = fault_of(row)
+        if not fault and key in seen:
+            fault = f"{' '.join(key[1:])} is there twice"
+        if fault:
+            raise ResultsError(f"{path}: row {number} ({row['model']}): {fault}")
         seen.add(key)
     return rows
 

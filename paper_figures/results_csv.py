@@ -2,7 +2,7 @@
 
 results/README.md says what each column means.
 """
-import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -39,48 +39,45 @@ def columns(swept):
     return [*WHICH, *(name for name in swept if name not in MEASURED), *MEASURED]
 
 
-def key_of(swept):
-    """The columns that no two rows of a CSV share."""
-    return [*swept, "seed", "step", "split"]
-
-
 def read_experiment(path, known):
-    """Which of the known experiments a CSV is of: the only one, or what its first row says.
-
-    Raises ResultsError.
-    """
+    """Which of the known experiments a CSV is of: the only one, or what its first row says."""
     if len(known) == 1:
         return next(iter(known))
-    found = ""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            found = next(csv.DictReader(file)).get("experiment")
+        found = pd.read_csv(path, nrows=1, dtype=str, keep_default_na=False)["experiment"].iloc[0]
     except FileNotFoundError:
         raise ResultsError(f"{path}: no such file") from None
-    except (OSError, ValueError, StopIteration, csv.Error):
-        pass
+    except (OSError, ValueError, LookupError):
+        found = ""
     if found not in known:
         raise ResultsError(f"{path}: is of {found or 'no experiment'}, not of {' or '.join(known)}")
     return found
+
+
+def read_csv(path, experiment, **options):
+    """What pandas makes of a CSV of an experiment. Raises ResultsError in one line."""
+    try:
+        return pd.read_csv(path, keep_default_na=False, **options)
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: no such file: run experiments/{experiment}.py first") from None
+    except (ValueError, OSError) as error:
+        raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
 
 
 def read_results(path, experiment, swept, varying=()):
     """The rows of one CSV as a DataFrame; swept fields are text.
 
     varying: fields besides the swept ones that may differ from run to run. Where dataset is swept,
-    what else is the same within a set may differ between sets. Raises ResultsError for a missing
-    file, missing or unknown columns, repeated rows, numbers that are missing or not finite, and
-    rows that do not belong in one series: of another experiment, scale, image set or configuration,
-    or measured on other images.
+    what else is the same within a set may differ between sets. Raises ResultsError for a damaged
+    file, and for rows that do not belong in one series.
     """
     rows = _read_rows(path, experiment, swept)
     _check_values(path, rows)
-    if len(twice := rows[rows.duplicated(key_of(swept))]):
+    if len(twice := rows[rows.duplicated([*swept, "seed", "step", "split"])]):
         row = twice.iloc[0]
         raise ResultsError(f"{path}: {' '.join(row[[*swept]])} seed {row['seed']}, split "
                            f"{row['split']}, is there twice (run {row['run_id']})")
-    for name in ("experiment", "scale", "grid_points"):
-        _check_same(path, rows, name)
+    _check_same(path, rows, ("experiment", "scale", "grid_points"))
     stated, named = rows["scale"].iloc[0], Path(path).stem.rpartition("_")[2]
     if stated not in SCALES:
         raise ResultsError(f"{path}: scale {stated} is none of {', '.join(SCALES)}")
@@ -90,9 +87,7 @@ def read_results(path, experiment, swept, varying=()):
         raise ResultsError(f"{path}: is of {rows['experiment'].iloc[0]}, not of {experiment}")
     sets = rows.groupby("dataset") if "dataset" in swept else [("", rows)]
     for _, one_set in sets:
-        for name in SAME:
-            if name not in (*swept, *varying):
-                _check_same(path, one_set, name)
+        _check_same(path, one_set, [name for name in SAME if name not in (*swept, *varying)])
         for split, group in one_set.groupby("split"):
             if group["fingerprint"].nunique() != 1 or group["num_images"].nunique() != 1:
                 raise ResultsError(f"{path}: the {split} rows are measured on different images")
@@ -102,12 +97,7 @@ def read_results(path, experiment, swept, varying=()):
 def _read_rows(path, experiment, swept):
     """The rows with the right columns, and numbers as numbers where they are some."""
     texts = dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str)
-    try:
-        rows = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
-    except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file: run experiments/{experiment}.py first") from None
-    except (ValueError, OSError) as error:
-        raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
+    rows = read_csv(path, experiment, dtype=texts, na_values=[""])
     expected = columns(swept)
     for problem, names in (("unknown", set(rows.columns) - set(expected)),
                            ("missing", set(expected) - set(rows.columns))):
@@ -133,20 +123,21 @@ def _check_values(path, rows):
         if not wrong.any():
             continue
         run_id, value = rows.loc[wrong, ["run_id", name]].iloc[0]
-        if not np.isfinite(value):
-            raise ResultsError(f"{path}: run {run_id} has no number as {name}")
-        raise ResultsError(f"{path}: run {run_id} has {value:g} as {name}: must be from {low:g} to "
-                           f"{high:g}")
+        problem = f"no number as {name}"
+        if np.isfinite(value):
+            problem = f"{value:g} as {name}: must be from {low:g} to {high:g}"
+        raise ResultsError(f"{path}: run {run_id} has {problem}")
     if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
         raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
     if wrong := set(rows["split"]) - {"train", "test"}:
         raise ResultsError(f"{path}: split {sorted(wrong)[0]} is neither train nor test")
 
 
-def _check_same(path, rows, name):
-    """Raise ResultsError where a column has more than one value."""
-    if rows[name].nunique(dropna=False) != 1:
-        raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, rows[name].unique()))}")
+def _check_same(path, rows, names):
+    """Raise ResultsError where one of the columns has more than one value."""
+    for name in names:
+        if len(values := rows[name].unique()) != 1:
+            raise ResultsError(f"{path}: mixes {name} {', '.join(map(str, values))}")
 
 
 def final_rows(path, experiment, swept, what, varying=()):
@@ -159,27 +150,22 @@ def final_rows(path, experiment, swept, what, varying=()):
     final = rows[rows["step"] == rows["total_steps"]]
     if not (final["split"] == "test").any():
         raise ResultsError(f"{path}: has no test rows of the last step")
-    known, expected = _points(rows, swept), rows["grid_points"].iloc[0]
-    for seed in sorted(rows["seed"].unique()):
-        for split in ("test", "train"):
-            found = _points(final[(final["seed"] == seed) & (final["split"] == split)], swept)
-            if len(found) == expected:
-                continue
-            where = f"for seed {seed}" if split == "test" else f"in {split} for seed {seed}"
-            if len(found) > expected:
-                raise ResultsError(f"{path}: has {len(found)} points of {what} {where}, more than "
-                                   f"the {expected} of its grid_points")
-            missing = [" ".join(point) for point in known if point not in found]
+    expected = rows["grid_points"].iloc[0]
+    for seed, split in itertools.product(sorted(rows["seed"].unique()), ("test", "train")):
+        here = final[(final["seed"] == seed) & (final["split"] == split)]
+        where = f"for seed {seed}" if split == "test" else f"in {split} for seed {seed}"
+        if len(here) > expected:
+            raise ResultsError(f"{path}: has {len(here)} points of {what} {where}, more than the "
+                               f"{expected} of its grid_points")
+        if len(here) < expected:
+            known, found = ([" ".join(point) for point in part[[*swept]].itertuples(index=False)]
+                            for part in (rows, here))
+            missing = [point for point in dict.fromkeys(known) if point not in found]
             names = f" ({', '.join(missing)})" if missing else ""
-            raise ResultsError(f"{path}: {expected - len(found)} of {expected} points of {what} "
-                               f"are missing {where}{names}: complete them by "
-                               f"experiments/{experiment}.py --scale {rows['scale'].iloc[0]}")
+            raise ResultsError(f"{path}: {expected - len(here)} of {expected} points of {what} are "
+                               f"missing {where}{names}: complete them by experiments/{experiment}"
+                               f".py --scale {rows['scale'].iloc[0]}")
     return final
-
-
-def _points(rows, swept):
-    """The grid points of rows, in their order."""
-    return list(dict.fromkeys(zip(*(rows[name] for name in swept))))
 
 
 def final_test_rows(*arguments):

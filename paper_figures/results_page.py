@@ -37,16 +37,12 @@ dequantization noise per image.
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What one side scores above the other, in bits/dim (lower is better).
-
-    wanted: the sign that the paper's claim implies; 0 where the paper is not known to say. sure:
-    whether the error holds the deviation between seeds, without which there is no verdict.
-    """
+    """What one side scores above the other, in bits/dim (lower is better)."""
     name: str
     value: float
     error: float
-    wanted: int
-    sure: bool = True
+    wanted: int  # the sign that the paper's claim implies; 0 where it is not known to say
+    sure: bool = True  # whether the error holds the deviation between seeds; else no verdict
 
     @property
     def verdict(self):
@@ -66,43 +62,43 @@ def seed_deviation(results_dir, scale):
 
     nan with one seed.
     """
-    swept = [*figure4.SWEPT]
     try:
         rows = figure4.load(results_dir / f"ablate_coupling_{scale}.csv")
     except ResultsError:
         return math.nan
-    groups = rows.sort_values(swept).drop_duplicates("run_id").groupby(swept)["bits_per_dim"]
-    freedom = (groups.count() - 1).sum()
-    if not freedom:
-        return math.nan
-    return math.sqrt((groups.var(ddof=1).fillna(0) * (groups.count() - 1)).sum() / freedom)
+    rows = rows.sort_values([*figure4.SWEPT]).drop_duplicates("run_id")
+    groups = rows.groupby([*figure4.SWEPT])["bits_per_dim"]
+    freedom = len(rows) - groups.ngroups
+    squares = (rows["bits_per_dim"] - groups.transform("mean")).pow(2).sum()
+    return math.sqrt(squares / freedom) if freedom else math.nan
 
 
 class Scores:
-    """Means over seeds of one split, found by the values of the swept fields."""
+    """Means over seeds, found by the values of the swept fields: of test rows, if not by split."""
 
-    def __init__(self, rows, swept, seed_sd, split="test"):
-        self.sure = not math.isnan(seed_sd)
-        self.seed_variance = seed_sd ** 2 if self.sure else 0
-        groups = rows[rows["split"] == split].groupby([*swept])
-        self.means, self.seeds = groups["bits_per_dim"].mean(), groups["bits_per_dim"].count()
-        self.errors, self.runs = groups["bits_per_dim_se"].max(), groups["run_id"].first()
+    def __init__(self, rows, swept, seed_sd):
+        if "split" not in swept:
+            rows = rows[rows["split"] == "test"]
+        groups, self.sure = rows.groupby([*swept]), not math.isnan(seed_sd)
+        self.means, self.runs = groups["bits_per_dim"].mean(), groups["run_id"].first()
+        # Over the images, as if each run had drawn its own, and over the seeds.
+        self.variances = groups["bits_per_dim_se"].max() ** 2
+        if self.sure:
+            self.variances += seed_sd ** 2 / groups["bits_per_dim"].count()
 
-    def has(self, *keys):
-        return all(key in self.means.index for key in keys)
-
-    def variance(self, key):
-        """Of a mean: over the images, as if each run had drawn its own, and over the seeds."""
-        return self.errors[key] ** 2 + self.seed_variance / self.seeds[key]
+    def combined(self, name, weights, wanted):
+        """The sum of the means of some keys, each times its weight."""
+        value = sum(weight * self.means[key] for key, weight in weights.items())
+        variance = sum(weight ** 2 * self.variances[key] for key, weight in weights.items())
+        return Difference(name, value, math.sqrt(variance), wanted, self.sure)
 
     def difference(self, name, one, other, wanted):
-        error = math.sqrt(self.variance(one) + self.variance(other))
-        return Difference(name, self.means[one] - self.means[other], error, wanted, self.sure)
+        return self.combined(name, {one: 1, other: -1}, wanted)
 
     def differences(self, comparisons):
         """Of those of the (name, one, other, wanted) whose sides are both there."""
         return [self.difference(*comparison) for comparison in comparisons
-                if self.has(*comparison[1:3])]
+                if all(side in self.means.index for side in comparison[1:3])]
 
 
 # ---- the claims: each gives the differences that speak to it
@@ -110,21 +106,15 @@ class Scores:
 def vit_against_cnn(rows, seed_sd):
     """At the compute of each ViT, the CNN's line between its points, over the log of compute."""
     scores, found = Scores(rows, figure2.SWEPT_A, seed_sd), []
-    flops = rows.groupby([*figure2.SWEPT_A])["train_flops"].first()
-    vits, cnns = ([key for key in flops.sort_values().index if key[0] == block]
-                  for block in ("vit", "cnn"))
-    at = [math.log(flops[key]) for key in cnns]
-    for vit in vits if len(cnns) > 1 else ():
-        here = math.log(flops[vit])
-        if at[0] <= here <= at[-1]:
-            right = max(1, int(np.searchsorted(at, here)))
-            share = (here - at[right - 1]) / (at[right] - at[right - 1])
-            parts = {cnns[right - 1]: 1 - share, cnns[right]: share}
-            value = scores.means[vit] - sum(part * scores.means[key] for key, part in parts.items())
-            variance = scores.variance(vit) + sum(part ** 2 * scores.variance(key)
-                                                  for key, part in parts.items())
-            found.append(Difference(f"ViT of width {vit[1]} - CNN of equal compute", value,
-                                    math.sqrt(variance), -1, scores.sure))
+    at = np.log(rows.groupby([*figure2.SWEPT_A])["train_flops"].first()).sort_values()
+    vits, cnns = (at[at.index.get_level_values("block") == block] for block in ("vit", "cnn"))
+    for vit, here in vits.items() if len(cnns) > 1 else ():
+        if cnns.iloc[0] <= here <= cnns.iloc[-1]:
+            right = max(1, int(np.searchsorted(cnns, here)))
+            (left, low), (right, high) = [*cnns.items()][right - 1:right + 1]
+            share = (here - low) / (high - low)
+            found.append(scores.combined(f"ViT of width {vit[1]} - CNN of equal compute",
+                                         {vit: 1, left: share - 1, right: -share}, -1))
     return found
 
 
@@ -144,22 +134,16 @@ def deeper_blocks(rows, seed_sd):
 
 def overfitting_and_scaling(rows, seed_sd):
     """The gap between test and training images, and what the largest gains over the smallest."""
-    test, train = (Scores(rows, figure3.SWEPT, seed_sd, split) for split in ("test", "train"))
-    found = []
-    for position, name in enumerate(figure3.sets(rows)):
-        flops = rows[rows["dataset"] == name].groupby([*figure3.SWEPT])["train_flops"].first()
+    scores, found = Scores(rows, ("split", *figure3.SWEPT), seed_sd), []
+    for position, dataset in enumerate(figure3.sets(rows)):
+        flops = rows[rows["dataset"] == dataset].groupby([*figure3.SWEPT])["train_flops"].first()
         small, large = flops.idxmin(), flops.idxmax()
-        title = style.dataset_title(name)
+        name, wanted = "the largest - the smallest, test", -1
+        weights = {("test", *large): 1, ("test", *small): -1}
         if position % 2 == 0:  # the smaller set of each pair
-            gaps = [test.means[key] - train.means[key] for key in (large, small)]
-            error = math.sqrt(sum(scores.variance(key) for scores in (test, train)
-                                  for key in (large, small)))
-            found.append(Difference(
-                f"{title}: test - train of the largest - the same of the smallest",
-                gaps[0] - gaps[1], error, 1, test.sure))
-        else:
-            found.append(test.difference(f"{title}: the largest - the smallest, test", large, small,
-                                         -1))
+            name, wanted = "test - train of the largest - the same of the smallest", 1
+            weights |= {("train", *large): -1, ("train", *small): 1}
+        found.append(scores.combined(f"{style.dataset_title(dataset)}: {name}", weights, wanted))
     return found
 
 
@@ -168,9 +152,8 @@ def official_couplings(rows, seed_sd):
     others = [(ratio, "mix") for ratio in style.ordered(rows["coupling_ratio"], tables.BY_SHARE)]
     others += [("4:1", split)
                for split in style.ordered(rows["spatial_split"], style.SPLIT_STYLES)]
-    return scores.differences(
-        (f"4:1 mix - {' '.join(other)}", ours, other, 0) for other in others
-        if scores.has(ours, other) and scores.runs[other] != scores.runs[ours])
+    return scores.differences((f"4:1 mix - {' '.join(other)}", ours, other, 0) for other in others
+                              if scores.runs.get(other) != scores.runs.get(ours))
 
 
 def pairing_against_masking(rows, seed_sd):
@@ -255,14 +238,16 @@ ITEMS = (
 
 def item_section(item, results_dir, deviations):
     """deviations: between seeds, by scale (seed_deviation)."""
-    lines = [f"## {item.title}", "", f"**The paper:** {item.claim}", ""]
-    paths = {scale: results_dir / f"{item.experiment}_{scale}.csv" for scale in style.SCALES[1:]}
-    for scale, path in paths.items():
+    lines, missing = [f"## {item.title}", "", f"**The paper:** {item.claim}", ""], []
+    for scale, deviation in deviations.items():
+        path = results_dir / f"{item.experiment}_{scale}.csv"
         if path.exists():
-            lines += measured(item, item.rows(path), scale, deviations[scale])
-    missing = ", ".join(scale for scale, path in paths.items() if not path.exists())
-    return [*lines, f"Not run: {missing}. The command is `python experiments/{item.experiment}.py "
-            "--scale SCALE --data-root DIR`.", "", f"**To tell more:** {item.to_tell}", ""]
+            lines += measured(item, item.rows(path), scale, deviation)
+        else:
+            missing.append(scale)
+    return [*lines, f"Not run: {', '.join(missing)}. The command is `python experiments/"
+            f"{item.experiment}.py --scale SCALE --data-root DIR`.", "",
+            f"**To tell more:** {item.to_tell}", ""]
 
 
 def measured(item, rows, scale, seed_sd):
@@ -283,23 +268,20 @@ def measured(item, rows, scale, seed_sd):
              f"{', '.join(test['hardware'].fillna('unknown').unique())}; commit {commits}.", ""]
     if item.figure:
         lines += [f"![{item.title}](../paper_figures/out/{item.figure}_{scale}.png)", ""]
-    if item.differences:
-        lines += comparisons(item.differences(rows, seed_sd))
+    if item.differences and (found := item.differences(rows, seed_sd)):
+        lines += comparisons(found)
     return [*lines, *caps(test), ""]
 
 
 def comparisons(differences):
     """The table of the differences, and how many speak for the claim."""
-    if not differences:
-        return []
     verdicts = [difference.verdict for difference in differences if difference.wanted]
     summary = "No verdict on the paper: what it found is not known here."
     if verdicts:
         counts = [f"{verdicts.count(verdict)} {words}" for verdict, words in VERDICTS.items()]
         summary = f"Of {len(verdicts)} comparisons that speak to the claim: {', '.join(counts)}."
-    lines = [summary, "", "| bits/dim | difference | s.e. | in s.e. | |",
-             "| --- | --- | --- | --- | --- |", *(difference.row() for difference in differences),
-             ""]
+    lines = [summary, "", "| bits/dim | difference | s.e. | in s.e. | |", f"|{5 * ' --- |'}",
+             *(difference.row() for difference in differences), ""]
     if not all(difference.sure for difference in differences):
         lines += ["The deviation between seeds at this scale is not known (Figure 4 with "
                   "`--seeds 2` tells it): errors are over the images alone, and no verdict is "
@@ -309,16 +291,12 @@ def comparisons(differences):
 
 def caps(test):
     """How near the log-dets of the runs are to their cap."""
-    lines, shares = [], test.dropna(subset="logdet_cap_share")
+    lines, shares = [], test.set_index("run_id")["logdet_cap_share"].dropna()
     if len(shares):
-        top = shares.loc[shares["logdet_cap_share"].idxmax()]
-        line = (f"The log-det of the nearest run to its cap ({top['run_id']}) is at "
-                f"{top['logdet_cap_share']:.1%} of it")
-        if top["logdet_cap_share"] >= tables.SATURATED:
-            line += ": **it saturates, and its number says little.**"
-        else:
-            line += "."
-        lines.append(line)
+        run_id, share = shares.idxmax(), shares.max()
+        saturated = ": **it saturates, and its number says little.**"
+        lines.append(f"The log-det of the nearest run to its cap ({run_id}) is at {share:.1%} of "
+                     f"it{saturated if share >= tables.SATURATED else '.'}")
     if len(shares) < len(test):
         lines.append("ActNorm and dense layers add to the log-det, so that runs with them have no "
                      "such cap.")
@@ -345,13 +323,12 @@ def model_section(folder):
         cells = [f"{row['num_images']:,} | {row['bits_per_dim']:.4f} ± {row['bits_per_dim_se']:.4f}"
                  for row in (test, train)]
         lines.append(f"| {test['step']:,} | {' | '.join(cells)} |")
-    cap = f"Its log-det is at {share:.1%} of its cap."
-    if math.isnan(share):
-        cap = "ActNorm or dense layers add to its log-det, which has no cap."
+    no_cap = "ActNorm or dense layers add to its log-det, which has no cap."
+    cap = no_cap if math.isnan(share) else f"Its log-det is at {share:.1%} of its cap."
     return [*lines, "", cap, ""]
 
 
-def page(results_dir, assets_dir):
+def page(results_dir, assets_dir=style.ROOT / "assets"):
     """The whole page. Raises ResultsError for a CSV that must not be used."""
     deviations = {scale: seed_deviation(results_dir, scale) for scale in style.SCALES[1:]}
     known = "; ".join(f"{scale}: {value:.4f}" for scale, value in deviations.items()
@@ -364,24 +341,13 @@ def page(results_dir, assets_dir):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(results_dir=style.ROOT / "results", assets_dir=style.ROOT / "assets"):
+def write(results_dir):
     """Write RESULTS.md to the folder of the CSVs; returns its path."""
-    text = page(Path(results_dir), Path(assets_dir))
-    return style.write_files({"RESULTS.md": text}, results_dir)[0]
-
-
-def add_results_flag(parser):
-    parser.add_argument("--results-dir", type=Path, default=style.ROOT / "results", metavar="DIR",
-                        help="default: results")
-
-
-def main(arguments=None):
-    parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
-    add_results_flag(parser)
-    flags = parser.parse_args(arguments)
-    with one_line_errors(parser.prog):
-        print(write(flags.results_dir))
+    return style.write_files({"RESULTS.md": page(results_dir)}, results_dir)[0]
 
 
 if __name__ == "__main__":
-    main()
+    parser = ArgumentParser(prog=Path(__file__).name, description=__doc__)
+    style.add_folder_flag(parser, "--results-dir", "results")
+    with one_line_errors(parser.prog):
+        print(write(parser.parse_args().results_dir))

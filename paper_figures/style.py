@@ -1,5 +1,5 @@
 """What all figures share: column width, type, colours; equal numbers give files of equal bytes."""
-import io
+import functools
 import math
 import re
 from pathlib import Path
@@ -29,6 +29,7 @@ SIZE_STYLES = ({"color": "#0072B2", "marker": "o"}, {"color": "#E69F00", "marker
                {"color": "#009E73", "marker": "^"}, {"color": "#333333", "marker": "D"})
 SPARE_STYLES = ({"color": "#56B4E9", "marker": "D"}, {"color": "#8C6D31", "marker": "^"})
 MARKER_AREAS = {"o": math.pi / 4, "s": 1, "^": 0.5, "D": 1}  # of a marker, over its size squared
+METADATA = {"pdf": ("CreationDate", "Producer", "Creator"), "png": ("Software",)}  # left out
 # In the order of figures and tables: by size of the images, then by number of images.
 DATASET_TITLES = {
     "cifar10-subset-animals": "CIFAR-10 subset, animals",
@@ -75,10 +76,7 @@ def points(rows, swept, known):
 
 
 def looks(values, known=(), spare=SPARE_STYLES):
-    """{value: colour and marker} in order. known: the same; others get spare ones.
-
-    Raises ResultsError where these do not suffice.
-    """
+    """{value: colour and marker} in order: known ones, then spare ones while there are some."""
     values = ordered(values, known)
     others = [value for value in values if value not in known]
     if len(others) > len(spare):
@@ -96,6 +94,23 @@ def dataset_title(dataset):
 def counted(number, noun):
     """"1 seed", "2 seeds"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def new_figure(rows, title, height, note=""):
+    """(figure, axes) of bits/dim upwards, with a title of three lines and the smoke mark."""
+    first = rows.iloc[0]
+    figure, axes = plt.subplots(figsize=(COLUMN_WIDTH, height))
+    axes.set_ylabel("bits/dim, test (lower is better)")
+    images = f"{dataset_title(first['dataset'])}, {first['num_images']:,} test images"
+    figure.suptitle(f"{title}, {first['scale']} scale\n{images}{note}", fontsize=7.5)
+    if first["scale"] == "smoke":
+        mark_smoke(axes)
+    return figure, axes
+
+
+def line(label, **look):
+    """What a legend shows of a line, or with ls="" of a marker."""
+    return plt.Line2D([], [], label=label, **look)
 
 
 def over_seeds(rows, by):
@@ -136,11 +151,10 @@ def draw_points(axes, x, points, area, look, hollow=False):
 def parameter_legend(figure, num_params, area, **place):
     """Say how large the markers of the fewest and the most parameters are, and of some between."""
     least, most = num_params.min(), num_params.max()
-    sizes = sorted({least, (least * most) ** 0.5, most})
-    handles = [plt.Line2D([], [], ls="", marker="o", color="#999999", mew=0,
-                          ms=(area * size / MARKER_AREAS["o"]) ** 0.5) for size in sizes]
-    names = [f"{float(f'{size / 1e6:.3g}'):,g} M" for size in sizes]
-    figure.legend(handles, names, title="area: parameters", title_fontsize=6.5, handlelength=1.4,
+    handles = [line(f"{float(f'{size / 1e6:.3g}'):,g} M", ls="", marker="o", color="#999999", mew=0,
+                    ms=(area * size / MARKER_AREAS["o"]) ** 0.5)
+               for size in sorted({least, (least * most) ** 0.5, most})]
+    figure.legend(handles=handles, title="area: parameters", title_fontsize=6.5, handlelength=1.4,
                   handletextpad=0.7, columnspacing=1, **place)
 
 
@@ -169,47 +183,48 @@ def mark_smoke(axes, **text):
 
 def save(figure, name, out_dir=OUT):
     """Write out_dir/name.pdf and .png without dates or versions; returns the two paths."""
-    contents = {}
-    for suffix, metadata in {".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
-                             ".png": {"Software": None}}.items():
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=suffix[1:], metadata=metadata)
-        contents[f"{name}{suffix}"] = drawn.getvalue()
+    paths = write_files({f"{name}.{kind}": functools.partial(
+        figure.savefig, format=kind, metadata=dict.fromkeys(left_out))
+        for kind, left_out in METADATA.items()}, out_dir)
     plt.close(figure)
-    return write_files(contents, out_dir)
+    return paths
 
 
 def write_files(contents, out_dir):
-    """Write {name: bytes or text} to out_dir, each file whole or not at all; returns the paths."""
+    """Write {name: text, or what a function writes} to out_dir, each whole or not at all."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        content = content.encode() if isinstance(content, str) else content
-        write_atomically(out_dir / name, lambda file: file.write(content))
+        write_atomically(out_dir / name, content)
     return [out_dir / name for name in contents]
 
 
-def add_out_flag(parser):
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR",
-                        help="default: paper_figures/out")
+def add_folder_flag(parser, flag, default):
+    parser.add_argument(flag, type=Path, default=ROOT / default, metavar="DIR",
+                        help=f"default: {default}")
 
 
-def main(script, description, draws, arguments=None, flag="scale", choices=SCALES):
+def main(script, description, draws, arguments=None, flag="scale", choices=SCALES, samples=None):
     """The command line of a figure.
 
-    draws: {experiment: draw(csv, out_dir)}, each from its CSV of the flag's choice.
+    draws: {experiment: draw(csv, out_dir)}, each from its CSV of the flag's choice. samples: what
+    draws a file that --samples names.
     """
     parser = ArgumentParser(prog=Path(script).name, description=description)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(f"--{flag}", default=choices[0], choices=choices,
                        help=f"draw the CSV of this {flag} (default: {choices[0]})")
     which.add_argument("--csv", type=Path, help="draw this CSV")
-    add_out_flag(parser)
-    flags = parser.parse_args(arguments)
+    if samples:
+        which.add_argument("--samples", type=Path, help="draw this file")
+    add_folder_flag(parser, "--out", "paper_figures/out")
+    flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog):
-        csvs = {name: ROOT / f"results/{name}_{getattr(flags, flag)}.csv" for name in draws}
-        if flags.csv:
-            csvs = {read_experiment(flags.csv, draws): flags.csv}
-        for experiment, csv in csvs.items():
-            for path in draws[experiment](csv, flags.out):
-                print(path)
+        todo = [(draw, ROOT / f"results/{name}_{flags[flag]}.csv") for name, draw in draws.items()]
+        if flags["csv"]:
+            todo = [(draws[read_experiment(flags["csv"], draws)], flags["csv"])]
+        elif flags.get("samples"):
+            todo = [(samples, flags["samples"])]
+        for draw, path in todo:
+            for drawn in draw(path, flags["out"]):
+                print(drawn)

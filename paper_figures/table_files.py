@@ -24,14 +24,13 @@ class Part:
 def markdown(caption, parts):
     """The parts below their caption, as GitHub shows them."""
     def line(cells):
+        cells = [f"**{cell}**" if cell.startswith(OURS) else cell for cell in cells]
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     lines = [caption, ""]
     for part in parts:
         if part.title:
             lines += [f"**{part.title}** {part.note}".rstrip(), ""]
-        rows = [[f"**{first}**" if first.startswith(OURS) else first, *rest]
-                for first, *rest in part.rows]
-        lines += [line(part.header), line(["---"] * len(part.header)), *map(line, rows), ""]
+        lines += [line(part.header), line(["---"] * len(part.header)), *map(line, part.rows), ""]
     return "\n".join(lines)
 
 
@@ -47,10 +46,7 @@ def tex_line(header, cells):
 
 
 def latex(caption, parts):
-    """The parts as table environments, the first with the caption.
-
-    A document needs \\usepackage{booktabs}.
-    """
+    """The parts as table environments, the first with the caption; they need booktabs."""
     lines = []
     for number, part in enumerate(parts):
         kinds = "".join(f"p{{{WIDE[name]}cm}}" if name in WIDE else "l" for name in part.header)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness.flops import logdet_cap_nats
+from data import SETS
+from harness.flops import forward_flops, logdet_cap_share
 from jet import JetConfig
 from paper_figures import style
-from paper_figures.reported import COLUMNS, DATASETS, KNOWN, REPORTED, read_reported
+from paper_figures.reported import DATASETS, KNOWN, REPORTED, read_reported
 from paper_figures.results_csv import ResultsError, final_test_rows
 from paper_figures.table_files import OURS, Part, write
 
@@ -28,15 +29,28 @@ BY_SHARE = {name: RATIOS.get(name, name)
 TRAININGS = {"pretrained": "pretrained", "scratch": "from scratch",
              "fine-tuned": "pretrained, fine-tuned", "not-fine-tuned": "pretrained, not fine-tuned"}
 MAIN_ORDER = {"training": TRAININGS, "dataset": style.DATASET_TITLES}
-# The paper's own targets, from scratch: training FLOPs and GPU-hours of experiments/cost_table.py.
-PAPER_COST = {("32x2", "scratch", "imagenet64-oord"): ("8.63e19", 61),
-              ("64x5", "scratch", "imagenet64-oord"): ("4.3e20", 302)}
-
+H100_RATE = 0.4 * 989e12  # FLOP/s: 40 % of its bfloat16 peak, assumed as in sweeps/plan.py
 SHIPPED = style.ROOT / "assets/jet_cifar10"
 MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "Dequantization", "Parameters", "Training FLOPs",
                 "Seconds", "logdet/cap", "Images", "Source", "Note")
 NOTHING, SATURATED = "–", 0.9
 UNKNOWN = "the paper's values are not known here (results/reported.csv has none)"
+
+
+def size_of(size):
+    """(couplings, depth) of a size, "32x2"."""
+    return tuple(map(int, size.split("x")))
+
+
+def paper_flops(size, epochs=200):
+    """Training FLOPs of one of the paper's own targets, from scratch on ImageNet-1k 64 x 64."""
+    couplings, depth = size_of(size)
+    model = JetConfig(num_couplings=couplings, block_depth=depth)
+    return 3 * forward_flops(model) * epochs * SETS["imagenet64-oord"].counts["train"]
+
+
+PAPER_COST = {(size, "scratch", "imagenet64-oord"): (
+    paper_flops(size), round(paper_flops(size) / H100_RATE / 3600)) for size in ("32x2", "64x5")}
 
 
 # ---- what was measured
@@ -51,7 +65,7 @@ def summary(runs):
         source += f" and {n - 1} more"
     commits = dict.fromkeys(map(commit_of, runs["git_commit"], runs["git_dirty"]))
     return {"bits/dim": f"{runs['bits_per_dim'].mean():.4f}", "±": f"{deviation:.4f} {spread}",
-            "Parameters": millions(first["num_params"]),
+            "Parameters": f"{first['num_params'] / 1e6:,.3f} M",
             "Training FLOPs": power(runs["train_flops"].mean()),
             "Seconds": "not recorded" if math.isnan(seconds) else f"{seconds:,.1f}",
             "logdet/cap": "no cap" if caps.isna().any() else f"{caps.max():.1%}",
@@ -63,10 +77,6 @@ def summary(runs):
 def commit_of(commit, dirty):
     text = "not recorded" if pd.isna(commit) else commit[:7]
     return f"{text} with changes" if str(dirty) == "True" else text
-
-
-def millions(count):
-    return f"{count / 1e6:,.3f} M"
 
 
 def power(flops):
@@ -113,14 +123,11 @@ class Grid:
     title: str
     compared: str  # what the paper compares
     corner: str  # the head of the first column
-    names: dict  # {swept field: {value: how it is written}}, in order: downwards, across
+    names: dict  # {swept field: {value: how it is written, if not so}}, in order: down, across
 
     @property
     def swept(self):
         return tuple(self.names)
-
-    def text(self, field, value):
-        return self.names[field].get(value, value)
 
     def draw(self, path, out_dir=style.OUT):
         """Write the table of a CSV; returns the paths of the Markdown and the LaTeX file."""
@@ -135,43 +142,39 @@ class Grid:
 
     def labels(self, points):
         """The values of each field at the points of one run."""
-        return [" = ".join(dict.fromkeys(self.text(field, value) for value in values))
-                for field, values in zip(self.swept, zip(*points))]
+        return [" = ".join(dict.fromkeys(names.get(value) or value for value in values))
+                for names, values in zip(self.names.values(), zip(*points))]
 
     def bits(self, rows, runs):
         """bits/dim in a grid."""
-        cells = {}
+        cells, shared = {}, []
         for of_run, points in runs:
             cell = summary(of_run)
             text = f"{cell['bits/dim']} ± {cell['±'].split()[0]}"
             text += ", saturated" if cell["Note"] != NOTHING else ""
-            text += " †" if len(points) > 1 else ""
+            if len(points) > 1:
+                text += " †"
+                shared.append("; ".join(self.labels(points)))
             cells |= dict.fromkeys(points, text)
-        down, across = self.swept
-        columns = style.ordered(rows[across], self.names[across])
-        table = []
-        for value in style.ordered(rows[down], self.names[down]):
-            head = self.text(down, value)
+        (down, heads), (across, names) = self.names.items()
+        columns, table, note = style.ordered(rows[across], names), [], ""
+        for value in style.ordered(rows[down], heads):
+            head = heads.get(value) or value
             if down == "coupling_ratio":
                 shares = sorted(rows.loc[rows[down] == value, "channel_share"].unique())
                 head += f" (channel share {', '.join(f'{share:.3f}' for share in shares)})"
             found = [cells.get((value, column), NOTHING) for column in columns]
             table.append((head, *found, "not known"))
-        shared = ["; ".join(self.labels(points)) for _, points in runs if len(points) > 1]
-        note = ""
         if shared:
             note = f"†: one run for all, since their couplings are the same: {' / '.join(shared)}."
-        names = [self.text(across, column) for column in columns]
-        return Part(header=(self.corner, *names, "the paper's"), rows=table, title="bits/dim.",
-                    note=note)
+        header = self.corner, *(names.get(column) or column for column in columns), "the paper's"
+        return Part(header=header, rows=table, title="bits/dim.", note=note)
 
     def costs(self, runs):
         """What each run took."""
         columns = ("Parameters", "Training FLOPs", "Seconds", "logdet/cap", "Source", "Note")
-        rows = []
-        for of_run, points in runs:
-            cell = summary(of_run)
-            rows.append((", ".join(self.labels(points)), *(cell[column] for column in columns)))
+        rows = [(", ".join(self.labels(points)), *map(summary(of_run).get, columns))
+                for of_run, points in runs]
         return Part(header=("Run", *columns), rows=rows, title="What each run took.")
 
 
@@ -191,44 +194,36 @@ FIGURE_4 = Grid(
     name="table_figure4", experiment="ablate_coupling", corner="channel : spatial",
     title="Figure 4 as a table: channel to spatial couplings, kinds of spatial split",
     compared="The paper compares them on ImageNet-1k 64x64",
-    names={"coupling_ratio": BY_SHARE,
-           "spatial_split": {name: name for name in style.SPLIT_STYLES}})
+    names={"coupling_ratio": BY_SHARE, "spatial_split": dict.fromkeys(style.SPLIT_STYLES)})
 draw_splits, draw_layers, draw_figure4 = SPLITS.draw, LAYERS.draw, FIGURE_4.draw
 
 
 # ---- the main table
 
-def line_of(**cells):
-    """A row of the main table, from the cells that there are."""
-    cells = {name.capitalize() if name in COLUMNS else name: text for name, text in cells.items()}
-    return tuple(cells.get(column) or NOTHING for column in MAIN_COLUMNS)
-
-
-def size_name(size):
-    couplings, depth = size.split("x")
-    return f"Jet {couplings} couplings x depth {depth}"
+def our_line(size, training, dataset, variant, scale="", **cells):
+    """((dataset, variant), row) of the main table for a run of ours."""
+    couplings, depth = size_of(size)
+    model = (f"{OURS}Jet {couplings} couplings x depth {depth}, {TRAININGS.get(training, training)}"
+             f"{scale}")
+    row = {"Model": model, "Dequantization": "uniform", **cells}
+    return (dataset.removesuffix(f"-{variant}"), variant), row
 
 
 def our_lines(rows):
-    """[((dataset, variant), row)] of a CSV's runs, and of the paper's targets that it has not."""
-    scale, lines, found = rows["scale"].iloc[0], [], set()
+    """What our_line makes of a CSV's runs, and of the paper's targets that it has not."""
+    scale, lines, targets = f" ({rows['scale'].iloc[0]} scale)", [], dict(PAPER_COST)
     for of_run, points in by_run(rows, MAIN_SWEPT, MAIN_ORDER):
         cells, variant = summary(of_run), of_run["variant"].iloc[0]
         notes = [note for note in (cells["Note"], beginning(of_run, rows)) if note != NOTHING]
-        cells |= {"Note": "; ".join(notes), "dequantization": "uniform"}
-        for size, training, name in points:
-            found.add((size, training, name))
-            how = TRAININGS.get(training, training)
-            cells["model"] = f"{OURS}{size_name(size)}, {how} ({scale} scale)"
-            lines.append(((name.removesuffix(f"-{variant}"), variant), line_of(**cells)))
-    for (size, training, name), (flops, hours) in PAPER_COST.items():
-        if (size, training, name) not in found:
-            note = (f"paper scale: {flops} training FLOPs, {hours} GPU-hours of an H100, both "
-                    "computed")
-            cells = {"bits/dim": "not run here", "Training FLOPs": flops, "note": note,
-                     "dequantization": "uniform",
-                     "model": f"{OURS}{size_name(size)}, {TRAININGS[training]}"}
-            lines.append((tuple(name.split("-")), line_of(**cells)))
+        cells["Note"] = "; ".join(notes)
+        for point in points:
+            targets.pop(point, None)
+            lines.append(our_line(*point, variant, scale, **cells))
+    for point, (flops, hours) in targets.items():
+        flops, variant = power(flops), SETS[point[-1]].variant
+        note = f"paper scale: {flops} training FLOPs, {hours} GPU-hours of an H100, both computed"
+        lines.append(our_line(*point, variant, **{
+            "bits/dim": "not run here", "Training FLOPs": flops, "Note": note}))
     return lines
 
 
@@ -245,10 +240,8 @@ def beginning(runs, rows):
 
 
 def read_shipped(folder):
-    """What is known of the model that is part of this repository, or None where there is none.
-
-    Returns done.json's content, the JetConfig and the share of the cap that its log-det reaches,
-    nan where it has none. Raises ResultsError if it is damaged.
+    """(done.json's content, JetConfig, logdet_cap_share or nan) of the model that is part of this
+    repository, or None where there is none. Raises ResultsError if it is damaged.
     """
     path = Path(folder) / "done.json"
     if not path.exists():
@@ -256,46 +249,37 @@ def read_shipped(folder):
     try:
         done = json.loads(path.read_text())
         model, (last, test) = JetConfig(**done["config"]["model"]), done["rows"][-2:]
-        for name in ("step", "bits_per_dim", "bits_per_dim_se", "logdet_nats"):
-            if not all(math.isfinite(row[name]) for row in done["rows"]):
-                raise ValueError("no finite bits/dim")
-        if (last["split"], test["split"]) != ("train", "test") or last["step"] != test["step"]:
-            raise ValueError("its rows are not of training and test images")
-        for name, kind in {"num_params": int, "train_seconds": float, "threads": int,
-                           "hardware": str, "git_commit": str, "dataset": str, "variant": str,
-                           "num_images": int}.items():
-            if not isinstance(done[name], kind):
-                raise ValueError(f"{name} is {done[name]!r}")
-        for name in ("total_steps", "batch_size", "seed"):
-            int(done["config"][name])
-        share = test["logdet_nats"] / logdet_cap_nats(model)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError,
-            ZeroDivisionError) as error:
+        numbers = [row[name] for row in done["rows"] for name in
+                   ("step", "bits_per_dim", "bits_per_dim_se", "logdet_nats", "num_images")]
+        numbers += [done[name] for name in ("num_params", "train_seconds", "threads")]
+        numbers += [done["config"][name] for name in ("total_steps", "batch_size", "seed")]
+        texts = [done[name] for name in ("hardware", "git_commit", "dataset", "variant")]
+        is_whole = all(map(math.isfinite, numbers)) and all(isinstance(text, str) for text in texts)
+        splits = last["split"], test["split"]
+        if not is_whole or splits != ("train", "test") or last["step"] != test["step"]:
+            raise ValueError("a number is not finite, a text is none, or a split is missing")
+        share = logdet_cap_share(model, test["logdet_nats"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ResultsError(f"{path}: damaged ({reason})") from None
-    if model.actnorm or model.invertible_dense:  # these add to the log-det
-        share = math.nan
-    return done, model, share
+    return done, model, math.nan if share is None else share
 
 
 def shipped_lines():
-    """As our_lines() for the model that is part of this repository, if there is one.
-
-    Raises ResultsError if it is damaged.
-    """
+    """As our_lines() for the model that is part of this repository, if there is one."""
     if (shipped := read_shipped(SHIPPED)) is None:
         return []
     done, model, share = shipped
-    config, test = done["config"], done["rows"][-1]
-    cells = summary(pd.DataFrame([{**done, **test, "run_id": SHIPPED.name, "train_flops": math.nan,
-                                   "logdet_cap_share": share}]))
-    note = f"{config['total_steps']:,} steps of {config['batch_size']}, seed {config['seed']}"
-    cells |= {"Training FLOPs": "not in done.json", "dequantization": "uniform",
-              "Note": note if cells["Note"] == NOTHING else f"{cells['Note']}; {note}",
-              "model": f"{OURS}Jet small, {model.num_couplings} couplings x depth "
+    config, variant = done["config"], done["variant"]
+    cells = summary(pd.DataFrame([{**done, **done["rows"][-1], "run_id": SHIPPED.name,
+                                   "train_flops": math.nan, "logdet_cap_share": share}]))
+    steps = f"{config['total_steps']:,} steps of {config['batch_size']}, seed {config['seed']}"
+    notes = [note for note in (cells["Note"], steps) if note != NOTHING]
+    cells |= {"Training FLOPs": "not in done.json", "Dequantization": "uniform",
+              "Note": "; ".join(notes),
+              "Model": f"{OURS}Jet small, {model.num_couplings} couplings x depth "
                        f"{model.block_depth}, width {model.emb_dim} (assets/{SHIPPED.name})"}
-    variant = done["variant"]
-    return [((done["dataset"].removesuffix(f"-{variant}"), variant), line_of(**cells))]
+    return [((done["dataset"].removesuffix(f"-{variant}"), variant), cells)]
 
 
 def main_parts(ours, reported):
@@ -304,52 +288,49 @@ def main_parts(ours, reported):
     """
     groups, unknown = {}, []
     for row in reported:
-        cells = line_of(**row, **{"bits/dim": row["bits_per_dim"]})
+        cells = {name.capitalize(): text for name, text in row.items()}
+        cells["bits/dim"] = row["bits_per_dim"]
         if row["variant"] == "unknown":
-            model = f"{row['model']}, on {DATASETS[row['dataset']]} ({row['bound']})"
-            unknown.append((model, *cells[1:]))
+            cells["Model"] += f", on {DATASETS[row['dataset']]} ({row['bound']})"
+            unknown.append(cells)
         else:
             groups.setdefault((row["dataset"], row["variant"], row["bound"]), []).append(cells)
     published = set(groups)
     for (dataset, variant), cells in ours:
         groups.setdefault((dataset, variant, "elbo"), []).append(cells)
-
-    def place(group):
-        known = (KNOWN["dataset"], KNOWN["variant"], KNOWN["bound"])
-        return [(values.index(value) if value in values else len(values), value)
-                for value, values in zip(group, known)]
-    parts = []
-    for group in sorted(groups, key=place):
+    keys, parts = ("dataset", "variant", "bound"), []
+    for group in style.points(pd.DataFrame(list(groups), columns=keys), keys, KNOWN):
         dataset, variant, bound = group
         note = ""
         if group not in published:
             note = "No published number is comparable."
-        elif bound == "elbo" and not any(row[0].startswith(OURS) for row in groups[group]):
+        elif bound == "elbo" and not any(row["Model"].startswith(OURS) for row in groups[group]):
             note = "No run of ours."
         if variant == "oord?":
             variant += " (unconfirmed variant)"
         # A set of ours is its own variant.
         names = dict.fromkeys((DATASETS.get(dataset, dataset), variant, bound))
-        parts.append(compact(" / ".join(names), sorted(groups[group], key=bits_per_dim), note))
+        parts.append(section(" / ".join(names), sorted(groups[group], key=bits_per_dim), note))
     if unknown:
-        title = "Variant unknown: never compared"
-        parts.append(compact(title, sorted(unknown), "In alphabetical order."))
+        unknown.sort(key=lambda row: row["Model"])
+        parts.append(section("Variant unknown: never compared", unknown, "In alphabetical order."))
     return parts
 
 
 def bits_per_dim(cells):
     """Of a row of the main table; infinity where it was not run."""
     try:
-        return float(cells[MAIN_COLUMNS.index("bits/dim")])
+        return float(cells["bits/dim"])
     except ValueError:
         return math.inf
 
 
-def compact(title, rows, note):
-    """A section without the columns in which no row has anything."""
-    kept = [i for i, column in enumerate(zip(*rows)) if set(column) != {NOTHING}]
-    return Part(header=tuple(MAIN_COLUMNS[i] for i in kept), title=title, note=note,
-                rows=[tuple(row[i] for i in kept) for row in rows])
+def section(title, rows, note):
+    """The rows ({column: text}) with the columns in which one of them has something."""
+    header = tuple(column for column in MAIN_COLUMNS
+                   if any(row.get(column, "") not in ("", NOTHING) for row in rows))
+    cells = [tuple(row.get(column) or NOTHING for column in header) for row in rows]
+    return Part(header=header, title=title, note=note, rows=cells)
 
 
 def draw_main(path, out_dir=style.OUT):

@@ -13,7 +13,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style
-from paper_figures.results_csv import ResultsError
+from paper_figures.results_csv import ResultsError, read_csv
 
 NUMBERS = ("batch_size", "threads", "steps", "images_per_s", "step_seconds", "step_seconds_q25",
            "step_seconds_q75", "flops_per_s", "matmul_peak_flops_per_s", "peak_share",
@@ -41,78 +41,80 @@ GAP = 0.27  # between the bars of a group, whose width is 1
 def read(path):
     """The rows of one CSV, as text but for the numbers; an empty cell there is nan.
 
-    Raises ResultsError for a missing file, other columns, repeated rows, missing numbers, or half a
-    comparison.
+    Raises ResultsError for a damaged file, repeated rows, missing numbers, or half a comparison.
     """
-    try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file: run experiments/throughput.py first") from None
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ResultsError(f"{path}: not a readable CSV ({reason})") from None
+    rows = read_csv(path, "throughput", dtype=str)
     if wrong := set(rows.columns) ^ set(COLUMNS):
         raise ResultsError(f"{path}: missing or unknown columns {', '.join(sorted(wrong))}: move "
                            "the file away")
     if rows.empty:
         raise ResultsError(f"{path}: has no rows")
-    name = rows["size"] + " " + rows["what"] + " " + rows["implementation"]
-    if (twice := rows.duplicated(KEY)).any():
-        raise ResultsError(f"{path}: {name[twice].iloc[0]} is there twice")
-    if (wrong := ~rows["what"].isin(WHATS)).any():
-        raise ResultsError(f"{path}: {name[wrong].iloc[0]}: is none of {', '.join(WHATS)}")
-    of_modes = rows["against"] == EAGER
+    of_modes, is_ours = rows["against"] == EAGER, rows["implementation"] == "ours"
     eager = (rows["compile"] != "True") & (rows["graph"] != "True")
-    compared = (rows["implementation"] == "ours") & (rows["against"] != "") & ~(of_modes & eager)
-    for column in (*NUMBERS, *MAYBE):
-        rows[column] = pd.to_numeric(rows[column], errors="coerce")
-        needed = compared if column.startswith("ratio") else column in NUMBERS
-        if (bad := needed & ~np.isfinite(rows[column])).any():
-            raise ResultsError(f"{path}: {name[bad].iloc[0]} has no number as {column}")
+    compared = is_ours & (rows["against"] != "") & ~(of_modes & eager)
     pair = [column for column in KEY if column != "implementation"]
     alone = (rows["against"] != "") & ~of_modes & ~rows.duplicated(pair, keep=False)
     modes = [rows[column] for column in KEY if column not in ("compile", "graph")]
     alone |= of_modes & ~eager.groupby(modes).transform("any")
-    if alone.any():
-        raise ResultsError(f"{path}: {name[alone].iloc[0]} lacks the other half of its comparison: "
-                           "measure it again")
+    faults = {"is there twice": rows.duplicated(KEY),
+              f"is none of {', '.join(WHATS)}": ~rows["what"].isin(WHATS)}
+    for column in (*NUMBERS, *MAYBE):
+        rows[column] = pd.to_numeric(rows[column], errors="coerce")
+        needed = compared if column.startswith("ratio") else column in NUMBERS
+        faults[f"has no number as {column}"] = needed & ~np.isfinite(rows[column])
+    faults["lacks the other half of its comparison: measure it again"] = alone
+    for fault, wrong in faults.items():
+        if wrong.any():
+            name = " ".join(rows.loc[wrong, ["size", "what", "implementation"]].iloc[0])
+            raise ResultsError(f"{path}: {name} {fault}")
     return rows
 
 
 def draw(path, out_dir=style.OUT):
     """Draw the bars from a CSV; returns the paths of the PDF and the PNG."""
     rows = read(path)
-    rows = rows.assign(group=rows["size"] + rows.apply(_variant, axis=1, args=(_varying(rows),)))
-    port, ours = rows[rows["implementation"] == PORT], _ours(rows)
+    for name, label in SWITCHES.items():
+        rows[name] = np.where(rows[name] == "True", label, "")
+    varying, rows["group"] = [name for name in VARIANT if rows[name].nunique() > 1], rows["size"]
+    for name in varying:
+        rows["group"] += np.where(rows[name] == "", "", "\n" + rows[name])
+    groups, whats = list(rows["group"].unique()), list(WHATS)
+    rows["place"] = rows["group"].map(groups.index) + GAP * (rows["what"].map(whats.index) - 1)
+    ours = ours_of(rows)
     compared = ours[ours["against"].str.startswith(PORT)]
-    groups = list(dict.fromkeys(rows["group"]))
     num_panels, height = (2, 3.5) if len(compared) else (1, 2.2)
     figure, panels = style.plt.subplots(num_panels, sharex=True, squeeze=False,
                                         figsize=(style.COLUMN_WIDTH, height))
     if len(compared):
         axes = panels[0, 0]
-        _bars(axes, groups, compared.assign(low=compared["ratio_q25"], high=compared["ratio_q75"],
-                                            text=compared["ratio"].map("{:.2f}".format)), "ratio")
+        draw_bars(axes, compared.assign(
+            low=compared["ratio_q25"], high=compared["ratio_q75"],
+            text=compared["ratio"].map("{:.2f}".format)), "ratio")
         axes.axhline(1, color="black", lw=0.8)
         axes.set_ylabel(f"speed relative to\n{compared['against'].iloc[0]}\n(higher is better)")
     axes = panels[-1, 0]
     work = ours["peak_share"] * ours["step_seconds"]
-    _bars(axes, groups, ours.assign(
+    draw_bars(axes, ours.assign(
         low=work / ours["step_seconds_q75"], high=work / ours["step_seconds_q25"],
         text=ours["images_per_s"].map("{:,.0f}/s".format)), "peak_share")
-    _mark_port(axes, groups, port)
+    port = rows[rows["implementation"] == PORT]
+    for what in WHATS:  # a line over the bars for the port's share; one of them is in the legend
+        shares = port[port["what"] == what]
+        label = shares["against"].iloc[0] if what == whats[0] and len(shares) else None
+        axes.plot(shares["place"], shares["peak_share"], "_", color="black", ms=11, mew=1.4,
+                  zorder=4, label=label)
     axes.yaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes.set_ylabel("share of the matrix-\nmultiply peak\n(higher is better)")
     axes.set_xticks(range(len(groups)), groups)
-    figure.suptitle(f"{_setting(rows, ours)}\nover the bars images/s or the ratio; whiskers: "
-                    "quartiles of the steps", fontsize=7)
+    figure.suptitle(f"{setting(rows, ours, varying)}\nover the bars images/s or the ratio; "
+                    "whiskers: quartiles of the steps", fontsize=7)
     figure.align_ylabels()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   handlelength=1.4, columnspacing=1.2)
     return style.save(figure, f"throughput_{rows['device'].iloc[0]}", out_dir)
 
 
-def _ours(rows):
+def ours_of(rows):
     """One row of ours for each bar: the comparison with the port where there is one, else the row
     measured alone, else any.
     """
@@ -122,25 +124,18 @@ def _ours(rows):
     return ours.drop_duplicates(["group", "what"])
 
 
-def _place(groups, group, what):
-    """Where a bar stands on the x axis."""
-    return groups.index(group) + GAP * (list(WHATS).index(what) - 1)
-
-
-def _bars(axes, groups, rows, column):
+def draw_bars(axes, rows, column):
     """Grouped bars of a column with whiskers from "low" to "high", and the "text" over each."""
     for what, look in WHATS.items():
         bars = rows[rows["what"] == what]
-        places = [_place(groups, group, what) for group in bars["group"]]
         heights = bars[column]
         # A median of ratios may lie outside the quartiles' ratio by rounding: whiskers have no
         # negative length.
         spread = [np.maximum(0, heights - bars["low"]), np.maximum(0, bars["high"] - heights)]
-        axes.bar(places, heights, 0.25, label=what, edgecolor="white", linewidth=0.4, **look)
-        axes.errorbar(places, heights, spread, fmt="none", ecolor="black", elinewidth=0.7,
+        axes.bar(bars["place"], heights, 0.25, label=what, edgecolor="white", linewidth=0.4, **look)
+        axes.errorbar(bars["place"], heights, spread, fmt="none", ecolor="black", elinewidth=0.7,
                       capsize=1.5)
-        tops = np.maximum(heights, bars["high"])
-        for place, top, text in zip(places, tops, bars["text"]):
+        for place, top, text in zip(bars["place"], heights + spread[1], bars["text"]):
             axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center",
                           fontsize=5)
     axes.margins(y=0.15)
@@ -148,41 +143,15 @@ def _bars(axes, groups, rows, column):
     axes.grid(axis="x", visible=False)
 
 
-def _mark_port(axes, groups, port):
-    """A line over the bars for the port's share of the peak; one of them is in the legend."""
-    for number, what in enumerate(WHATS):
-        shares = port[port["what"] == what]
-        places = [_place(groups, group, what) for group in shares["group"]]
-        label = shares["against"].iloc[0] if number == 0 and len(shares) else None
-        axes.plot(places, shares["peak_share"], "_", color="black", ms=11, mew=1.4, zorder=4,
-                  label=label)
-
-
-def _varying(rows):
-    return [name for name in VARIANT if rows[name].nunique() > 1]
-
-
-def _variant(row, names):
-    """The lines of a group's label on the settings that vary."""
-    return "".join(f"\n{text}" for name in names if (text := _label(name, row[name])))
-
-
-def _setting(rows, ours):
+def setting(rows, ours, varying):
     """The title's line on what is the same for all bars."""
-    first, varying = rows.iloc[0], _varying(rows)
+    first = rows.iloc[0]
     where = first["device"] if "hardware" in varying else first["hardware"]
-    settings = [_label(name, first[name]) for name in VARIANT[:-1] if name not in varying]
+    settings = [first[name] for name in VARIANT[:-1] if name not in varying]
     if (rows["device"] == "cpu").all():
         threads = dict.fromkeys(ours["threads"].map("{:.0f}".format))
         settings.append(f"threads: {', '.join(threads)}")
     return f"{where}, {', '.join(filter(None, settings))}"
-
-
-def _label(name, value):
-    """How a setting is written in the figure; "" for a switch that is off."""
-    if name in SWITCHES:
-        return SWITCHES[name] if value == "True" else ""
-    return value
 
 
 def main(arguments=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Callable
 
 from data import SETS
-from harness.flops import logdet_cap_nats, train_flops
+from harness.flops import logdet_cap_share, train_flops
 from harness.run_folder import DONE_NAME, read_done
 from paper_figures.results_csv import columns
 from recipe import TrainConfig
@@ -157,13 +157,6 @@ def first_of(run):
 def channel_share(model):
     """The realised share of channel couplings."""
     return sum(kind == "channels" for kind, _ in model.coupling_splits) / model.num_couplings
-
-
-def logdet_cap_share(model, logdet_nats):
-    """log-det over the most that the couplings can reach; None where other layers add to it."""
-    if model.actnorm or model.invertible_dense or model.scale_factor <= 1:
-        return None
-    return logdet_nats / logdet_cap_nats(model)
 
 
 # ---- for the scripts of experiments
