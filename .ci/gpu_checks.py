@@ -39,6 +39,7 @@ class Recorder:
 def run_pytest(record, basetemp):
     import pytest
     arguments = ["-c", f"{ROOT}/pytest.ini", f"--rootdir={ROOT}", f"--basetemp={basetemp}",
+                 "-o", "addopts=-q",  # in one process: there is one GPU
                  "-p", "no:cacheprovider", "-m", "gpu", "-rs", f"{ROOT}/tests/test_gpu.py"]
     return int(pytest.main(arguments, plugins=[Recorder(record)]))
 

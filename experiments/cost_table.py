@@ -42,19 +42,18 @@ training step can reach at best is in [roofline.md](roofline.md).
 
 ## The largest batch in training
 
-**Batches: computed, not measured, where not marked.** Memory: 16 bytes a parameter (weight,
+**Batches: computed, not measured.** Memory: 16 bytes a parameter (weight,
 gradient, Adam's two moments; in bfloat16 2 more for autocast's copies), what autograd keeps of an
 image (counted on a CPU; with checkpointing each layer's input and all of one coupling), two
 MLP-wide gradients, and {CONTEXT / 1e9:.0f} GB for CUDA (assumed). `train.py` plans with the same
 model (harness/memory.py). Speed: {{speeds}}. Checkpointing computes four forward passes for three.
-A measured batch is the largest power of two that ran.
 """
-HOURS = """
+HOURS = f"""
 ## The hours of the paper's figures
 
 **In bfloat16: computed, not measured,** from the training FLOPs (three forward passes) and the
-speed above. GPU-hours: one GPU, no traffic. On more, each run has all of them, with the traffic
-below.
+{GPU_SHARE * GPU_PEAKS['bfloat16'] / 1e12:.0f} TFLOP/s assumed above. GPU-hours: one GPU, no
+traffic. On more, each run has all of them, with the traffic below.
 """
 TRAFFIC = f"""
 ## Gradient traffic
@@ -114,13 +113,18 @@ def table(heading, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
 
 
-def train_rate(size, measured):
-    """(FLOP/s of a GPU in training a size in bfloat16, the best "measured" or else "computed")."""
-    rates = [row["flops_per_s"] for row in measured
-             if (row["device"], row["size"], row["precision"]) == ("cuda", size, "bfloat16")]
-    if rates:
-        return max(rates), "measured"
-    return GPU_SHARE * GPU_PEAKS["bfloat16"], "computed"
+def measured_rates(measured):
+    """A line on the best training FLOP/s of a GPU in the paper's sizes, as far as measured."""
+    peak, lines = GPU_SHARE * GPU_PEAKS["bfloat16"], []
+    for size in PAPER_SIZES:
+        rows = [row for row in measured
+                if (row["device"], row["size"], row["precision"]) == ("cuda", size, "bfloat16")]
+        if rows:
+            best = max(rows, key=lambda row: row["flops_per_s"])
+            lines.append(f"Measured: {size} trains at {best['flops_per_s'] / 1e12:.0f} TFLOP/s on "
+                         f"one {best['hardware']}; hours there are "
+                         f"{peak / best['flops_per_s']:.2f} times these.")
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def memory_table(measured):
@@ -131,6 +135,7 @@ def memory_table(measured):
         fixed = fixed_bytes(num_parameters(config), precision)
         for recompute, answer, forwards in ((False, "no", 3), (True, "yes", 4)):
             per_image = image_bytes(config, precision, recompute, coupling)
+            batches = [largest_batch(gb, fixed, per_image) for gb in CARDS]
             ran = [row for row in measured if (size, precision, str(recompute)) == (
                 row["size"], row["precision"], row["checkpoint_activations"])]
             best = {row["hardware"]: f"{number(row['images_per_s'])} measured ({row['hardware']})"
@@ -141,20 +146,10 @@ def memory_table(measured):
                 best = {"H100": f"{number(speed)} computed (H100)"}
             rows.append([size, precision, answer,
                          f"{fixed / 2 ** 30:.2f} + {per_image / 2 ** 20:.4g}",
-                         *(_batch_cell(gb, fixed, per_image, ran) for gb in CARDS),
+                         *(f"{batch:,}" if batch else "does not fit" for batch in batches),
                          "; ".join(best.values())])
     return table(["size", "precision", "checkpointing", "GiB + MiB an image",
                   *(f"{gb} GB" for gb in CARDS), "training images/s"], rows)
-
-
-def _batch_cell(gb, fixed, per_image, ran):
-    """The largest batch that ran on such a card, or the computed one."""
-    batches = [row["batch_size"] for row in ran
-               if abs(row["device_memory_gib"] * 2 ** 30 / 1e9 / gb - 1) < 0.1]
-    if batches:
-        return f"{max(batches):,.0f} measured"
-    batch_size = largest_batch(gb, fixed, per_image)
-    return f"{batch_size:,}" if batch_size else "does not fit"
 
 
 def paper_experiments():
@@ -178,27 +173,26 @@ def paper_runs():
         for item, experiment in paper_experiments().items()}
 
 
-def hours_table(measured, gpus=(8, 64)):
-    rows = []
+def hours_table(gpus=(8, 64)):
+    rows, rate = [], GPU_SHARE * GPU_PEAKS["bfloat16"]
     for what, configs in paper_runs().items():
-        rate, source = train_rate("64x5" if "64x5" in what else "32x2", measured)
         flops, hours = sum(map(train_flops, configs)), dict.fromkeys(gpus, 0)
         for config, n in itertools.product(configs, gpus):
             step, _, _ = step_seconds(train_flops(config) / config.total_steps,
                                       num_parameters(config.model), rate, n)
             hours[n] += config.total_steps * step / 3600
         rows.append([what, str(len(configs)), f"{flops:.3g}", number(flops / rate / 3600),
-                     *map(number, hours.values()), f"{rate / 1e12:.0f} TFLOP/s {source}"])
-    return table(["what", "runs", "FLOPs", "GPU-hours", *(f"hours on {n} GPUs" for n in gpus),
-                  "speed of a GPU"], rows)
+                     *map(number, hours.values())])
+    heading = ["what", "runs", "FLOPs", "GPU-hours", *(f"hours on {n} GPUs" for n in gpus)]
+    return table(heading, rows)
 
 
-def traffic_table(measured):
+def traffic_table():
     batch_size, heading, stops = TrainConfig.batch_size, ["GPUs", "images a GPU"], []
     rows = {n: [str(n), str(batch_size // n)] for n in GPUS}
     for size in PAPER_SIZES:
         heading += [f"{size}: step, efficiency", "traffic / backward"]
-        config, (rate, _) = JetConfig(**SIZES[size]), train_rate(size, measured)
+        config, rate = JetConfig(**SIZES[size]), GPU_SHARE * GPU_PEAKS["bfloat16"]
         work = 3 * batch_size * forward_flops(config), num_parameters(config), rate
         alone, _, _ = step_seconds(*work, 1)
         for n, cells in rows.items():
@@ -221,7 +215,7 @@ def page(results_dir):
               f"{GPU_PEAKS['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16 and "
               f"{GPU_PEAKS['float32'] / 1e12:.0f} in float32")
     return "\n".join([INTRODUCTION.format(speeds=speeds), memory_table(measured),
-                      HOURS, hours_table(measured), TRAFFIC, traffic_table(measured)])
+                      HOURS, hours_table() + measured_rates(measured), TRAFFIC, traffic_table()])
 
 
 def main(arguments=None):

@@ -35,7 +35,7 @@ PORT = "jet-pytorch"
 EAGER = "eager"  # what our own modes are compared with
 SWITCHES = {"compile": "compiled", "graph": "CUDA graph", "checkpoint_activations": "checkpointing"}
 VARIANT = ["precision", *SWITCHES, "hardware"]  # a group's label names those that vary
-GAP = 0.27  # between the bars of a group, whose width is 1
+GAP = 0.5  # between groups of bars
 
 
 def read(path):
@@ -77,40 +77,36 @@ def draw(path, out_dir=style.OUT):
         rows[name] = np.where(rows[name] == "True", label, "")
     varying, rows["group"] = [name for name in VARIANT if rows[name].nunique() > 1], rows["size"]
     for name in varying:
-        rows["group"] += np.where(rows[name] == "", "", "\n" + rows[name])
-    groups, whats = list(rows["group"].unique()), list(WHATS)
-    rows["place"] = rows["group"].map(groups.index) + GAP * (rows["what"].map(whats.index) - 1)
+        rows["group"] += np.where(rows[name] == "", "", ", " + rows[name])
     ours = ours_of(rows)
     compared = ours[ours["against"].str.startswith(PORT)]
-    num_panels, height = (2, 3.5) if len(compared) else (1, 2.2)
-    figure, panels = style.plt.subplots(num_panels, sharex=True, squeeze=False,
-                                        figsize=(style.COLUMN_WIDTH, height))
+    counts = [len(bars) for bars in (compared, ours) if len(bars)]
+    figure, panels = style.plt.subplots(
+        len(counts), squeeze=False, height_ratios=[count + 2 for count in counts],
+        figsize=(style.COLUMN_WIDTH, 1.3 + 0.15 * sum(counts) + 0.35 * len(counts)))
     if len(compared):
         axes = panels[0, 0]
         draw_bars(axes, compared.assign(
             low=compared["ratio_q25"], high=compared["ratio_q75"],
             text=compared["ratio"].map("{:.2f}".format)), "ratio")
-        axes.axhline(1, color="black", lw=0.8)
-        axes.set_ylabel(f"speed relative to\n{compared['against'].iloc[0]}\n(higher is better)")
+        axes.axvline(1, color="black", lw=0.8)
+        axes.set_xlabel(f"speed over {compared['against'].iloc[0]}")
     axes = panels[-1, 0]
     work = ours["peak_share"] * ours["step_seconds"]
-    draw_bars(axes, ours.assign(
+    places = draw_bars(axes, ours.assign(
         low=work / ours["step_seconds_q75"], high=work / ours["step_seconds_q25"],
-        text=ours["images_per_s"].map("{:,.0f}/s".format)), "peak_share")
-    port = rows[rows["implementation"] == PORT]
-    for what in WHATS:  # a line over the bars for the port's share; one of them is in the legend
-        shares = port[port["what"] == what]
-        label = shares["against"].iloc[0] if what == whats[0] and len(shares) else None
-        axes.plot(shares["place"], shares["peak_share"], "_", color="black", ms=11, mew=1.4,
-                  zorder=4, label=label)
-    axes.yaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
-    axes.set_ylabel("share of the matrix-\nmultiply peak\n(higher is better)")
-    axes.set_xticks(range(len(groups)), groups)
-    figure.suptitle(f"{setting(rows, ours, varying)}\nover the bars images/s or the ratio; "
-                    "whiskers: quartiles of the steps", fontsize=7)
-    figure.align_ylabels()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  handlelength=1.4, columnspacing=1.2)
+        text=ours["images_per_s"].map("{:,.0f} images/s".format)), "peak_share")
+    port = rows[rows["implementation"] == PORT]  # a line over the bars for the port's share
+    axes.plot(port["peak_share"], [places[bar] for bar in zip(port["group"], port["what"])], "|",
+              color="black", ms=7, mew=1.4, zorder=4, label=port["against"].max())
+    axes.xaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axes.set_xlabel("share of the matrix-multiply peak")
+    figure.suptitle(f"{setting(rows, ours, varying)}\nhigher is better; whiskers: quartiles of the steps",
+                    fontsize=7)
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [number for number, label in enumerate(labels) if isinstance(label, str)]
+    figure.legend([handles[number] for number in shown], [labels[number] for number in shown],
+                  loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1.2)
     return style.save(figure, f"throughput_{rows['device'].iloc[0]}", out_dir)
 
 
@@ -121,26 +117,39 @@ def ours_of(rows):
     ours = rows[rows["implementation"] == "ours"]
     order = np.select([ours["against"].str.startswith(PORT), ours["against"] == ""], [0, 1], 2)
     ours = ours.assign(order=order).sort_values("order", kind="stable")
-    return ours.drop_duplicates(["group", "what"])
+    return ours.drop_duplicates(["group", "what"]).sort_index()
 
 
 def draw_bars(axes, rows, column):
-    """Grouped bars of a column with whiskers from "low" to "high", and the "text" over each."""
+    """Bars of a column from the top down, one group of them for each size and mode, with whiskers
+    from "low" to "high", and the "text" after each. Returns {(group, what): its place}.
+    """
+    places, ticks = {}, {}
+    for group, bars in rows.groupby("group", sort=False):
+        whats = [what for what in WHATS if what in set(bars["what"])]
+        begin = len(places) + GAP * len(ticks)
+        places |= {(group, what): begin + number for number, what in enumerate(whats)}
+        ticks[begin + (len(whats) - 1) / 2] = group
     for what, look in WHATS.items():
         bars = rows[rows["what"] == what]
-        heights = bars[column]
+        if bars.empty:
+            continue
+        where, lengths = [places[group, what] for group in bars["group"]], bars[column]
         # A median of ratios may lie outside the quartiles' ratio by rounding: whiskers have no
         # negative length.
-        spread = [np.maximum(0, heights - bars["low"]), np.maximum(0, bars["high"] - heights)]
-        axes.bar(bars["place"], heights, 0.25, label=what, edgecolor="white", linewidth=0.4, **look)
-        axes.errorbar(bars["place"], heights, spread, fmt="none", ecolor="black", elinewidth=0.7,
+        spread = [np.maximum(0, lengths - bars["low"]), np.maximum(0, bars["high"] - lengths)]
+        axes.barh(where, lengths, 0.9, label=what, edgecolor="white", linewidth=0.4, **look)
+        axes.errorbar(lengths, where, None, spread, fmt="none", ecolor="black", elinewidth=0.7,
                       capsize=1.5)
-        for place, top, text in zip(bars["place"], heights + spread[1], bars["text"]):
-            axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center",
+        for place, end, text in zip(where, lengths + spread[1], bars["text"]):
+            axes.annotate(text, (end, place), (3, 0), textcoords="offset points", va="center",
                           fontsize=5)
-    axes.margins(y=0.15)
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.invert_yaxis()
+    axes.margins(x=0.4)
     axes.set_axisbelow(True)
-    axes.grid(axis="x", visible=False)
+    axes.grid(axis="y", visible=False)
+    return places
 
 
 def setting(rows, ours, varying):
