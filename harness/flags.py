@@ -3,7 +3,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import re
+import select
+import signal
 import sys
 
 from harness.errors import UserError, one_line, printable
@@ -61,11 +64,24 @@ def model_fields(flags):
     return model
 
 
+def is_read(number):
+    """Whether what is written to an open file, like 1, the output, still has a reader."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 @contextlib.contextmanager
 def one_line_errors(program):
     """End the program in one line, with no traceback, for what is not a bug."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not is_read(1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(128 + signal.SIGPIPE)  # as programs end whose reader, like head, has enough
+        sys.exit(f"{program}: error: {printable(one_line(error))}")
     except UserError as error:
         is_shown_elsewhere = getattr(error, "is_shown_elsewhere", False)  # by another process
         sys.exit(1 if is_shown_elsewhere else f"{program}: error: {printable(error)}")

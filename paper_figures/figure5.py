@@ -32,7 +32,10 @@ def read_samples(path):
         about = json.loads(str(content.pop("about")))
         check_samples(about, content)
     except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file: run experiments/draw_samples.py first") from None
+        scale = Path(path).name.split("_")[0]
+        hint = f" --scale {scale}" if scale in style.SCALES else ""
+        raise ResultsError(f"{path}: no such file: python experiments/draw_samples.py{hint} makes "
+                           "it") from None
     except Exception as error:  # np.load raises nearly everything on damaged files
         reason = " ".join(str(error).split())
         raise ResultsError(f"{path}: no file of samples ({reason})") from None

@@ -59,7 +59,10 @@ def read_csv(path, experiment, **options):
     try:
         return pd.read_csv(path, keep_default_na=False, **options)
     except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file: run experiments/{experiment}.py first") from None
+        scale = path.stem.rpartition("_")[2] if hasattr(path, "stem") else ""
+        hint = f" --scale {scale}" if scale in SCALES else ""
+        raise ResultsError(f"{path}: no such file: python experiments/{experiment}.py{hint} makes "
+                           "it") from None
     except (ValueError, OSError) as error:
         raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
 

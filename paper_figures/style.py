@@ -204,6 +204,14 @@ def add_folder_flag(parser, flag, default):
                         help=f"default: {default}")
 
 
+def find_csv(experiment, choice, choices):
+    """The CSV of a scale, or of the last of all scales that has one; else None."""
+    paths = [ROOT / f"results/{experiment}_{name}.csv" for name in choices]
+    if choice:
+        return paths[choices.index(choice)]
+    return next((path for path in reversed(paths) if path.exists()), None)
+
+
 def main(script, description, draws, arguments=None, flag="scale", choices=SCALES, samples=None):
     """The command line of a figure.
 
@@ -212,19 +220,25 @@ def main(script, description, draws, arguments=None, flag="scale", choices=SCALE
     """
     parser = ArgumentParser(prog=Path(script).name, description=description)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(f"--{flag}", default=choices[0], choices=choices,
-                       help=f"draw the CSV of this {flag} (default: {choices[0]})")
+    which.add_argument(f"--{flag}", choices=choices, help=f"draw the CSV of this {flag} (default: "
+                       f"the last of {', '.join(choices)} whose CSV is in results/)")
     which.add_argument("--csv", type=Path, help="draw this CSV")
     if samples:
         which.add_argument("--samples", type=Path, help="draw this file")
     add_folder_flag(parser, "--out", "paper_figures/out")
     flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog):
-        todo = [(draw, ROOT / f"results/{name}_{flags[flag]}.csv") for name, draw in draws.items()]
+        todo = [(draw, csv) for name, draw in draws.items()
+                if (csv := find_csv(name, flags[flag], choices)) is not None]
         if flags["csv"]:
             todo = [(draws[read_experiment(flags["csv"], draws)], flags["csv"])]
         elif flags.get("samples"):
             todo = [(samples, flags["samples"])]
+        elif not todo:
+            raise ResultsError(f"results/ has no CSV of {' or '.join(draws)}: python experiments/"
+                               f"{next(iter(draws))}.py --{flag} {choices[0]} makes one")
         for draw, path in todo:
+            if not (flags[flag] or flags["csv"] or flags.get("samples")):
+                print(f"{path}:")
             for drawn in draw(path, flags["out"]):
                 print(drawn)

@@ -101,8 +101,8 @@ def draw(path, out_dir=style.OUT):
               color="black", ms=7, mew=1.4, zorder=4, label=port["against"].max())
     axes.xaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes.set_xlabel("share of the matrix-multiply peak")
-    figure.suptitle(f"{setting(rows, ours, varying)}\nhigher is better; whiskers: quartiles of the steps",
-                    fontsize=7)
+    note = "higher is better; whiskers: quartiles of the steps"
+    figure.suptitle(f"{setting(rows, ours, varying)}\n{note}", fontsize=7)
     handles, labels = axes.get_legend_handles_labels()
     shown = [number for number, label in enumerate(labels) if isinstance(label, str)]
     figure.legend([handles[number] for number in shown], [labels[number] for number in shown],

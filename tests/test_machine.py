@@ -1,14 +1,15 @@
 """Which code a number is of, and where a run is run: bad values are one line."""
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from harness import place
 from harness.errors import TrainingError, UserError
-from harness.flags import ArgumentParser
-from harness.machine import code_version
+from harness.flags import ArgumentParser, one_line_errors
+from harness.machine import ROOT, code_version
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
 from jet import JetConfig
 from recipe import TrainConfig
@@ -146,3 +147,19 @@ def test_a_long_run_that_cannot_be_compiled_says_what_is_missing(monkeypatch):
     assert (compiled, graph) == (False, True) and "needs a C compiler (cc)" in line
     assert "needs" not in mode(9_999, GPU)[2] and "needs" not in mode(10_000, GPU, compile=False)[2]
     assert mode(10_000, GPU, compile=True)[0]  # was asked for: the compiler's own error says it
+
+
+@pytest.mark.parametrize("program", ["print('x' * 100_000)", "print('x'); import time; time.sleep(0.5)",
+                                     "sys.stdout.write('x' * 9000); time.sleep(0.5)"])
+def test_a_reader_that_has_enough_ends_a_program_in_silence(program):
+    code = ("import sys, time\nfrom harness.flags import one_line_errors\n"
+            f"with one_line_errors('p'):\n    {program}\n    print('y' * 100_000)")
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert running.communicate(timeout=60)[1] == b"" and running.returncode == 141
+
+
+def test_another_broken_pipe_is_an_error_of_one_line(capsys):
+    with pytest.raises(SystemExit, match="p: error: .*Broken pipe"), one_line_errors("p"):
+        raise BrokenPipeError(32, "Broken pipe")
