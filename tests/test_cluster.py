@@ -1,14 +1,17 @@
 """Submitting to a cluster and its jobs, with a stand-in for Slurm's commands on the PATH."""
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from harness.claim import Claim
 from harness.errors import TrainingError
 from harness.place import Place
 from harness.run_folder import read_error
@@ -23,6 +26,7 @@ import tiny_experiment
 
 SUBMIT = ("--cluster", "slurm", "--allow-dirty", "--threads", "1")
 ONE_RUN = ("--shard", "1/3")
+JOB = {"name": "tiny-1", "index": 0, "job": "71", "logs": "/"}
 COMMANDS = {
     "sinfo": "",
     "sacct": "",
@@ -289,3 +293,26 @@ def test_an_error_of_before_stays_until_the_run_is_submitted_again(slurm, home):
     (slurm / "refuse").unlink()
     run(home, *SUBMIT, *ONE_RUN)
     assert read_error(one.folder) is None
+
+
+@pytest.mark.parametrize("age_s, step_s, note", [(50, 1, ""), (300, 1, r", no step for 3\d\d s"),
+                                                 (300, 100, ""),
+                                                 (600, 100, r", no step for 6\d\d s")])
+def test_status_tells_of_a_run_that_stands_still(
+        age_s, step_s, note, slurm, home, monkeypatch, capsys):
+    one, now = runs_of(home)[0], time.time()
+    claim = Claim(one.folder)
+    claim.take()
+    for name in ("log.txt", "metrics.csv"):
+        (one.folder / name).write_text(f"4,32,5.0,1.0,0.01,{4 * step_s}.0\n")
+        os.utime(one.folder / name, (now - age_s,) * 2)
+    (slurm / "queue").write_text(f"{JOB['name']}|71|RUNNING|None\n")
+    (one.folder / "job.json").write_text(json.dumps(JOB))
+    monkeypatch.setattr(time, "time", lambda: now + 7200)  # this machine's clock is wrong
+    run(home, *ONE_RUN, "--status")
+    line = capsys.readouterr().out.splitlines()[1]
+    assert re.search(f"running .* job 71{note}$", line), line
+    os.utime(one.folder / "log.txt")  # it has just begun again
+    run(home, *ONE_RUN, "--status")
+    assert "no step" not in capsys.readouterr().out
+    claim.release()
