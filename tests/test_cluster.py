@@ -1,4 +1,5 @@
 """Submitting to a cluster and its jobs, with a stand-in for Slurm's commands on the PATH."""
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 
 from harness.claim import Claim
 from harness.errors import TrainingError
@@ -202,7 +204,6 @@ def test_an_outer_job_s_and_the_user_s_options_do_not_reach_slurm(
 
 def test_a_job_listens_to_the_printed_signal_whatever_the_environment_says(
         slurm, home, monkeypatch, capsys):
-    import submitit
     monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR1")  # as when it is imported
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     run(home, *SUBMIT, *ONE_RUN, "--dry-run")
@@ -253,6 +254,25 @@ def test_a_grid_above_the_site_s_largest_array_is_several(limit, waits, slurm, h
 
 
 # ---- what goes wrong
+
+@pytest.mark.parametrize("where, what", [
+    (Path, "write_bytes"), (os, "fsync"), (submitit.core.utils.DelayedSubmission, "dump")])
+def test_a_full_disk_at_submission_names_a_file_and_loses_nothing(
+        where, what, slurm, home, monkeypatch):
+    one = runs_of(home)[0]
+    one.folder.mkdir(parents=True)
+    (one.folder / "error.txt").write_text("why it failed\n")
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(where, what, fails)
+    with pytest.raises(SystemExit) as stop:
+        run(home, *SUBMIT, *ONE_RUN)
+    assert re.match(rf"tiny_experiment.py: error: {home}/runs/\S+: No space left on device",
+                    str(stop.value))
+    assert read_error(one.folder) == "why it failed" and not (slurm / "jobs").exists()
+    assert not list((home / "runs").glob("code/.*"))
+
 
 def test_a_job_that_restarts_without_progress_ends_and_says_what_to_raise(
         slurm, home, monkeypatch):
