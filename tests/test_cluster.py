@@ -148,6 +148,25 @@ def test_a_job_that_imports_the_code_of_elsewhere_is_refused(tmp_path):
         copy.check()
 
 
+def test_the_checkout_of_another_user_is_copied_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    assert "train.py" in copy_code(tmp_path, allow_dirty=True).digests
+
+
+def test_what_is_written_is_the_group_s_too_where_the_umask_says_so(slurm, home):
+    before = os.umask(0o002)
+    try:
+        run(home, *SUBMIT, *ONE_RUN)
+        run(home, *ONE_RUN)
+    finally:
+        os.umask(before)
+    paths = [home, *home.rglob("*")]
+    assert {"done.json", "checkpoint.pt", "submit.lock", "71_submitted.pkl", "train.py",
+            "tiny_experiment_smoke.shard-1-of-3.csv"} <= {path.name for path in paths}
+    assert [path for path in paths if not path.stat().st_mode & stat.S_IWGRP] == []
+
+
 # ---- what sbatch is given
 
 def test_in_a_folder_with_a_space_and_a_quote_a_killed_job_is_requeued(slurm, home):
