@@ -303,35 +303,23 @@ def test_a_job_that_restarts_without_progress_ends_and_says_what_to_raise(
     one.folder.mkdir(parents=True)
     metrics = one.folder / "metrics.csv"
 
-    def restarts(step):
-        """Start at this step until it is refused; returns the number of starts that were not."""
-        metrics.write_text(f"{step},8,5.0,1.0,0.01,1.0\n")
+    def starts(*steps):
+        """Start at each of these steps; the number of starts that were not refused."""
         job = TrainJob(one, Place(), None, (5, 200))
-        for count in range(10):
+        for count, step in enumerate(steps):
+            metrics.write_text(f"{step},8,5.0,1.0,0.01,1.0\n")
             try:
                 job._refuse_to_go_round()
             except TrainingError as error:
                 assert " restarts in a row brought no new step" in str(error)
                 assert "raise --timeout-min (now 5, the last 200 s of it" in str(error)
                 return count
-    assert restarts(step=10) == 3  # the first and two more
-    assert restarts(step=9) == 0
-    assert restarts(step=11) == 3
+        return len(steps)
+    assert starts(0, 10, 10, 10, 11, 11, 11, 11) == 7
+    assert starts(11) == 0
+    assert starts(20, 18, 19, 20) == 3  # what a kill lost and was done again is nothing new
     (home / "restarts_71.json").write_text("[1")
-    assert restarts(step=11) == 3
-
-
-def test_an_error_of_before_stays_until_the_run_is_submitted_again(slurm, home):
-    one = runs_of(home)[0]
-    one.folder.mkdir(parents=True)
-    (one.folder / "error.txt").write_text("why it failed\n")
-    (slurm / "refuse").touch()
-    with pytest.raises(SystemExit, match="sbatch refuses"):
-        run(home, *SUBMIT, *ONE_RUN)
-    assert read_error(one.folder) == "why it failed"
-    (slurm / "refuse").unlink()
-    run(home, *SUBMIT, *ONE_RUN)
-    assert read_error(one.folder) is None
+    assert starts(20, 20, 20, 20) == 3
 
 
 @pytest.mark.parametrize("age_s, step_s, note", [(50, 1, ""), (300, 1, r", no step for 3\d\d s"),
