@@ -147,9 +147,10 @@ def check_slurm():
     except ImportError:
         raise ClusterError("--cluster slurm needs the package submitit: pip install -r "
                            "requirements.txt") from None
-    if not shutil.which("sbatch"):
-        raise ClusterError("--cluster slurm: no sbatch on the PATH: run this where jobs are "
-                           "submitted, or use --cluster local")
+    for name in ("sbatch", "srun"):
+        if not shutil.which(name):
+            raise ClusterError(f"--cluster slurm: no {name} on the PATH: run this where jobs are "
+                               "submitted, or use --cluster local")
     _slurm("sinfo", "--noheader")
 
 

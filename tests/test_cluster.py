@@ -17,7 +17,7 @@ from harness.claim import Claim
 from harness.errors import TrainingError
 from harness.place import Place
 from harness.run_folder import read_error
-from sweeps import cluster, sweep
+from sweeps import cluster, code_copy, sweep
 from sweeps.code_copy import copy_code
 from sweeps.grid import make_runs
 from sweeps.job import TrainJob
@@ -55,7 +55,15 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name in cluster._slurm_variables():
         monkeypatch.delenv(name)
+    few_files(monkeypatch)
     return folder
+
+
+def few_files(monkeypatch):
+    """Copies of the code without the images and weights in it: they take time."""
+    contents = code_copy._read_code()
+    few = {name: content for name, content in contents.items() if name.endswith(".py")}
+    monkeypatch.setattr(code_copy, "_read_code", lambda: dict(few))
 
 
 @pytest.fixture
@@ -111,7 +119,8 @@ ALTERATIONS = {
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
-def test_an_altered_copy_of_the_code_is_not_used_again(name, tmp_path, capsys):
+def test_an_altered_copy_of_the_code_is_not_used_again(name, tmp_path, monkeypatch, capsys):
+    few_files(monkeypatch)
     first = copy_code(tmp_path, allow_dirty=True)
     assert copy_code(tmp_path, allow_dirty=True) == first
     ALTERATIONS[name](first.folder)
