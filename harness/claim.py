@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 from harness.errors import BusyError, TrainingError
-from harness.files import locked, read_json, remove_leftovers
+from harness.files import locked, read_json, remove_leftovers, time_there
 
 CLAIM_NAME = "claim.json"
 HEARTBEAT_S, DEAD_AFTER_S = 10, 60
@@ -37,7 +37,7 @@ class Claim:
         while (holder := self._try()) is not None:
             if time.monotonic() >= end:
                 raise BusyError(f"{self.run_dir}: another process is at this run "
-                                f"({describe(holder)}): wait for it to end")
+                                f"({describe(holder, self.run_dir)}): wait for it to end")
             time.sleep(min(1, wait_s / 10))
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._beating.start()
@@ -53,7 +53,7 @@ class Claim:
                     os.link(temporary, self.path)
                 except FileExistsError:
                     holder = read_claim(self.run_dir)
-                    if holder and not is_dead(holder, temporary.stat().st_mtime):
+                    if holder and not is_dead(holder, self.run_dir):
                         return holder
                     os.replace(temporary, self.path)
                 remove_leftovers(self.run_dir)
@@ -76,8 +76,9 @@ class Claim:
         """Raise BusyError if another process took over: this one stood still, or was cut off."""
         holder = read_claim(self.run_dir)
         if not holder or holder["token"] != self.ours["token"]:
-            raise BusyError(f"{self.run_dir}: taken over by another process ({describe(holder)}) "
-                            "while this one did not answer: nothing more was written")
+            raise BusyError(f"{self.run_dir}: taken over by another process "
+                            f"({describe(holder, self.run_dir)}) while this one did not answer: "
+                            "nothing more was written")
 
     def release(self):
         if self._beating:
@@ -102,25 +103,27 @@ def read_claim(run_dir):
         return {**unknown, "beat": beat}
 
 
-def is_dead(holder, now):
-    """Whether the holder of a claim is dead.
-
-    now: the time by the clock that heartbeats have, the file server's.
-    """
+def is_dead(holder, run_dir):
+    """Whether the holder of a run folder's claim is dead."""
     if holder["machine"] and holder["machine"] == this_machine():
         return holder["started"] is None or process_started(holder["pid"]) != holder["started"]
-    return abs(now - holder["beat"]) > DEAD_AFTER_S
+    return abs(silent_s(holder, run_dir)) > DEAD_AFTER_S
 
 
-def describe(holder):
+def silent_s(holder, run_dir):
+    """Seconds since a claim's last heartbeat, by the clock that heartbeats have."""
+    return time_there(Path(run_dir)) - holder["beat"]
+
+
+def describe(holder, run_dir):
     if holder is None:
         return "its claim is gone"
     text = f"process {holder['pid']} on {holder['host']}"
     if holder["job"]:
         text += f", job {holder['job']}"
     if holder["machine"] != this_machine():
-        silent_s = max(0, time.time() - holder["beat"])
-        text += f", last heard of {silent_s:.0f} s ago; it counts as dead after {DEAD_AFTER_S}"
+        text += (f", last heard of {max(0, silent_s(holder, run_dir)):.0f} s ago; it counts as "
+                 f"dead after {DEAD_AFTER_S}")
     return text
 
 

@@ -23,6 +23,10 @@ class DataError(UserError, ValueError):
     """An image set that is missing, damaged or not what was asked for."""
 
 
+class ClusterError(UserError, RuntimeError):
+    """What a cluster cannot do, or is not to."""
+
+
 class NonFiniteError(TrainingError, ValueError):
     """A loss, a gradient or a measured number that is not finite: the run's own fault."""
 

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAM
 from harness.claim import Claim, is_dead, read_claim
 from harness.errors import (BusyError, CheckpointError, TrainingError, one_line, printable,
                             short)
-from harness.files import named_in_errors, open_regular, read_bytes, read_json, write_atomically
+from harness.files import (named_in_errors, open_regular, read_bytes, read_json, time_there,
+                           write_atomically)
 from harness.machine import outside_errors
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
@@ -161,7 +161,21 @@ def refuse_changes(where, record, config):
 def is_running(run_dir):
     """Whether a process is at a run now."""
     holder = read_claim(run_dir)
-    return holder is not None and not is_dead(holder, time.time())
+    return holder is not None and not is_dead(holder, run_dir)
+
+
+def seconds_without_line(run_dir):
+    """How long the process at a run has written no line of metrics.csv or log.txt.
+
+    0 where there is none, or it has just begun.
+    """
+    written = []
+    for name in (METRICS_NAME, LOG_NAME):
+        with contextlib.suppress(OSError):
+            written.append((Path(run_dir) / name).stat().st_mtime)
+    if not written or read_claim(run_dir) is None:
+        return 0.0
+    return time_there(Path(run_dir)) - max(written)
 
 
 def read_done(run_dir, config=None):

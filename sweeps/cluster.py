@@ -5,28 +5,21 @@ Jobs run a copy of the code, made when they are submitted, and may be preempted,
 requeued: train() goes on.
 """
 import contextlib
-import dataclasses
-import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import time
 import uuid
 from pathlib import Path
 
-from harness import distributed
-from harness.claim import DEAD_AFTER_S
-from harness.errors import BusyError, TrainingError, UserError, one_line
-from harness.files import write_atomically
-from harness.machine import COMMIT_FILE, ROOT, code_version
-from harness.run_folder import ERROR_NAME, read_progress, record_error
-from harness.signals import Signals
-from recipe import TrainConfig
-from train import train
+from harness.errors import ClusterError, one_line
+from harness.files import named_in_errors, write_atomically
+from harness.run_folder import ERROR_NAME
+from sweeps.code_copy import copy_code
+from sweeps.job import TrainJob
 
 JOB_NAME = "job.json"
 KILLS = 3  # how often a job whose process was killed goes on by itself
@@ -34,8 +27,15 @@ KILLS = 3  # how often a job whose process was killed goes on by itself
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED",
            "RESIZING")
 # Options of sbatch that this program needs for itself
-OURS = ("array", "chdir", "error", "job-name", "mem-gb", "open-mode", "output", "requeue",
-        "timeout-min")
+OURS = ("array", "chdir", "error", "job-name", "mem-gb", "no-requeue", "open-mode", "output",
+        "parsable", "quiet", "requeue", "signal", "test-only", "timeout-min", "wait", "wrap")
+# Settings that are no options of sbatch
+IN_SCRIPT = ("additional_parameters", "setup", "signal_delay_s", "srun_args")
+# Variables that these commands take for options: of the job that this may be in, or of the user's.
+# They would come before what this program says.
+OF_SLURM = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
+KEPT = ("SLURM_CONF", "SLURM_JWT")  # which Slurm, and the key to it
+SIGNAL = "USR2"  # that a job's time is up; NCCL may catch USR1
 FLAGS = {
     "partition": (str, "NAME", "Slurm partition"),
     "account": (str, "NAME", "Slurm account"),
@@ -52,23 +52,24 @@ FLAGS = {
     "max-parallel": (int, "N", "runs at a time (default: all)")}
 
 
-class ClusterError(UserError, RuntimeError):
-    """What the cluster cannot do, in one line."""
-
-
 def add_cluster_flags(parser):
     """The flags of --cluster slurm: no default names a site's partition, account or the like."""
     for name, (kind, metavar, help) in FLAGS.items():
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=help)
-    parser.add_argument("--slurm", action="append", metavar="KEY=VALUE",
-                        help="any other option of sbatch, like exclude=node7 (may be repeated)")
+    for name, metavar, help in (
+            ("slurm", "KEY[=VALUE]", "any other option of sbatch, like exclude=node7 or exclusive"),
+            ("srun-arg", "KEY[=VALUE]", "an option of srun, like container-image=IMAGE"),
+            ("setup", "LINE", "a line of the job's script before the program, like 'module load "
+                              "cuda'")):
+        parser.add_argument(f"--{name}", action="append", metavar=metavar,
+                            help=f"{help} (may be repeated)")
     parser.add_argument("--allow-dirty", action="store_true",
                         help="submit code with changes that are not committed")
 
 
 def given_cluster_flags(flags):
     """The names of those of these flags that were given."""
-    return [f"--{name}" for name in (*FLAGS, "slurm", "allow-dirty")
+    return [f"--{name}" for name in (*FLAGS, "slurm", "srun-arg", "setup", "allow-dirty")
             if getattr(flags, name.replace("-", "_")) not in (None, False)]
 
 
@@ -84,134 +85,60 @@ def sbatch_settings(flags, threads):
                 "constraint": flags.constraint, "nodes": flags.nodes or 1,
                 "gpus_per_node": flags.gpus_per_node, "ntasks_per_node": tasks,
                 "cpus_per_task": flags.cpus_per_task or threads,
-                "mem": flags.mem_gb and f"{round(flags.mem_gb * 1024)}M", "time": minutes,
-                # before the limit, in which a step and a checkpoint must fit
-                "signal_delay_s": min(120, minutes * 10)}
+                "mem": flags.mem_gb and f"{round(flags.mem_gb * 1024)}M", "time": minutes}
     more = dict(_sbatch_option(text, settings) for text in flags.slurm or ())
-    delay = more.pop("signal-delay-s", settings["signal_delay_s"])
+    # before the limit, in which a step and a checkpoint must fit
+    delay = more.pop("signal-delay-s", min(120, minutes * 10))
     if not str(delay).isdigit():
         raise ValueError(f"--slurm signal-delay-s={delay}: must be a number of seconds")
     if int(delay) >= 60 * minutes:
         raise ValueError(f"--slurm signal_delay_s={delay}: must be below the time limit")
-    settings["signal_delay_s"] = int(delay)
     given = {name: value for name, value in settings.items() if value is not None}
-    return given | {"additional_parameters": more}
+    options = {"signal": f"{SIGNAL}@{delay}", "requeue": True, "open-mode": "append"}
+    return given | {
+        "wckey": None, "signal_delay_s": int(delay), "additional_parameters": options | more,
+        # the requeue after a kill comes after an error, and submitit believes the environment
+        "setup": [*(flags.setup or ()), "set +e", f"export SUBMITIT_PREEMPT_SIGNAL={SIGNAL}"],
+        # one process lost is all lost; and since Slurm 22.05 srun does not take over sbatch's CPUs
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={flags.cpus_per_task or threads}",
+                      *map(_srun_option, flags.srun_arg or ())]}
 
 
 def _sbatch_option(text, settings):
-    """"exclude=node7" -> ("exclude", "node7"). Raises ValueError."""
+    """"exclude=node7" -> ("exclude", "node7"), "exclusive" -> ("exclusive", True).
+
+    Raises ValueError.
+    """
     key, equals, value = text.partition("=")
     key = key.strip("-").replace("_", "-")
-    if not (key and equals):
-        raise ValueError(f"--slurm {text}: must be KEY=VALUE, like exclude=node7")
-    is_setting = key.replace("-", "_") in settings and key != "signal-delay-s"
-    if key in OURS or is_setting:
+    if not key or equals and not value:
+        raise ValueError(f"--slurm {text}: must be KEY=VALUE or KEY, like exclude=node7")
+    if key in OURS or key.replace("-", "_") in settings:
         raise ValueError(f"--slurm {text}: {key} is set by this program, or has a flag of its own")
-    return key, value
+    return key, value if equals else True
+
+
+def _srun_option(text):
+    """"mpi=none" or "--mpi=none" -> "--mpi=none"."""
+    return text if text.startswith("-") else f"--{text}"
 
 
 def print_settings(settings, num_runs, max_parallel):
-    """The settings as sbatch's options."""
-    options = {name: value for name, value in settings.items()
-               if name not in ("additional_parameters", "signal_delay_s")}
-    options |= {"signal": f"USR2@{settings['signal_delay_s']}", "requeue": None,
-                **settings["additional_parameters"],
-                "array": f"0-{num_runs - 1}%{min(max_parallel or num_runs, num_runs)}"}
-    words = ["sbatch"]
-    for name, value in options.items():
-        words.append(f"--{name.replace('_', '-')}" + ("" if value is None else f"={value}"))
-    print(" ".join(words))
-
-
-# ---- what runs on a node
-
-class TrainJob:
-    """One run as a job of submitit: train() in each process.
-
-    Requeued when the time is up or another job comes.
-    """
-
-    def __init__(self, run, place, minutes):
-        self.config, self.run_dir = run.config.to_dict(), str(run.folder.absolute())
-        self.init_from = run.init_from and str(run.init_from.absolute())
-        self.place = dataclasses.replace(place, wait_s=2 * DEAD_AFTER_S)
-        self.minutes = minutes
-
-    def checkpoint(self):
-        """What submitit submits again: the run's state is in its folder."""
-        import submitit
-        return submitit.helpers.DelayedSubmission(self)
-
-    def __call__(self):
-        is_first = self._join()
-        requeue = signal.getsignal(signal.SIGUSR2)  # submitit's: calls checkpoint, requeues, ends
-        before, begun, signals = read_progress(self.run_dir)[0], time.monotonic(), Signals()
-        try:
-            # SIGTERM comes before a preemption or a cancellation: the time left is unknown, and
-            # Slurm will requeue
-            with signals.on(stop=[signal.SIGUSR2], save=[signal.SIGTERM]):
-                result = train(TrainConfig.from_dict(self.config), self.run_dir, place=self.place,
-                               init_from=self.init_from, signals=signals, quiet=True)
-            if "bits_per_dim" in result:
-                distributed.leave()
-                return result["bits_per_dim"]
-            is_slow = result["step"] <= before and time.monotonic() - begun > 30 * self.minutes
-            if is_first and is_slow:
-                raise TrainingError(f"no step was done in {self.minutes} minutes: raise "
-                                    "--timeout-min")
-        except Exception as error:
-            if is_first and not isinstance(error, BusyError):
-                record_error(self.run_dir, error)  # where it came before train() had the folder
-            if not isinstance(error, (RuntimeError, ValueError, OSError)):
-                raise
-            sys.exit(f"error: {one_line(error)}")
-        if is_first:
-            requeue(signal.SIGUSR2, None)
-
-    def _join(self):
-        """Find the other processes of the run; returns whether this is the first of them."""
-        import submitit
-        # a port of its own for each restart: a process that was cut off may still hold the last one
-        attempt = f"{os.environ['SLURM_JOB_ID']} {os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        digest = int(hashlib.sha256(attempt.encode()).hexdigest(), 16)
-        os.environ["MASTER_PORT"] = str(20000 + digest % 12000)
-        processes = submitit.helpers.TorchDistributedEnvironment()
-        return processes.export(set_cuda_visible_devices=False, overwrite=True).rank == 0
+    """What sbatch and srun are given; sbatch but for paths and a name for each submission."""
+    options = {name.replace("_", "-"): value for name, value in settings.items()
+               if name not in IN_SCRIPT and value is not None}
+    options |= settings["additional_parameters"]
+    _tell_ignored()
+    for size in _array_sizes(num_runs):
+        array = {"array": f"0-{size - 1}%{min(max_parallel or size, size)}"} if size > 1 else {}
+        words = [f"--{name}" if value is True else f"--{name}={value}"
+                 for name, value in (options | array).items()]
+        print(shlex.join(["sbatch", *words]))
+    srun = shlex.join(["srun", *settings["srun_args"]])
+    print("with the script: " + "; ".join([*settings["setup"], srun]))
 
 
 # ---- submitting
-
-def copy_code(folder, allow_dirty):
-    """The folder of a copy of this code, made where there is none: jobs run what was submitted."""
-    version = code_version()
-    commit, is_dirty = version["git_commit"], version["git_dirty"]
-    if not commit:
-        raise ClusterError(f"{ROOT} is no git checkout: jobs run a commit, so that a result can "
-                           "name it")
-    if is_dirty and not allow_dirty:
-        raise ClusterError("the code has changes that are not committed: commit them, or give "
-                           "--allow-dirty and have the results say so")
-    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file()
-                   and not name.startswith(("results/", "paper_figures/out/", "tests/")))
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}\0".encode() + (ROOT / name).read_bytes())
-    tree, dirty = ("dirty", "-dirty") if is_dirty else ("clean", "")
-    copy = folder / f"{commit[:12]}{dirty}-{digest.hexdigest()[:8]}"
-    if not copy.exists():
-        begun = folder / f".{uuid.uuid4().hex}"
-        for name in names:
-            (begun / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, begun / name)
-        (begun / COMMIT_FILE.name).write_text(json.dumps([commit, tree]))
-        try:
-            begun.rename(copy)
-        except OSError:  # another process was first
-            shutil.rmtree(begun)
-    return copy
-
 
 def check_slurm():
     """Raise ClusterError where there is no Slurm that answers."""
@@ -220,60 +147,121 @@ def check_slurm():
     except ImportError:
         raise ClusterError("--cluster slurm needs the package submitit: pip install -r "
                            "requirements.txt") from None
-    if not shutil.which("sbatch"):
-        raise ClusterError("--cluster slurm: no sbatch on the PATH: run this where jobs are "
-                           "submitted, or use --cluster local")
+    for name in ("sbatch", "srun"):
+        if not shutil.which(name):
+            raise ClusterError(f"--cluster slurm: no {name} on the PATH: run this where jobs are "
+                               "submitted, or use --cluster local")
     _slurm("sinfo", "--noheader")
 
 
 def submit(runs, name, settings, place, folder, max_parallel, allow_dirty, after=None):
-    """Submit runs as one job array; returns its id. folder: of the experiment's runs.
+    """Submit runs as a job array, or several where the site allows no such large one.
 
-    after: id of the job that has to end before: its run trains the weights that these begin with.
+    Returns their ids. folder: of the experiment's runs. after: id of the job that has to end
+    before: its run trains the weights that these begin with.
     """
-    import submitit
-    code = copy_code(folder.parent / "code", allow_dirty)
-    name = f"{name}-{uuid.uuid4().hex[:8]}"
     logs = folder / "slurm"
-    # the end of its time is no failure
-    executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=10 ** 6)
-    extra = {"chdir": str(code), "requeue": True} | settings["additional_parameters"]
-    if after:
-        extra["dependency"] = ",".join(filter(None, (extra.get("dependency"), f"afterany:{after}")))
-    executor.update_parameters(
-        **settings | {"additional_parameters": extra}, job_name=name,
-        array_parallelism=max_parallel or len(runs),
-        # one process lost is all lost; and since Slurm 22.05 srun does not take over sbatch's CPUs
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={settings['cpus_per_task']}"],
-        teardown=requeue_killed(logs))
+    if re.search(r"[%\\\n]", str(logs)):
+        raise ClusterError(f"{folder}: Slurm reads %, \\ and line ends in a path as something "
+                           "else: give another --runs-dir")
+    _tell_ignored()
+    code = copy_code(folder.parent / "code", allow_dirty)
+    limits, jobs, first = (settings["time"], settings["signal_delay_s"]), [], 0
+    for size in _array_sizes(len(runs)):
+        group = runs[first:first + size]
+        first += size
+        calls = [TrainJob(run, place, code, limits) for run in group]
+        more = {"chdir": str(code.folder)} | settings["additional_parameters"]
+        # arrays with a limit of runs at a time come one after the other, or it would not hold
+        awaited = [after, *(jobs[-1:] if max_parallel else ())]
+        conditions = [more.get("dependency"), *(f"afterany:{job}" for job in awaited if job)]
+        if dependency := ",".join(filter(None, conditions)):
+            more["dependency"] = dependency
+        parameters = settings | {"additional_parameters": more,
+                                 "array_parallelism": max_parallel or size}
+        jobs.append(_submit_array(group, calls, name, parameters, logs))
+    return jobs
+
+
+def _submit_array(runs, calls, name, settings, logs):
+    """Submit one array; returns its id. calls: what a job of each run does."""
+    import submitit
+    name = f"{name}-{uuid.uuid4().hex[:8]}"
+    with named_in_errors(logs):
+        # the end of its time is no failure
+        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=10 ** 6)
+    executor.update_parameters(**settings, job_name=name, teardown=requeue_killed(logs))
     note = {"name": name, "job": None, "logs": str(logs)}
     for index, run in enumerate(runs):  # before: a submission cut short is known by its name
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / ERROR_NAME).unlink(missing_ok=True)
         write_atomically(run.folder / JOB_NAME, json.dumps(note | {"index": index}))
+    errors = {path: path.stat().st_mtime_ns for run in runs
+              if (path := run.folder / ERROR_NAME).exists()}
     try:
         # submitit prints what sbatch says, too
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            jobs = [executor.submit(TrainJob(run, place, settings["time"])) for run in runs]
+        with (named_in_errors(logs), _without_slurm_variables(),
+              contextlib.redirect_stderr(io.StringIO()), executor.batch()):
+            jobs = [executor.submit(call) for call in calls]
     except submitit.core.utils.FailedJobError as error:
         for run in runs:
             (run.folder / JOB_NAME).unlink()
         reason = "; ".join(str(error).replace("sbatch: error: ", "").strip().splitlines())
         raise ClusterError(f"sbatch refuses: {reason}") from None
+    except submitit.core.utils.FailedSubmissionError as error:
+        raise ClusterError(f"{one_line(error)}: squeue --name={name} shows whether it was "
+                           "submitted") from None
+    for path, written in errors.items():  # why it failed before, unless it has failed again
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime_ns == written:
+                path.unlink()
     for index, (run, job) in enumerate(zip(runs, jobs)):
         job_json = json.dumps(note | {"index": index, "job": job.job_id})
         write_atomically(run.folder / JOB_NAME, job_json)
     return jobs[0].job_id.split("_")[0]
 
 
+def _array_sizes(num_runs):
+    """The sizes of the arrays for so many runs: this site's largest, and a last one."""
+    largest = num_runs
+    with contextlib.suppress(ClusterError):  # nobody to ask: --dry-run on a laptop
+        config = _slurm("scontrol", "show", "config")
+        if found := re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.M):
+            largest = max(1, int(found[1]))
+    return [min(largest, num_runs - first) for first in range(0, num_runs, largest)]
+
+
+def _slurm_variables():
+    """The variables in the environment that Slurm's commands would take for options."""
+    return [name for name in os.environ if name.startswith(OF_SLURM) and name not in KEPT]
+
+
+def _tell_ignored():
+    """Say which of the user's own options in the environment are not used."""
+    names = [name for name in _slurm_variables() if name.startswith("SBATCH_")]
+    if names and "SLURM_JOB_ID" not in os.environ:  # else they are an outer job's
+        print(f"not given to sbatch: {', '.join(names)}: give the options as flags, or with "
+              "--slurm KEY=VALUE")
+
+
+@contextlib.contextmanager
+def _without_slurm_variables():
+    """Within, the environment is as it would be outside of any job."""
+    taken = {name: os.environ.pop(name) for name in _slurm_variables()}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
 def requeue_killed(logs):
     """Lines of a job's script: one whose process was killed is requeued, KILLS times."""
-    killed = f"{logs}/killed_${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}_${{SLURM_ARRAY_TASK_ID:-0}}"
     job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    name = "killed_${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}"
     return ["code=$?",
+            f"killed={shlex.quote(str(logs))}/{name}",
             "# 137, 140, 143: a process was killed; go on from the last checkpoint, a few times",
-            f"[[ $code =~ ^(137|140|143)$ ]] && echo $code >>{killed} &&",
-            f"  [ $(wc -l <{killed}) -le {KILLS} ] &&",
+            '[[ $code =~ ^(137|140|143)$ ]] && echo $code >>"$killed" &&',
+            f'  [ $(wc -l <"$killed") -le {KILLS} ] &&',
             f"  scontrol requeue {job} &&", "  sleep 60", "exit $code"]
 
 
@@ -336,7 +324,8 @@ def cancel(runs):
 def _slurm(*command):
     """The output of a command of Slurm's. Raises ClusterError in one line."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        with _without_slurm_variables():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise ClusterError(f"no {command[0]} on the PATH, and some of these runs were submitted to "
                            "Slurm: run this where jobs are submitted") from None

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -297,8 +298,8 @@ def submit_in_order(sweep, todo, place):
                   "whose weights they begin with, is being trained here: give the same command "
                   "when it is done")
             continue
-        jobs.append(cluster.submit(group, sweep.name, sweep.settings, place, sweep.runs_dir,
-                                   flags.max_parallel, flags.allow_dirty, job and job["job"]))
+        jobs += cluster.submit(group, sweep.name, sweep.settings, place, sweep.runs_dir,
+                               flags.max_parallel, flags.allow_dirty, job and job["job"])
         count += len(group)
     return jobs, count
 
@@ -310,13 +311,14 @@ def awaited(run):
 
 def same_command(flags):
     """The command line that means the same runs."""
-    defaults = {"scale": "smoke", "seeds": 1, "precision": None, "shard": None,
-                **{f"{name}_dir": ROOT / default for name, default in DIRS.items()}}
-    words = ["python", sys.argv[0]]
-    for name, default in defaults.items():
-        if (value := getattr(flags, name)) != default:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return " ".join(words)
+    defaults = {"scale": "smoke", "seeds": 1, "precision": None, "shard": None}
+    given = {name: getattr(flags, name) for name, default in defaults.items()
+             if getattr(flags, name) != default}
+    for name, default in DIRS.items():
+        if (folder := getattr(flags, f"{name}_dir").absolute()) != ROOT / default:
+            given[f"{name}-dir"] = folder
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", sys.argv[0], *words])
 
 
 # ---- collect

@@ -9,8 +9,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from harness.errors import TrainingError
-from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error,
-                                read_progress)
+from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_progress,
+                                seconds_without_line)
 from sweeps import cluster
 
 STATES = ("done", "running", "queued", "failed", "cancelled", "stopped", "new")  # in this order
@@ -48,8 +48,10 @@ def _status(run, entry):
     known = {"step": step, "bits_per_dim": f"{bits:.3f} (batch)" if step else ""}
     if is_running(folder) or entry and entry[0] in cluster.RUNNING:
         left_s = (total - step) * seconds / step if step else None
-        note = f"job {entry[2]}" if entry else ""
-        return Status(state="running", left_s=left_s, note=note, **known)
+        notes = [f"job {entry[2]}"] if entry else []
+        if (silent_s := seconds_without_line(folder)) > max(60, 5 * seconds / max(1, step)):
+            notes.append(f"no step for {silent_s:.0f} s")
+        return Status(state="running", left_s=left_s, note=", ".join(notes), **known)
     if entry:
         reason = "" if entry[1] == "None" else f" ({entry[1]})"
         return Status(state="queued", note=f"job {entry[2]}{reason}", **known)

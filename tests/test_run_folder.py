@@ -118,6 +118,20 @@ def test_a_claim_is_taken_over_from_the_dead_alone(tmp_path, changes, age_s, tak
         assert read_claim(tmp_path)["token"] == "x"
 
 
+@pytest.mark.parametrize("skew_s", [-7200, 7200])
+def test_claims_are_judged_by_the_clock_of_the_files_not_of_this_machine(
+        tmp_path, monkeypatch, skew_s):
+    held(tmp_path, machine="another")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + skew_s)
+    assert is_running(tmp_path)
+    with pytest.raises(BusyError, match=r"last heard of \d s ago"):
+        Claim(tmp_path).take()
+    os.utime(tmp_path / "claim.json", (now() - 75,) * 2)
+    assert not is_running(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "\0" * 50, '{"host": "a"}'])
 def test_a_torn_claim_is_taken_over_once_it_is_old(tmp_path, content):
     (tmp_path / "claim.json").write_text(content)

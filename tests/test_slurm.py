@@ -22,8 +22,9 @@ import torch
 
 from harness.checkpoint import read_tensors
 from harness.claim import read_claim
+from harness.errors import ClusterError
 from harness.run_folder import read_progress
-from sweeps import cluster, sweep
+from sweeps import cluster, code_copy, sweep
 from sweeps.grid import make_runs
 
 TESTS = Path(__file__).parent
@@ -32,7 +33,10 @@ import tiny_experiment
 
 SMALL = ("--scale", "small")
 LIMIT_S = 240  # for one thing to happen; on idle cores all of it takes less
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+# as in a job of another cluster, with options that would break each of these jobs
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "SUBMITIT_PREEMPT_SIGNAL": "USR1", "SBATCH_PARTITION": "nowhere",
+    "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1", "SQUEUE_PARTITION": "nowhere"}
 SUBMIT = ("--cluster", "slurm", "--allow-dirty", "--threads", "1", "--checkpoint-every-s", "1")
 
 
@@ -43,7 +47,7 @@ def command(folder, *flags, root=TESTS.parent):
 
 def tiny(folder, *flags, code=0, **options):
     """What a command of the experiment prints, in a process of its own, as a user would run it."""
-    done = subprocess.run(command(folder, *flags, **options), cwd=folder, env=ONE_THREAD,
+    done = subprocess.run(command(folder, *flags, **options), cwd=folder, env=ENVIRONMENT,
                           capture_output=True, text=True, timeout=LIMIT_S)
     said = done.stdout + done.stderr
     assert done.returncode == code, f"{' '.join(flags)}: exit code {done.returncode}\n{said}"
@@ -132,7 +136,7 @@ def base(tmp_path_factory):
         is_missing = isinstance(error, FileNotFoundError)
         reason = "there is no sinfo on the PATH" if is_missing else "sinfo gets no answer"
         pytest.skip(f"no Slurm here: {reason}")
-    base = tmp_path_factory.mktemp("slurm")
+    base = tmp_path_factory.mktemp("it's Slurm ")
     yield base
     for path in base.rglob("job.json"):
         subprocess.run(["scancel", f"--name={json.loads(path.read_text())['name']}"], timeout=60)
@@ -155,7 +159,7 @@ def urgent(base):
 def local(base):
     """The same runs without Slurm and unbroken, begun now: a function that waits for them."""
     flags = ("--threads", "1")
-    runs = [subprocess.Popen(command(base / "local", *more), env=ONE_THREAD,
+    runs = [subprocess.Popen(command(base / "local", *more), env=ENVIRONMENT,
                              stdout=subprocess.DEVNULL)
             for more in ((*flags, *SMALL), (*flags, "--seeds", "2"))]
 
@@ -247,7 +251,7 @@ def whole_sweep(folder):
     second = tiny(folder, *flags, *SUBMIT, "--max-parallel", "2")
     job = json.loads((run_folder(folder, "smoke") / "job.json").read_text())
     throttle = slurm("scontrol", "show", "job", job["job"].split("_")[0])
-    running, wait = [], subprocess.Popen(command(folder, *flags, "--wait"), env=ONE_THREAD,
+    running, wait = [], subprocess.Popen(command(folder, *flags, "--wait"), env=ENVIRONMENT,
                                          text=True, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL)
     squeue = ("squeue", "-h", "--array", "--states=running", f"--name={job['name']}")
@@ -448,31 +452,34 @@ def test_without_slurm_nothing_is_run_locally_instead(tmp_path, monkeypatch, cap
 
 def version(monkeypatch, commit, is_dirty):
     code = {"git_commit": commit, "git_dirty": is_dirty}
-    monkeypatch.setattr(cluster, "code_version", lambda: code)
+    monkeypatch.setattr(code_copy, "code_version", lambda: code)
 
 
 def test_changes_that_are_not_committed_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "check_slurm", lambda: None)
     version(monkeypatch, "0123456789abcdef", True)
     assert "commit them, or give --allow-dirty" in refusal(tmp_path, capsys, "--cluster", "slurm")
-    assert cluster.copy_code(tmp_path, allow_dirty=True).name.startswith("0123456789ab-dirty-")
+    copy = code_copy.copy_code(tmp_path, allow_dirty=True).folder
+    assert copy.name.startswith("0123456789ab-dirty-")
 
 
 def test_a_copy_of_the_code_is_made_once_for_each_state_of_it(tmp_path, monkeypatch):
     version(monkeypatch, "0123456789abcdef", False)
-    copy = cluster.copy_code(tmp_path, allow_dirty=False)
-    assert cluster.copy_code(tmp_path, allow_dirty=False) == copy
+    copy = code_copy.copy_code(tmp_path, allow_dirty=False).folder
+    assert code_copy.copy_code(tmp_path, allow_dirty=False).folder == copy
     assert list(tmp_path.iterdir()) == [copy]
     assert (copy / "train.py").read_bytes() == (TESTS.parent / "train.py").read_bytes()
     assert json.loads((copy / ".commit.json").read_text()) == ["0123456789abcdef", "clean"]
     version(monkeypatch, "", None)
-    with pytest.raises(cluster.ClusterError, match="is no git checkout"):
-        cluster.copy_code(tmp_path, allow_dirty=True)
+    with pytest.raises(ClusterError, match="is no git checkout"):
+        code_copy.copy_code(tmp_path, allow_dirty=True)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--partition", "big"], "--partition: only with --cluster slurm"),
-    (["--cluster", "slurm", "--slurm", "exclude"], "--slurm exclude: must be KEY=VALUE"),
+    (["--setup", "module load cuda"], "--setup: only with --cluster slurm"),
+    (["--cluster", "slurm", "--slurm", "exclude="], "--slurm exclude=: must be KEY=VALUE or KEY"),
+    (["--cluster", "slurm", "--slurm", "signal=USR1@60"], "--slurm signal=USR1@60: signal is set"),
     (["--cluster", "slurm", "--slurm", "array=1"], "--slurm array=1: array is set"),
     (["--cluster", "slurm", "--slurm", "time=5"], "--slurm time=5: time is set"),
     (["--cluster", "slurm", "--slurm", "signal-delay-s=soon"], "must be a number of seconds"),
@@ -493,9 +500,9 @@ def test_dry_run_tells_cost_and_settings_and_submits_nothing(tmp_path, monkeypat
         "--timeout-min", "60", "--max-parallel", "2", "--slurm", "exclude=node7")
     out = capsys.readouterr().out
     assert "0.267 GPU-hours to go" in out  # 3 runs of 4,000 steps of 8 images
-    settings = out.splitlines()[-1].split()
+    settings = out.splitlines()[-2].split()
     assert settings[0] == "sbatch" and {
         "--partition=big", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4",
         "--cpus-per-task=1", "--time=60", "--signal=USR2@120", "--requeue",
-        "--exclude=node7", "--array=0-2%2"} == set(settings[1:])
+        "--open-mode=append", "--exclude=node7", "--array=0-2%2"} == set(settings[1:])
     assert list(tmp_path.iterdir()) == []

@@ -429,7 +429,7 @@ def test_debug_runs_one_in_the_foreground_with_its_log(tmp_path, capsys):
 
 
 def test_jobs_run_a_copy_of_the_code_that_knows_its_commit(tmp_path):
-    copy = cluster.copy_code(tmp_path, allow_dirty=True)
+    copy = cluster.copy_code(tmp_path, allow_dirty=True).folder
     said = subprocess.run([sys.executable, "-c", "from harness import machine\n"
                            "from sweeps import cluster\nprint(cluster.__file__, machine.ROOT, "
                            "*machine.code_version().values())"],
@@ -443,11 +443,11 @@ def test_hours_come_from_a_given_speed_or_from_finished_runs(finished, tmp_path,
         "--gpus-per-node", "4", "--partition", "p", "--slurm", "exclude=node7", "--timeout-min",
         "30", "--max-parallel", "2")
     out = capsys.readouterr().out.splitlines()
-    assert out[-2].startswith("8.000 GPU-hours to go")  # 3 runs x 96 images
-    assert "8 processes to a run" in out[-2]
-    assert out[-1] == ("sbatch --partition=p --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 "
-                       "--cpus-per-task=1 --time=30 --signal=USR2@120 --requeue --exclude=node7 "
-                       "--array=0-2%2")
+    assert out[-3].startswith("8.000 GPU-hours to go")  # 3 runs x 96 images
+    assert "8 processes to a run" in out[-3]
+    assert out[-2] == ("sbatch --partition=p --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 "
+                       "--cpus-per-task=1 --time=30 --signal=USR2@120 --requeue "
+                       "--open-mode=append --exclude=node7 --array=0-2%2")
     run(finished, "--seeds", "3", "--dry-run")
     assert re.search(r"[0-9.]+ CPU-process-hours to go, .* \(measured in 6 runs that are done",
                      capsys.readouterr().out)
@@ -580,7 +580,7 @@ def test_dry_run_tells_the_state(finished, tmp_path, capsys):
     (["--cluster", "slurm", "--jobs", "2"], "--jobs 2: only with --cluster local"),
     (["--cluster", "slurm", "--nodes", "0"], "--nodes 0: must be above 0"),
     (["--cluster", "slurm", "--slurm", "array=1"], "array is set by this program"),
-    (["--cluster", "slurm", "--slurm", "x"], "--slurm x: must be KEY=VALUE"),
+    (["--cluster", "slurm", "--slurm", "x="], "--slurm x=: must be KEY=VALUE"),
     (["--cluster", "slurm", "--timeout-min", "1", "--slurm", "signal_delay_s=60"],
      "must be below the time limit")])
 def test_a_users_mistake_is_one_line_and_a_failure(flags, message, tmp_path, capsys):
