@@ -62,7 +62,7 @@ def slurm(tmp_path, monkeypatch):
 def few_files(monkeypatch):
     """Copies of the code without the images and weights in it: they take time."""
     contents = code_copy._read_code()
-    few = {name: content for name, content in contents.items() if name.endswith(".py")}
+    few = {name: content for name, content in contents.items() if name.endswith(".py") or name.startswith("images/")}
     monkeypatch.setattr(code_copy, "_read_code", lambda: dict(few))
 
 
