@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from harness.errors import DataError
+from harness.files import open_regular
 from harness.in_order import in_order
 from harness.machine import free_bytes
 from images.folder import read_manifest
@@ -92,7 +94,7 @@ def load_images(name_or_path, split, root=None):
         if name == "cifar10" and not is_prepared:
             return _load_cifar10(folder, split)
         return _load_folder(folder, split, name)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, split)
     if path.suffix == ".npy":
@@ -192,26 +194,30 @@ def _load_folder(folder, split, name=None):
 
 def _open_array(path):
     """The images of a .npy file, mapped into memory: uint8 (N, H, W, C). Raises DataError."""
-    array = _load(path, mmap_mode="r")
+    array = _map(path)
     is_array = isinstance(array, np.ndarray)
     if not is_array or array.dtype != np.uint8 or array.ndim != 4 or not array.size:
         kind = f"{array.dtype} array of shape {array.shape}" if is_array else "not one array"
         raise DataError(f"data {str(path)!r}: {kind}: must be uint8 (N, H, W, C) and not empty")
+    if array.shape[1] in (1, 3) and array.shape[3] > 4:
+        raise DataError(f"data {str(path)!r}: shape {array.shape}: channels come last, "
+                        "(N, H, W, C): save array.transpose(0, 2, 3, 1)")
     return array
 
 
 def _open_labels(path, count):
     """The labels of a prepared folder: int64 (N,). Raises DataError."""
-    labels = _load(path)
+    labels = _map(path)
     if labels.dtype != np.int64 or labels.shape != (count,):
         raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
                         "the set again")
-    return labels
+    return np.array(labels)
 
 
-def _load(path, **settings):
+def _map(path):
     try:
-        return np.load(path, allow_pickle=False, **settings)
+        os.close(open_regular(path, os.O_RDONLY))
+        return np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
         raise DataError(f"data {str(path)!r}: no such file") from None
     except Exception as error:  # np.load raises nearly everything on damaged files

@@ -20,6 +20,7 @@ CHECKSUMS = {name: sha256 for sha256, name in map(  # of archives and files, whe
     str.split, Path(__file__).with_name("sha256sums").read_text().splitlines())}
 CIFAR10_FILES = {split: {name: CHECKSUMS[name] for name in CHECKSUMS if name.startswith(start)}
                  for split, start in (("train", "data_batch"), ("test", "test_batch"))}
+OWN_SETS = Path(__file__).resolve().parents[1] / "sets"
 MANIFEST, PARTIAL = "manifest.json", "partial"  # in a prepared folder; in one that is being made
 
 
@@ -51,9 +52,11 @@ def fingerprint(array):
 
 
 def sets_root(root=None):
-    """The folder that holds the sets: root, else the environment variable JET_DATA, else None."""
-    root = root or os.environ.get("JET_DATA")
-    return Path(root) if root else None
+    """The folder that holds the sets: root, else the environment variable JET_DATA, else the
+    checkout's own sets/, where there is one; else None. A ~ is the home folder.
+    """
+    root = root or os.environ.get("JET_DATA") or (OWN_SETS if OWN_SETS.is_dir() else None)
+    return Path(root).expanduser() if root else None
 
 
 def find_set(name, root=None):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from data import sets_root
 from harness.errors import TrainingError
 from harness.files import locked, remove_leftovers, write_atomically
 from harness.flags import ArgumentParser, one_line_errors
@@ -263,7 +264,7 @@ def submit(sweep):
     cluster.check_slurm()
     local.check_images(runs, sweep.place)
     place = sweep.place
-    if root := place.data_root or os.environ.get("JET_DATA"):
+    if root := sets_root(place.data_root):  # a job's copy of the code has no sets/
         place = dataclasses.replace(place, data_root=os.path.abspath(root))
     if flags.gpus_per_node and place.device == "auto":
         place = dataclasses.replace(place, device="cuda")  # a node without it fails, and says so

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import threading
 import time
 
@@ -16,6 +17,7 @@ from data import (
     training_batch, training_batches)
 from harness.errors import DataError
 from harness.machine import free_bytes
+from images import sets
 from jet import dequantize, quantize
 
 
@@ -338,3 +340,30 @@ def test_the_parts_of_cifar10_keep_its_order(cifar, monkeypatch):
     assert np.array_equal(part.array, whole.array[np.isin(whole.labels, [0, 1, 8, 9])])
     with pytest.raises(DataError, match="cifar10 .* is needed as the folder"):
         load_images("cifar10-animals", "test")
+
+
+def test_channels_that_come_first_are_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 3, 32, 32), np.uint8))
+    with pytest.raises(DataError, match=r"shape \(4, 3, 32, 32\): channels come last"):
+        load_images(tmp_path / "a.npy", "train")
+
+
+def test_a_pipe_is_no_set_of_images(tmp_path):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(DataError, match="a.npy.*no regular file"):
+        load_images(tmp_path / "a.npy", "train")
+
+
+def test_home_and_the_checkouts_own_sets_are_looked_into(cifar, tmp_path, monkeypatch):
+    monkeypatch.delenv("JET_DATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "a.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    assert load_images("~/a.npy", "train").array.shape == (4, 8, 8, 3)
+    assert sets.sets_root("~/sets") == tmp_path / "sets"
+    monkeypatch.setenv("JET_DATA", "~/elsewhere")
+    assert sets.sets_root() == tmp_path / "elsewhere"
+    monkeypatch.delenv("JET_DATA")
+    monkeypatch.setattr(sets, "OWN_SETS", tmp_path / "own")
+    assert sets.sets_root() is None
+    (tmp_path / "own").mkdir()
+    assert sets.sets_root() == tmp_path / "own"
