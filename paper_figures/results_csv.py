@@ -3,12 +3,15 @@
 results/README.md says what each column means.
 """
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from harness.errors import UserError
+from harness.files import open_regular
 
 WHICH = ("experiment", "scale", "run_id", "seed", "grid_points")
 MEASURED = (
@@ -25,7 +28,9 @@ LIMITS = {  # numbers that every row has, with the least and the most that they 
     "num_images": (1, 1e9), "total_steps": (0, 1e9), "num_params": (1, 1e13),
     "train_flops": (0, 1e30)}
 MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
-TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant")  # never empty
+FINGERPRINTS = ("fingerprint", "train_fingerprint")
+TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant", *FINGERPRINTS)  # not empty
+MAX_HEADER_BYTES = 2 ** 16
 SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
         "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows, if not swept
 
@@ -57,7 +62,11 @@ def read_experiment(path, known):
 def read_csv(path, experiment, **options):
     """What pandas makes of a CSV of an experiment. Raises ResultsError in one line."""
     try:
-        return pd.read_csv(path, keep_default_na=False, **options)
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES:
+                raise ValueError("its header is no list of columns")
+            file.seek(0)
+            return pd.read_csv(file, keep_default_na=False, **options)
     except FileNotFoundError:
         scale = path.stem.rpartition("_")[2] if hasattr(path, "stem") else ""
         hint = f" --scale {scale}" if scale in SCALES else ""
@@ -119,7 +128,7 @@ def _check_values(path, rows):
     """Make numbers of the columns that hold some; raise ResultsError for an impossible value."""
     for name, (low, high) in {**LIMITS, **MAYBE}.items():
         given = rows[name]
-        rows[name] = pd.to_numeric(given, errors="coerce")
+        rows[name] = given if is_numeric_dtype(given) else given.map(_number)
         wrong = ~rows[name].between(low, high)
         if name in MAYBE:
             wrong &= given.notna()
@@ -132,8 +141,20 @@ def _check_values(path, rows):
         raise ResultsError(f"{path}: run {run_id} has {problem}")
     if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
         raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
+    for name in FINGERPRINTS:
+        if (wrong := ~rows[name].str.fullmatch("[0-9a-f]{64}")).any():
+            raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has no fingerprint "
+                               f"as {name}")
     if wrong := set(rows["split"]) - {"train", "test"}:
         raise ResultsError(f"{path}: split {sorted(wrong)[0]} is neither train nor test")
+
+
+def _number(cell):
+    """The number in a cell, or nan: whole ones stay whole, for a seed may have 19 digits."""
+    try:
+        return int(cell) if len(str(cell)) < 20 and str(cell).isdecimal() else float(cell)
+    except (ValueError, TypeError, OverflowError):
+        return np.nan
 
 
 def _check_same(path, rows, names):

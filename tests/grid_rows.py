@@ -1,5 +1,6 @@
 """Rows as a sweep would write them, made up from an experiment's grid, for tests of figures."""
 import functools
+import hashlib
 import importlib
 
 import numpy as np
@@ -52,5 +53,10 @@ def _rows_of(run, values, i, grid_points, swept):
         "variant": SETS[config.data].variant, "git_commit": "0123456789abcdef", "git_dirty": False}
     test_bits = 4 + 0.01 * i + 0.02 * config.seed
     return [fixed | values | {"split": split, "bits_per_dim": bits, "num_images": IMAGES[split],
-                              "fingerprint": f"{split} of {config.data}"}
+                              "fingerprint": digest(f"{split} of {config.data}"),
+                              "train_fingerprint": digest(f"train of {config.data}")}
             for split, bits in (("train", test_bits + 0.005), ("test", test_bits))]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -133,11 +133,17 @@ def changed(change):
     (lambda r: r.assign(bits_per_dim=[np.nan, *r["bits_per_dim"][1:]]), "has no number as bits_per_dim"),
     (lambda r: r.assign(variant=["w", *r["variant"][1:]]), "mixes variant w, cifar10-subset"),
     (lambda r: r.assign(scale=["small", *r["scale"][1:]]), "mixes scale small, smoke"),
-    (lambda r: r.assign(fingerprint=["g", *r["fingerprint"][1:]]), "measured on different images"),
+    (lambda r: r.assign(fingerprint=["0" * 64, *r["fingerprint"][1:]]), "measured on different images"),
     (lambda r: r.assign(bits_per_dim=-3.0), "has -3 as bits_per_dim: must be from 0 to 1000"),
     (lambda r: r.assign(bits_per_dim_se=1e308), "as bits_per_dim_se: must be"), (lambda r: r.assign(num_images=0), "has 0 as num_images"),
     (lambda r: r.assign(train_flops=0), "has 0 as train_flops"), (lambda r: r.assign(logdet_cap_share="much"), "has no number as logdet_cap_share"),
     (lambda r: r.assign(dataset=""), "line 2 has no dataset"), (lambda r: r.assign(run_id=["", *r["run_id"][1:]]), "line 2 has no run_id"),
+    (lambda r: r.assign(fingerprint=["", *r["fingerprint"][1:]]), "line 2 has no fingerprint"),
+    (lambda r: r.assign(train_fingerprint="none"), "has no fingerprint as train_fingerprint"),
+    (lambda r: r.assign(bits_per_dim="9" * 400), "has no number as bits_per_dim"),
+    (lambda r: r.assign(seed="9" * 400), "has no number as seed"),
+    (lambda r: pd.concat([r, pd.DataFrame(1, index=r.index, columns=[f"c{n}" for n in range(20_000)])], axis=1),
+     "its header is no list of columns"),
     (lambda r: r[:0], "has no rows")])
 def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(save, tmp_path, change, message):
     path = save(changed(change))
