@@ -482,13 +482,13 @@ def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_p
     closed = started(config, tmp_path / "closed", stdin=terminal, stdout=terminal, stderr=terminal,
                      start_new_session=True,
                      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    ignored = started(config, tmp_path / "ignored", stderr=subprocess.PIPE,
-                      stdout=subprocess.DEVNULL,
-                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.close(terminal)
     os.close(ours)  # as a terminal's window that is closed
     assert closed.wait(60) == 1
     assert 0 < read_tensors(tmp_path / "closed/checkpoint.pt")["step"] < 3000
+    ignored = started(config, tmp_path / "ignored", stderr=subprocess.PIPE,
+                      stdout=subprocess.DEVNULL,
+                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     step = read_progress(tmp_path / "ignored")[0]
     ignored.send_signal(signal.SIGHUP)
     end = time.monotonic() + 60
