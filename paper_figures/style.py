@@ -239,6 +239,6 @@ def main(script, description, draws, arguments=None, flag="scale", choices=SCALE
                                f"{next(iter(draws))}.py --{flag} {choices[0]} makes one")
         for draw, path in todo:
             if not (flags[flag] or flags["csv"] or flags.get("samples")):
-                print(f"{path}:")
+                print(f"from {path}")
             for drawn in draw(path, flags["out"]):
                 print(drawn)

@@ -2,11 +2,13 @@
 
 Points whose configurations are equal (TrainConfig.hash) share one run; each has its own rows.
 """
+import collections
 import dataclasses
 from pathlib import Path
 from typing import Callable
 
 from data import SETS
+from harness.errors import TrainingError
 from harness.flops import logdet_cap_share, train_flops
 from harness.run_folder import DONE_NAME, read_done
 from paper_figures.results_csv import columns
@@ -34,6 +36,9 @@ class Point:
         """{swept field: its value here, as text}; dataset is the image set's name."""
         known = {**vars(self.config.model), **vars(self.config), "dataset": self.config.data,
                  **self.labels}
+        if unknown := set(swept) - known.keys():
+            raise TrainingError(f"swept names {sorted(unknown)[0]}: must be a field of TrainConfig "
+                                "or JetConfig, dataset, or a label of every point")
         return {field: str(known[field]) for field in swept}
 
 
@@ -117,7 +122,18 @@ def make_runs(experiment, scale, seeds, runs_dir, precision=None):
     A run that begins with another's weights takes those of the same seed. precision: of all of
     them; None is the configurations' own.
     """
-    points = experiment.configs(scale)
+    try:
+        points = experiment.configs(scale)
+    except KeyError as error:
+        if error.args != (scale,):
+            raise
+        raise TrainingError(f"--scale {scale}: {experiment.name} has no grid of this "
+                            "scale") from None
+    cells = [tuple(point.values(experiment.swept).items()) for point in points]
+    if twice := [cell for cell, count in collections.Counter(cells).items() if count > 1]:
+        shown = " ".join(f"{field}={value}" for field, value in twice[0])
+        raise TrainingError(f"{experiment.name}: two points of its grid are {shown}: swept must "
+                            "name what tells them apart")
     return [run for seed in seeds
             for run in _runs_of_seed(points, experiment.swept, seed, runs_dir, precision)]
 

@@ -25,7 +25,7 @@ from paper_figures import style
 from paper_figures.results_csv import ResultsError, columns, final_rows
 from recipe import TrainConfig
 from sweeps import cluster, plan, sweep
-from sweeps.grid import make_runs
+from sweeps.grid import Experiment, Point, make_runs
 from train import train
 
 TESTS = Path(__file__).parent
@@ -592,3 +592,16 @@ def test_a_users_mistake_is_one_line_and_a_failure(flags, message, tmp_path, cap
 
 def test_smoke_runs_on_one_thread_by_default(finished):
     assert set(pd.read_csv(csv(finished))["threads"]) == {1}
+
+
+@pytest.mark.parametrize("changes, scale, message", [
+    ({}, "medium", "--scale medium: tiny has no grid of this scale"),
+    ({"swept": ("embdim",)}, "smoke", "swept names embdim: must be a field of"),
+    ({"swept": ("block",)}, "smoke", "tiny: two points of its grid are block=vit: swept must name")])
+def test_a_grid_that_is_none_is_one_line_before_any_work(tmp_path, changes, scale, message):
+    grid = {"smoke": [Point(config=TrainConfig(model=JetConfig(emb_dim=width), data="cifar10-subset"))
+                      for width in (8, 16)]}
+    experiment = Experiment(**{"name": "tiny", "description": "", "configs": lambda scale: grid[scale],
+                               "swept": ("emb_dim",), "draw": None, **changes})
+    with pytest.raises(TrainingError, match=message):
+        make_runs(experiment, scale, [0], tmp_path)
