@@ -479,9 +479,12 @@ def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, con
 
 def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_path, config):
     ours, terminal = pty.openpty()
+
+    def own_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore it
     closed = started(config, tmp_path / "closed", stdin=terminal, stdout=terminal, stderr=terminal,
-                     start_new_session=True,
-                     preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                     start_new_session=True, preexec_fn=own_terminal)
     os.close(terminal)
     os.close(ours)  # as a terminal's window that is closed
     assert closed.wait(60) == 1
