@@ -20,7 +20,7 @@ import torch
 import kernels
 from harness.checkpoint import CHECKPOINT_FORMAT, checksum, load_weights, read_weights
 from harness.errors import CheckpointError, short
-from harness.files import check_npz, read_bytes
+from harness.files import check_npz, file_sha256, read_bytes
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 
@@ -138,7 +138,7 @@ def weights_id(path):
     try:
         if content.get("format") == CHECKPOINT_FORMAT:
             return f"sha256-{checksum(content['model'])[:16]}"
-        return f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        return f"sha256-{file_sha256(path)[:16]}"
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except (KeyError, AttributeError, TypeError) as error:

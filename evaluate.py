@@ -46,7 +46,7 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
     array = np.asarray(getattr(images, "array", images))
     _check(array, draws, batch_size, precision)
     weight = next(jet.parameters(), torch.empty(0))
-    _check_weights(jet, weight, array)
+    _check_jet(jet, weight, array)
     if isinstance(jet, Jet) and precision == "float32":
         jet = kernels.accelerate(jet)
     device, results = weight.device, []
@@ -91,7 +91,7 @@ def _check(array, draws, batch_size, precision):
                          "(N, H, W, C), N, draws, batch_size >= 1, and float32 or bfloat16")
 
 
-def _check_weights(jet, weight, array):
+def _check_jet(jet, weight, array):
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"evaluate: weights in {weight.dtype}, which would round noise and "
                          "log-det, too: give jet.float(), and precision=\"bfloat16\" for its "

@@ -28,8 +28,8 @@ GELU = {"tanh": "tanh", "exact": "none"}  # ours: PyTorch's
 
 
 def setting(default, help, choices=None, minimum=1, kind=None):
-    """A config field: default, the sentence that the command line shows, and what is allowed: some
-    names, or numbers (whole ones from the minimum on, others above 0 or equal to it)."""
+    """A config field: default, the command line's help, and what is allowed: some names, or numbers
+    (whole ones from the minimum on, others above 0 or equal to it). kind: its type, if another."""
     metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind}
     return dataclasses.field(default=default, metadata=metadata)
 

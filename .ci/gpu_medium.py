@@ -189,10 +189,10 @@ def run_grid(stage, todo, jobs, place):
 
 def take_in(stage, work, finished):
     """A process has ended."""
-    from harness.run_folder import read_done, read_error
+    from harness.run_folder import read_error
     seconds, run = time.monotonic() - work.begun, work.run
     end_process(work.process)
-    if done := read_done(run.folder):
+    if done := run.done:
         finished.append(Finished(run=run, done=done, seconds=seconds,
                                  at_a_time=statistics.mean(work.at_a_time)))
         stage.say(f"{title(run)}: {done['bits_per_dim']:.4f} bits/dim, "

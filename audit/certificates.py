@@ -9,7 +9,7 @@ import pandas as pd
 
 from audit.checks import FAIL, NOT_APPLICABLE, PASS, AuditError, counted
 from harness.errors import one_line, short
-from harness.files import write_atomically
+from harness.files import read_json, write_atomically
 
 FORMAT = "jet-audit-1"
 LARGEST_BYTES = 2 ** 26
@@ -57,7 +57,7 @@ def read_certificate(path):
     try:
         if Path(path).stat().st_size > LARGEST_BYTES:
             raise AuditError(f"{path}: far too large for a certificate")
-        certificate = json.loads(Path(path).read_text())
+        certificate = read_json(path)
         if certificate["format"] != FORMAT:
             raise AuditError(f"{path}: of format {certificate['format']!r}, and this reads "
                              f"{FORMAT}")
@@ -68,7 +68,7 @@ def read_certificate(path):
             raise ValueError("its fields have other types")
     except OSError as error:
         raise AuditError(one_line(error)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AuditError(f"{path}: no certificate of an audit ({short(error)})") from None
     return certificate
 

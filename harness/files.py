@@ -47,13 +47,8 @@ def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
 
 def read_json(path, max_bytes=MAX_TEXT_BYTES):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
-    return parse_json(read_bytes(path, max_bytes))
-
-
-def parse_json(content):
-    """What a JSON text (or its bytes in UTF-8) holds. Raises ValueError for what is damaged."""
     try:
-        return json.loads(content)
+        return json.loads(read_bytes(path, max_bytes))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -54,9 +54,11 @@ def step_mode(place, config, device):
     """
     is_one_gpu = device.type == "cuda" and distributed.size() == 1
     graph = is_one_gpu if place.graph is None else place.graph
-    is_long = config.total_steps * config.model.num_couplings >= COMPILE_FROM
-    why_not = "" if place.compile is not None or not (is_one_gpu and is_long) else lacks_compiler()
-    compiled = is_one_gpu and is_long and not why_not if place.compile is None else place.compile
+    compiled, why_not = place.compile, ""
+    if compiled is None:
+        is_long = config.total_steps * config.model.num_couplings >= COMPILE_FROM
+        why_not = lacks_compiler() if is_one_gpu and is_long else ""
+        compiled = is_one_gpu and is_long and not why_not
     line = f"steps: {'one CUDA graph' if graph else 'eager'}, couplings " + (
         "compiled" if compiled else f"not compiled{why_not}")
     return compiled, graph, line

@@ -27,8 +27,7 @@ from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAM
 from harness.claim import Claim, is_dead, read_claim
 from harness.errors import (BusyError, CheckpointError, TrainingError, one_line, printable,
                             short)
-from harness.files import (named_in_errors, open_regular, read_bytes, read_json, time_there,
-                           write_atomically)
+from harness.files import named_in_errors, open_regular, read_bytes, read_json, write_atomically
 from harness.machine import outside_errors
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
@@ -164,10 +163,10 @@ def is_running(run_dir):
     return holder is not None and not is_dead(holder, run_dir)
 
 
-def seconds_without_line(run_dir):
+def seconds_without_line(run_dir, now):
     """How long the process at a run has written no line of metrics.csv or log.txt.
 
-    0 where there is none, or it has just begun.
+    0 where there is none, or it has just begun. now: by the file server's clock (time_there).
     """
     written = []
     for name in (METRICS_NAME, LOG_NAME):
@@ -175,7 +174,7 @@ def seconds_without_line(run_dir):
             written.append((Path(run_dir) / name).stat().st_mtime)
     if not written or read_claim(run_dir) is None:
         return 0.0
-    return time_there(Path(run_dir)) - max(written)
+    return now - max(written)
 
 
 def read_done(run_dir, config=None):

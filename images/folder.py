@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 from harness.errors import DataError
+from harness.files import read_json
 from harness.progress import progress
 from images.members import damage
 from images.sets import FINGERPRINTS, MANIFEST, PARTIAL, SPLITS, fingerprint
@@ -60,7 +61,7 @@ def read_manifest(folder):
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         train, test = (str(manifest["fingerprints"][split]) for split in SPLITS)
         manifest["name"], manifest["variant"] = str(manifest["name"]), str(manifest["variant"])
     except FileNotFoundError:

@@ -26,7 +26,7 @@ from PIL import features
 from harness.claim import Claim
 from harness.download import download
 from harness.errors import DataError, printable
-from harness.files import file_sha256, write_atomically
+from harness.files import file_sha256, read_json, write_atomically
 from harness.in_order import in_order
 from harness.machine import code_version
 from harness.progress import progress
@@ -94,7 +94,7 @@ class _Making:
         if not (work / STATE).exists():
             return
         try:
-            begun = json.loads((work / STATE).read_text())
+            begun = read_json(work / STATE)
             changed = [key for key in wanted if begun["request"].get(key) != wanted[key]]
             is_empty = not any(split["images"] for split in begun["splits"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -2,11 +2,12 @@
 import csv
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import numpy as np
+
+from harness.files import read_json
 
 SPLITS = ("train", "test")  # the validation images of ImageNet are "test", too
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -73,6 +74,6 @@ def find_set(name, root=None):
     if name == "cifar10" and (root / "test_batch.bin").exists():
         return root
     try:
-        return root if json.loads((root / MANIFEST).read_text())["name"] == name else None
+        return root if read_json(root / MANIFEST)["name"] == name else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,7 +3,6 @@
     python paper_figures/tables.py --scale small
 """
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import SETS
+from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
 from jet import JetConfig
 from paper_figures import style
@@ -247,7 +247,7 @@ def read_shipped(folder):
     if not path.exists():
         return None
     try:
-        done = json.loads(path.read_text())
+        done = read_json(path)
         model, (last, test) = JetConfig(**done["config"]["model"]), done["rows"][-2:]
         numbers = [row[name] for row in done["rows"] for name in
                    ("step", "bits_per_dim", "bits_per_dim_se", "logdet_nats", "num_images")]

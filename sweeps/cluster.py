@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 
 from harness.errors import ClusterError, one_line
-from harness.files import named_in_errors, write_atomically
+from harness.files import named_in_errors, read_json, write_atomically
 from harness.run_folder import ERROR_NAME
 from sweeps.code_copy import copy_code
 from sweeps.job import TrainJob
@@ -270,7 +270,7 @@ def requeue_killed(logs):
 def read_job(run):
     """What job.json says of a run that was submitted, or None."""
     try:
-        job = json.loads((run.folder / JOB_NAME).read_text())
+        job = read_json(run.folder / JOB_NAME)
         kinds = {"name": str, "index": int, "job": (str, type(None)), "logs": str}
         is_whole = all(isinstance(job[name], kind) for name, kind in kinds.items())
         return job if is_whole else None

@@ -3,12 +3,14 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import time
 
 import pandas as pd
 from tqdm import tqdm
 
 from harness.errors import TrainingError
+from harness.files import time_there
 from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_progress,
                                 seconds_without_line)
 from sweeps import cluster
@@ -29,11 +31,12 @@ class Status:
 def statuses(runs):
     """The Status of each run. Raises ClusterError where Slurm has runs and cannot be asked."""
     queue = cluster.read_queue([run for run in runs if not run.is_done])
-    return [_status(run, queue.get(run.folder)) for run in runs]
+    clock = functools.cache(time_there)  # one file is written, however many runs there are
+    return [_status(run, queue.get(run.folder), clock) for run in runs]
 
 
-def _status(run, entry):
-    """entry: (state, reason, job id) in Slurm's queue, or None."""
+def _status(run, entry, clock):
+    """entry: (state, reason, job id) in Slurm's queue, or None. clock: files.time_there."""
     folder, total = run.folder, run.config.total_steps
     try:
         if done := run.done:
@@ -49,7 +52,8 @@ def _status(run, entry):
     if is_running(folder) or entry and entry[0] in cluster.RUNNING:
         left_s = (total - step) * seconds / step if step else None
         notes = [f"job {entry[2]}"] if entry else []
-        if (silent_s := seconds_without_line(folder)) > max(60, 5 * seconds / max(1, step)):
+        silent_s = seconds_without_line(folder, clock(run.runs_dir))
+        if silent_s > max(60, 5 * seconds / max(1, step)):
             notes.append(f"no step for {silent_s:.0f} s")
         return Status(state="running", left_s=left_s, note=", ".join(notes), **known)
     if entry:
