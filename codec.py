@@ -23,9 +23,10 @@ import math
 import time
 from pathlib import Path
 
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from coding.ans import Coder, CodecError
 from coding.file_format import BATCH, PARAMETERS, num_lanes, read_file, write_file
@@ -37,9 +38,10 @@ from harness.checkpoint import weights_checksum
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import pick_device
+from harness.progress import progress
 from jet import ActNorm, Coupling, JetConfig, bits_per_dim, dequantize
 
-QUIET = functools.partial(tqdm, disable=True)
+QUIET = functools.partial(progress, disable=True)
 
 
 class GridFlow:
@@ -269,7 +271,7 @@ def main(arguments=None):
         if not flags.out.resolve().parent.is_dir():
             raise CodecError(f"--out {flags.out}: there is no folder {flags.out.parent}")
         begun = time.monotonic()
-        bar = functools.partial(tqdm, desc=flags.command, unit=" images", mininterval=0.5)
+        bar = functools.partial(progress, desc=flags.command)
         run = {"encode": encode_set, "decode": decode_file}[flags.command]
         print(f"{flags.out}: {run(jet, flags, bar)}; {time.monotonic() - begun:.1f} s")
 

@@ -19,6 +19,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 import torch
 

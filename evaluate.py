@@ -9,6 +9,8 @@ import contextlib
 import math
 import time
 
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 import torch
 
@@ -20,14 +22,14 @@ from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import (
     code_version, free_bytes, full_float32, hardware, networks_in, pick_device)
-from harness.signals import Stopped
+from harness.progress import progress
 from jet import Jet, JetConfig, bits_per_dim, dequantize
 
 
 @torch.no_grad()
 @full_float32()
 def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, precision="float32",
-             signals=None):
+             each_batch=None):
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
     images: an ImageSet or a uint8 array (N, H, W, C). The noise is keyed by (seed, draw, image
@@ -35,8 +37,8 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
     largest power of two that fits, up to 1024) nor the number of processes: where there are several
     (harness/distributed.py), all of them must call this, each computes some of the batches, and all
     get the whole result. Computes in the type of the Jet's weights; precision "bfloat16" puts the
-    couplings' networks under autocast. signals: Signals, looked at after each batch; one to stop
-    raises Stopped.
+    couplings' networks under autocast. each_batch: called before each batch with how many images
+    are done (of all draws); what it raises ends the evaluation.
     Returns a dict: bits_per_dim (mean over images and draws), bits_per_dim_se (standard error over
     images; nan for one image), num_images, logdet_nats (mean log|det| of an image), and with
     per_image bits_per_dim_per_image, float64 (N,).
@@ -66,8 +68,9 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
         ahead = 4 if device.type == "cuda" else 0
         with contextlib.closing(prefetch(draw_batch, ours, ahead)) as batches:
             for number in range(math.ceil(len(keys) / distributed.size())):
-                if signals and distributed.agree(signals.stop)[0]:
-                    raise Stopped
+                if each_batch:
+                    each_batch(min(number * distributed.size() * batch_size,
+                                   draws * len(array)))
                 if number == len(ours):  # the other processes have one more
                     break
                 pixels, noise = (part.to(device, non_blocking=True) for part in next(batches))
@@ -189,9 +192,12 @@ def main(arguments=None):
         begun, precision = time.perf_counter(), flags.precision
         if precision == "float64":
             jet, precision = jet.double(), "float32"  # float32: no autocast
+        array = images.array[:flags.num_images]
         try:
-            numbers = evaluate(jet, images.array[:flags.num_images], draws=flags.draws,
-                               batch_size=flags.batch_size, precision=precision)
+            with progress(total=flags.draws * len(array), desc="evaluate", leave=False) as bar:
+                numbers = evaluate(jet, array, draws=flags.draws, batch_size=flags.batch_size,
+                                   precision=precision,
+                                   each_batch=lambda done: bar.update(done - bar.n))
         except torch.OutOfMemoryError:
             raise DataError("out of memory: give a smaller --batch-size") from None
         seconds = time.perf_counter() - begun

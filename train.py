@@ -11,11 +11,11 @@ bits/dim.
 import contextlib
 import functools
 import platform
-import sys
 from pathlib import Path
 
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import torch
-from tqdm import tqdm
 
 import kernels
 from convert import is_ours, load_jet, weights_id
@@ -31,6 +31,7 @@ from harness.machine import (ROOT, code_version, compile_couplings, compile_limi
 from harness.memory import fit_memory, refuse_too_large, watch_memory
 from harness.pace import Pace
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
+from harness.progress import progress
 from harness.signals import Signals, Stopped
 from jet import Jet, JetConfig
 from recipe import (DTYPES, TrainConfig, add_gradients, learning_rate, make_optimizer, make_step,
@@ -53,7 +54,7 @@ def weights_config(path):
 
 
 def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, signals=None,
-          label="", quiet=False):
+          quiet=False):
     """Train a Jet and evaluate it; the same call again resumes, a finished run returns at once.
 
     config: TrainConfig. run_dir: gets the files that harness/run_folder.py lists; the last two
@@ -61,7 +62,7 @@ def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, si
     place: where and how it runs; with the number of processes (harness/distributed.py) it decides
     rounding, and all else that decides the result is in config. init_from: run folder or weight
     file that holds config.init's weights; needed to begin such a run, not to resume it. signals:
-    looked at after each step. label: of the progress bar; quiet: no bar.
+    looked at after each step and each batch of an evaluation. quiet: no bar.
     Returns what done.json holds: config, rows (a dict per evaluation and split), the last test
     row's bits_per_dim, bits_per_dim_se and num_images, seconds, and what ran it. A run that was
     stopped returns {"step": ...}.
@@ -70,18 +71,19 @@ def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, si
     checkpoint), each in one line.
     """
     with outside_errors(), full_float32(), contextlib.ExitStack() as stack:
-        distributed.start()
+        distributed.start(place.process_timeout_s)
         if (done := run_folder.read_finished(run_dir, config)) is not None:
             return done
         session = Session(config, run_dir, place, init_from)
         if session.compiled:
             stack.enter_context(compile_limits())
         run = stack.enter_context(run_folder.opened(run_dir, config, place.wait_s, place.echo))
-        bar = stack.enter_context(progress_bar(config, label, quiet or run.log is None))
+        bar = stack.enter_context(progress(total=config.total_steps, desc=Path(config.data).name,
+                                           unit=" steps", disable=quiet or run.log is None))
         if (done := run_folder.read_finished(run_dir, config)) is not None:
             bar.leave = False
             return done  # finished by the process that we have waited for
-        session.begin(run, alone=not (quiet or label))
+        session.begin(run, alone=not quiet)
         with contextlib.suppress(Stopped):
             pace = Pace(signals or Signals(), place.checkpoint_every_s)
             session.steps(run, bar, pace, stop_after)
@@ -139,16 +141,19 @@ class Session:
     def _log_start(self, log, line, alone):
         first, place = self.state["step"], self.place
         log.begin(first)
-        began = f"resumed at step {first}" if first else "started at step 0"
+        tell = log.tell if alone else log.write
         version = code_version()
         tree = {False: "clean", True: "dirty", None: "unknown"}[version["git_dirty"]]
-        log.write(f"{began}: {where(self.processes, place.threads, self.hosts)}, "
+        if first:
+            tell(f"resumed at step {first}")
+        began = "with" if first else "started at step 0:"
+        log.write(f"{began} {where(self.processes, place.threads, self.hosts)}, "
                   f"{hardware(self.device)}, torch {torch.__version__}, "
                   f"{self.kernels or 'cuda'} kernels, "
                   f"commit {version['git_commit'] or 'unknown'}, {tree}")
         log.write(f"{line}; {self.mode}")
-        for line in advice(self.config, self.device):
-            (log.tell if alone else log.write)(line)
+        for line in advice(self.config, self.device, len(self.images["train"].array)):
+            tell(line)
 
     def _restore(self, run):
         """The state of the newest whole checkpoint, if any; its weights and moments are loaded."""
@@ -186,7 +191,7 @@ class Session:
             self._save(run)  # the weights that are evaluated
         pending, clock = [], pace.clock(state["seconds"])
         if self._evaluation_is_due():  # it was interrupted
-            self._evaluate(pace, clock)
+            self._evaluate(run, bar, pace, clock)
         is_cut = state["micro_batch"] < config.batch_size / self.processes
         micro_batch = state["micro_batch"] if is_cut else None
         take_step = make_step(self.model, self.optimizer, config, micro_batch, self.graph)
@@ -225,7 +230,7 @@ class Session:
                 if pace.stop:
                     break
                 if evaluate_now:
-                    self._evaluate(pace, clock)
+                    self._evaluate(run, bar, pace, clock)
 
     def _record(self, run, rows):
         config, seconds = self.config, f"{self.state['seconds']:.3f}"
@@ -247,16 +252,17 @@ class Session:
         is_due = step == self.config.total_steps or (every and step and step % every == 0)
         return is_due and not any(row["step"] == step for row in self.state["rows"])
 
-    def _evaluate(self, pace, clock):
+    def _evaluate(self, run, bar, pace, clock):
         """Add a row for the test images, all of them, and before it one for training images.
 
         No training time, and eager: else each of its batch sizes would be compiled.
         """
         num_train, rows = min(TRAIN_ROW_IMAGES, len(self.images["test"].array)), []
         with clock.paused(), torch.compiler.set_stance("force_eager"):
-            for split, images in (("train", self.images["train"].array[:num_train]),
-                                  ("test", self.images["test"])):
-                numbers = evaluate(self.jet, images, signals=pace.signals)
+            for split, array in (("train", self.images["train"].array[:num_train]),
+                                 ("test", self.images["test"].array)):
+                numbers = evaluate(self.jet, array, each_batch=functools.partial(
+                    pace.evaluated, run.log, bar, f"{len(array):,} {split} images"))
                 rows.append({"step": self.state["step"], "split": split, **numbers})
         self.state["rows"] += rows
 
@@ -326,14 +332,6 @@ def weights_names(path):
     return (weights_id(path), config.hash) if is_final else (weights_id(path),)
 
 
-def progress_bar(config, label, quiet):
-    """A bar over the steps of a run: bits/dim of the last batch, images/s, time left."""
-    return tqdm(total=config.total_steps, disable=quiet, desc=label or Path(config.data).name,
-                mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True,
-                bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} steps{postfix} "
-                           "[{elapsed}, {remaining} left]")
-
-
 def config_from_flags(flags):
     """TrainConfig from parsed flags.
 
@@ -356,16 +354,17 @@ def main(arguments=None):
     parser = ArgumentParser(prog="train.py", description=__doc__)
     add_setting_flags(parser.add_argument_group("what is computed"), TrainConfig)
     add_setting_flags(parser.add_argument_group("the model"), JetConfig, "model.")
-    place = parser.add_argument_group("where it runs")
-    add_place_flags(place)
-    place.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT",
-                       help="begin with the weights of this run folder or weight file: the model "
-                            "is theirs, the schedule is new (give a lower --lr)")
-    place.add_argument("--run-dir", metavar="DIR",
-                       help="run folder (default: runs/<set>-<hash of the config>)")
+    where_flags = parser.add_argument_group("where it runs")
+    add_place_flags(where_flags)
+    where_flags.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT",
+                             help="begin with the weights of this run folder or weight file: the "
+                                  "model is theirs, the schedule is new (give a lower --lr)")
+    where_flags.add_argument("--run-dir", metavar="DIR",
+                             help="run folder (default: runs/<set>-<hash of the config>)")
     flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog):
-        distributed.start()
+        place = place_from_flags(flags)
+        distributed.start(place.process_timeout_s)
         try:
             config = distributed.from_first(config_from_flags, flags)
         except UserError:
@@ -377,11 +376,11 @@ def main(arguments=None):
         if is_first:
             print(f"run folder {run_dir}, seed {config.seed}", flush=True)
         with Signals().on() as signals:
-            done = train(config, run_dir, place=place_from_flags(flags), signals=signals,
+            done = train(config, run_dir, place=place, signals=signals,
                          init_from=flags["init_from"])
         if "bits_per_dim" not in done:
             stopped = f"{parser.prog}: stopped at step {done['step']}: the same command goes on"
-            sys.exit(stopped if is_first else 1)
+            signals.end_program(stopped if is_first else "")
         distributed.leave()
         if is_first:
             print_result(config, done)

@@ -11,15 +11,13 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from harness.errors import UserError
+from harness.progress import progress
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "FAIL", "n/a"
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
-BAR = functools.partial(tqdm, leave=False, dynamic_ncols=True,
-                        bar_format="{desc} |{bar:20}| {n_fmt}/{total_fmt} "
-                                   "[{elapsed}, {remaining} left]")
+BAR = functools.partial(progress, leave=False, unit="")
 
 
 class AuditError(UserError):

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
 from audit import certificates
 from audit.audit import audit
 from audit.certificates import check_lines, conclusion

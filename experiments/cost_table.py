@@ -8,10 +8,12 @@ import itertools
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.throughput_cases import SIZES
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters, train_flops

@@ -16,10 +16,12 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from convert import load_jet, weights_id
 from data import SETS, load_images
 from experiments import main_results

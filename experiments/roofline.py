@@ -11,11 +11,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.cost_table import ADAM_BYTES, MEMORY_RATE
 from experiments.throughput_cases import SIZES
 from harness.errors import TrainingError

@@ -23,11 +23,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 import pandas as pd
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kernels
 from data import training_batch
 from experiments.throughput_cases import (BATCH_SIZES, MODES, OURS, PORT, SIZES, check_precision,

@@ -7,11 +7,16 @@ SLOWEST_FLOPS = 5e9  # FLOP/s of every CPU: a recipe of less than a day at this 
 CPU_SHARE = 0.5  # of the matrix-product rate in training (results/throughput_cpu.csv: 46 and 62 %)
 
 
-def advice(config, device):
-    """Lines on what a user may not expect of this TrainConfig on a CPU."""
-    if device.type != "cpu" or not config.total_steps:
-        return []
+def advice(config, device, num_images):
+    """Lines on what a user may not expect of this TrainConfig and so many training images."""
     lines = []
+    if not config.total_steps:
+        return lines
+    if config.batch_size > num_images:
+        lines.append(f"batch_size {config.batch_size:,} is above the set's {num_images:,} training "
+                     "images: each of them is in every batch, some of them more often")
+    if device.type != "cpu":
+        return lines
     if config.precision == "bfloat16":
         lines.append("precision bfloat16 is slower than float32 on a CPU (--precision float32 is "
                      "another run)")

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def start():
+def start(timeout_s=1800):
     """Join the other processes where the environment names any; later calls do nothing.
 
-    The timeout bounds how long a process waits for one that was lost without a word; the first may
-    take minutes to write a large checkpoint while others wait.
+    timeout_s: how long a process waits for one that hangs, or was lost without a word; the first
+    may take minutes to write a large checkpoint while others wait.
     """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         if backend == "gloo":  # NCCL may wait for those that are gone
             atexit.register(leave)
 

@@ -161,9 +161,9 @@ def outside_errors():
                                 "log.txt; runs at a time share a GPU's memory") from None
         lost = re.search("by peer|NCCL|Timed out|connect", str(error), re.I)
         if distributed.size() > 1 and lost:
-            raise TrainingError(f"process {distributed.rank()} lost the others "
-                                f"({str(error).splitlines()[0]}): the same command goes on from "
-                                "the last checkpoint") from None
+            why = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])  # where in gloo's source
+            raise TrainingError(f"process {distributed.rank()} lost the others ({why}): the same "
+                                "command goes on from the last checkpoint") from None
         raise
 
 

@@ -3,6 +3,9 @@ import contextlib
 import time
 
 from harness import distributed
+from harness.signals import Stopped
+
+EVALUATION_LINE_S = 15  # between lines in log.txt on a long evaluation
 
 
 class Pace:
@@ -17,7 +20,7 @@ class Pace:
     def __init__(self, signals, checkpoint_every_s):
         self.signals, self.every_s = signals, checkpoint_every_s
         self.save_seconds = 0.0
-        self.read_at = self.saved_at = time.monotonic()
+        self.read_at = self.saved_at = self.told_at = time.monotonic()
         self.read = self.save = self.stop = False
 
     def decide(self, taken, must_read, must_save):
@@ -43,6 +46,15 @@ class Pace:
         self.signals.save = False
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - self.read_at
+
+    def evaluated(self, log, bar, images, count):
+        """Tell how many of the images are evaluated; raise Stopped where a signal asks to stop."""
+        if distributed.agree(self.signals.stop)[0]:
+            raise Stopped
+        bar.say(line := f"evaluated {count:,} of {images}")
+        if log and time.monotonic() - self.told_at > EVALUATION_LINE_S:
+            log.write(line)
+            self.told_at = time.monotonic()
 
     def clock(self, seconds_before):
         """A Clock that begins when this Pace does."""

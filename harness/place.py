@@ -33,6 +33,8 @@ class Place:
     checkpoint_every_s: float | None = setting(
         None, "seconds between checkpoints (default: 60, or 20 times what the last one took)",
         minimum=0, kind=float)
+    process_timeout_s: float = setting(1800.0, "seconds that a process waits for the others at the "
+                                       "run: one that hangs ends it", minimum=1)
     wait_s: float = 0.0  # how long to wait for another process to end this run
     echo: bool = False  # what goes to log.txt is printed, too
 

@@ -1,14 +1,56 @@
-"""How far a long piece of work is."""
+"""How far a long piece of work is: one style of bar, and a line now and then without a terminal."""
 import sys
 
 from tqdm import tqdm
 
+WIDE = "{desc} |{bar:20}| {n_fmt}/{total_fmt}{unit}SAID [{elapsed}, {remaining} left]"
+NARROW = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{unit}SAID, {remaining} left"
+ENDLESS = "{desc}: {n_fmt}{unit}SAID [{elapsed}]"
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}SAID, {remaining} left\n"
+LINE_EVERY_S = 30
+WIDE_FROM = 100  # columns
 
-def progress(iterable=None, desc=None, unit=" images", **settings):
+
+class Bar(tqdm):
+    """tqdm, of which a narrow terminal cuts the name and nothing else.
+
+    Between the count and the time stands the postfix, or where there is none the rate.
+    """
+    remaining = None  # "1:02:03", where somebody knows better than the bar
+
+    def say(self, text, n=None):
+        """Show a text between the count, or another count, and the time.
+
+        Now; without a terminal in its next line.
+        """
+        self.set_postfix_str(text, refresh=False)
+        self.update(0 if n is None else n - self.n)
+        if sys.stderr.isatty():
+            self.refresh()
+
+    @property
+    def format_dict(self):
+        known = {"remaining": self.remaining} if self.remaining else {}
+        return {**super().format_dict, **known}
+
+    @staticmethod
+    def format_meter(n, total, elapsed, ncols=None, prefix="", postfix="", bar_format=None,
+                     **settings):
+        def line(form, name=prefix):
+            form = form.replace("SAID", "{postfix}" if postfix else ", {rate_noinv_fmt}")
+            return tqdm.format_meter(n, total, elapsed, prefix=name, postfix=postfix,
+                                     bar_format=form, **settings)
+        if bar_format == LINE or total is None:
+            return line(bar_format or ENDLESS)
+        form = NARROW if ncols and ncols < WIDE_FROM else WIDE
+        room = (ncols or 1000) - len(line(form, ""))
+        return line(form, prefix if len(prefix) <= room else f"{prefix[:max(0, room - 1)]}…")
+
+
+def progress(iterable=None, desc="", unit=" images", **settings):
     """A bar on a terminal; elsewhere a line every 30 s."""
-    settings |= {"desc": desc, "unit": unit, "unit_scale": True}
+    settings |= {"desc": desc, "unit": unit}
     if sys.stderr.isatty():
-        return tqdm(iterable, smoothing=0.05, dynamic_ncols=True, **settings)
-    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-    return tqdm(iterable, file=sys.stdout, mininterval=30, maxinterval=60, delay=30,
-                bar_format=line, **settings)
+        return Bar(iterable, dynamic_ncols=True, mininterval=0.2, **settings)
+    return Bar(iterable, bar_format=LINE, mininterval=LINE_EVERY_S, maxinterval=60,
+               delay=LINE_EVERY_S, **settings)

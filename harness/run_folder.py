@@ -151,8 +151,11 @@ def refuse_changes(where, record, config):
         raise TrainingError(f"{where} belongs to another configuration, damaged or of another "
                             f"version ({one_line(error)}): use another run folder") from None
     if changes:
+        hint = ""
+        if any(change.startswith("total_steps ") for change in changes):
+            hint = "; a new run that begins with its weights (--init-from) trains them further"
         raise TrainingError(f"{where} belongs to another configuration: {'; '.join(changes)}: use "
-                            "another run folder, or the same settings to resume")
+                            f"another run folder, or the same settings to resume{hint}")
 
 
 # ---- what a run tells
@@ -271,6 +274,15 @@ def read_progress(run_dir):
         return int(step), float(bits), float(seconds)
     except (OSError, StopIteration, ValueError):
         return 0, 0.0, 0.0
+
+
+def read_evaluated(run_dir):
+    """"evaluated 1,024 of 10,000 test images" in the last line of log.txt, or "evaluating"."""
+    with contextlib.suppress(OSError, IndexError):
+        last = read_bytes(Path(run_dir) / LOG_NAME).decode(errors="replace").splitlines()[-1]
+        if (said := last.partition(" ")[2]).startswith("evaluated "):
+            return printable(said, 400)
+    return "evaluating"
 
 
 def _is_whole(row):

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import signal
+import sys
 
 
 class Signals:
@@ -9,7 +10,13 @@ class Signals:
 
     def __init__(self, quiet=False):
         self.stop = self.save = False
-        self.quiet = quiet
+        self.quiet, self.exit_code = quiet, 1  # what a shell makes of the signal that stops it
+
+    def end_program(self, line):
+        """Say a line, if there is one, and exit with the code that shells give the signal."""
+        if line:
+            print(line, file=sys.stderr)
+        sys.exit(self.exit_code)
 
     @contextlib.contextmanager
     def on(self, stop=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP), save=()):
@@ -24,7 +31,8 @@ class Signals:
                 name = signal.Signals(number).name  # not print: it may be what was interrupted
                 with contextlib.suppress(OSError):  # a terminal that is gone
                     os.write(2, f"\n{name}: stopping with a checkpoint after this step\n".encode())
-            self.stop = self.stop or number in stop
+            if number in stop and not self.stop:
+                self.stop, self.exit_code = True, 128 + number
             self.save = self.save or number in save
         before = {number: signal.signal(number, handle) for number in (*stop, *save)
                   if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
 from paper_figures import style
 from paper_figures.results_csv import final_test_rows
 

@@ -8,9 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paper_figures import style, tables
 from paper_figures.results_csv import ResultsError, final_test_rows
 

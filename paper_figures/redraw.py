@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
 from harness.flags import ArgumentParser, one_line_errors
 from paper_figures import (figure2, figure3, figure4, figure5, results_page, style, tables,
                            throughput)

@@ -9,9 +9,11 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.flags import ArgumentParser, one_line_errors
 from paper_figures import figure2, figure3, figure4, figure5, style, tables
 from paper_figures.results_csv import ResultsError, final_rows

@@ -12,6 +12,7 @@ import torch
 from data import load_images
 from harness.errors import BusyError, TrainingError, one_line
 from harness.machine import pick_device
+from harness.progress import Bar
 from harness.run_folder import ERROR_NAME, is_running, read_error, record_error
 from harness.signals import Signals
 from sweeps import cluster, watch
@@ -21,45 +22,47 @@ from train import train
 def run_here(runs, place, jobs=1, in_debug=False):
     """Run what is not done, in so many processes; in_debug: only the first, with its log printed.
 
-    Returns {run id: why} of those that failed and whose folder could not take why, and whether a
-    signal has stopped it.
+    Returns {run id: why} of those that failed and whose folder could not take why, and the Signals
+    that have come.
     """
-    todo, unrecorded = [run for run in runs if not run.is_done], {}
+    todo, unrecorded, signals = [run for run in runs if not run.is_done], {}, Signals()
     if not todo:
-        return {}, False
-    pick_device(place.device, place.graph)  # what is wrong with all runs is said once, before any
-    check_images(todo, place)
+        return {}, signals
     for run in todo:
         if not is_running(run.folder):
             for path in (run.folder / ERROR_NAME, run.folder / cluster.JOB_NAME):
                 with contextlib.suppress(OSError):  # train() says what is wrong with a folder
                     path.unlink()
-    with Signals().on() as signals:
+    with signals.on():
         if in_debug:
             run = todo[0]
             print(f"{run.label}: {run.folder}")
             train(run.config, run.folder, place=dataclasses.replace(place, echo=True),
-                  init_from=run.init_from, signals=signals, label=run.label)
+                  init_from=run.init_from, signals=signals)
         elif jobs > 1 and len(todo) > 1:
-            run_in_parallel(todo, place, min(jobs, len(todo)), signals)
+            with watch.following(runs):
+                run_in_parallel(todo, place, min(jobs, len(todo)), signals)
         else:
-            unrecorded = run_all(runs, place, signals)
-    return unrecorded, signals.stop
+            with watch.following(runs):
+                unrecorded = run_all(runs, place, signals)
+    return unrecorded, signals
 
 
-def check_images(runs, place):
-    """Raise DataError for images that no run could begin with."""
-    for data in {run.config.data for run in runs}:
+def check(runs, place, on_slurm=False):
+    """Raise what is wrong with all runs once, before any: a device or images that are not there."""
+    todo = [run for run in runs if not run.is_done]
+    if todo and not on_slurm:  # else it is the nodes' that counts
+        pick_device(place.device, place.graph)
+    for data in {run.config.data for run in todo}:
         load_images(data, "train", place.data_root)
 
 
-def run_all(runs, place, signals, quiet=False):
+def run_all(runs, place, signals, is_one_of_many=False):
     """Run what is not done, one after the other; a run that another process is at is waited for.
 
     Where one fails, its error.txt says why, and the others go on. Returns {run id: why} of those
     whose folder could not take it.
     """
-    width = max(len(run.label) for run in runs)
     waiting, busy, unrecorded = list(runs), [], {}
     while waiting and not signals.stop:
         for run in list(waiting):
@@ -70,17 +73,17 @@ def run_all(runs, place, signals, quiet=False):
                 continue
             if run in busy and is_running(run.folder) or run.after and not run.after.is_done:
                 continue
-            position = f"{runs.index(run) + 1:{len(str(len(runs)))}}/{len(runs)}"
             try:
                 train(run.config, run.folder, place=place, init_from=run.init_from, signals=signals,
-                      label=f"[{position}] {run.label:{width}}", quiet=quiet)
+                      quiet=True)
             except BusyError as error:
-                if not quiet and run not in busy:
-                    print(f"{run.label}: waiting for another process ({error})")
+                if not is_one_of_many and run not in busy:
+                    Bar.write(f"{run.label}: waiting for another process ({error})",
+                              file=sys.stderr)
                 busy.append(run)
                 continue
             except Exception as error:
-                unrecorded |= record_failure(run, error, quiet)
+                unrecorded |= record_failure(run, error)
             if not signals.stop:
                 waiting.remove(run)
         if waiting and not signals.stop:
@@ -95,12 +98,10 @@ def is_settled(run, waiting):
     return run.after is not None and not run.after.is_done and run.after not in waiting
 
 
-def record_failure(run, error, quiet):
+def record_failure(run, error):
     """Leave an error in the run's folder; returns {run id: the line} where that cannot be."""
     if not is_running(run.folder):
         record_error(run.folder, error)  # where it came before train() had the folder
-    if not quiet:
-        print(f"{run.label}: {one_line(error)} ({run.folder})", file=sys.stderr)
     return {} if read_error(run.folder) else {run.run_id: one_line(error)}
 
 
@@ -121,7 +122,7 @@ def _work(runs, place, parent):
     signals = _WorkerSignals(quiet=True)
     signals.parent = parent
     with contextlib.suppress(KeyboardInterrupt), signals.on():
-        for line in run_all(runs, place, signals, quiet=True).values():
+        for line in run_all(runs, place, signals, is_one_of_many=True).values():
             print(line, file=sys.stderr)
 
 
@@ -137,10 +138,8 @@ def run_in_parallel(runs, place, jobs, signals):
     for worker in workers:
         worker.start()
     signal.signal(signal.SIGINT, handler)
-
-    def is_over(found):
-        return signals.stop or not any(worker.is_alive() for worker in workers)
-    watch.follow(runs, is_over, every_s=0.5)
+    while any(worker.is_alive() for worker in workers) and not signals.stop:
+        time.sleep(0.1)
     for worker in workers:
         if signals.stop and worker.is_alive():
             worker.terminate()  # stops it with a checkpoint

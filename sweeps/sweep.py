@@ -21,6 +21,7 @@ from harness.files import locked, remove_leftovers, write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
+from harness.run_folder import has_checkpoint
 from paper_figures.results_csv import SCALES, ResultsError, columns, read_results
 from sweeps import cluster, local, plan, watch
 from sweeps.grid import Experiment, first_of, make_runs
@@ -73,9 +74,14 @@ def carry_out(sweep):
         watch_runs(sweep)
         if not flags.collect:
             return False
+    on_slurm = flags.cluster == "slurm" and not flags.collect
+    if on_slurm:
+        cluster.check_slurm()
+    if not flags.collect:
+        local.check(sweep.runs, sweep.place, on_slurm)
     for folder in (sweep.runs_dir, flags.results_dir, flags.figures_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    if flags.cluster == "slurm" and not flags.collect:
+    if on_slurm:
         submit(sweep)
         return False
     return run_and_collect(sweep)
@@ -229,16 +235,18 @@ def watch_runs(sweep):
 def run_and_collect(sweep):
     """Run what is not done (without --collect) and write the CSV; whether it is to be drawn now."""
     flags, runs = sweep.flags, sweep.runs
+    resumed = sum(has_checkpoint(run.folder) for run in runs if not run.is_done)
+    begun = f", {resumed} to be resumed" if resumed and not flags.collect else ""
     print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in {sweep.runs_dir}, "
-          f"{sum(run.is_done for run in runs)} of them done")
+          f"{sum(run.is_done for run in runs)} of them done{begun}")
     failed, pieces = [], ()
     if flags.collect:
         pieces = sorted(flags.results_dir.glob(f"{sweep.csv.stem}.shard-*.csv"))
     else:
-        unrecorded, is_stopped = local.run_here(runs, sweep.place, flags.jobs,
-                                                in_debug=flags.cluster == "debug")
-        if is_stopped:
-            sys.exit(f"{sweep.program}: stopped: the same command goes on")
+        unrecorded, signals = local.run_here(runs, sweep.place, flags.jobs,
+                                             in_debug=flags.cluster == "debug")
+        if signals.stop:
+            signals.end_program(f"{sweep.program}: stopped: the same command goes on")
     rows = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
     if not rows.empty:
         print_table(rows, sweep.experiment.swept)
@@ -261,8 +269,6 @@ def run_and_collect(sweep):
 def submit(sweep):
     """Submit what is not done, running or queued."""
     flags, runs = sweep.flags, sweep.runs
-    cluster.check_slurm()
-    local.check_images(runs, sweep.place)
     place = sweep.place
     if root := sets_root(place.data_root):  # a job's copy of the code has no sets/
         place = dataclasses.replace(place, data_root=os.path.abspath(root))

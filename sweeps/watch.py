@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import sys
+import threading
 import time
 
 import pandas as pd
-from tqdm import tqdm
 
-from harness.errors import TrainingError
+from harness.errors import TrainingError, UserError
 from harness.files import time_there
-from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_progress,
-                                seconds_without_line)
+from harness.flops import forward_flops, train_flops
+from harness.progress import Bar, progress
+from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_evaluated,
+                                read_progress, seconds_without_line)
 from sweeps import cluster
 
 STATES = ("done", "running", "queued", "failed", "cancelled", "stopped", "new")  # in this order
@@ -28,11 +31,15 @@ class Status:
     note: str = ""
 
 
-def statuses(runs):
-    """The Status of each run. Raises ClusterError where Slurm has runs and cannot be asked."""
+def statuses(runs, before=()):
+    """The Status of each run. Raises ClusterError where Slurm has runs and cannot be asked.
+
+    before: what was found before; what was done is not read again.
+    """
+    known = {run.folder: status for run, status in zip(runs, before) if status.state == "done"}
     queue = cluster.read_queue([run for run in runs if not run.is_done])
     clock = functools.cache(time_there)  # one file is written, however many runs there are
-    return [_status(run, queue.get(run.folder), clock) for run in runs]
+    return [known.get(run.folder) or _status(run, queue.get(run.folder), clock) for run in runs]
 
 
 def _status(run, entry, clock):
@@ -52,6 +59,8 @@ def _status(run, entry, clock):
     if is_running(folder) or entry and entry[0] in cluster.RUNNING:
         left_s = (total - step) * seconds / step if step else None
         notes = [f"job {entry[2]}"] if entry else []
+        if step == total:
+            notes.append("evaluating")
         silent_s = seconds_without_line(folder, clock(run.runs_dir))
         if silent_s > max(60, 5 * seconds / max(1, step)):
             notes.append(f"no step for {silent_s:.0f} s")
@@ -116,18 +125,97 @@ def is_over(found):
     return not {"running", "queued"} & {status.state for status in found}
 
 
-def follow(runs, is_over=is_over, every_s=2):
-    """A bar over the steps of all runs until they are over; returns their last statuses."""
-    total = sum(run.config.total_steps for run in runs)
-    form = "|{bar:20}| {n_fmt}/{total_fmt} steps, {desc} [{elapsed}, {remaining} left]"
-    with tqdm(total=total, dynamic_ncols=True, mininterval=0, bar_format=form) as bar:
+def follow(runs, is_over=is_over, every_s=2, wait=time.sleep):
+    """A bar over the steps of all runs until they are over, and a line for each that ends.
+
+    Returns their last statuses. wait: called with every_s between two looks.
+    """
+    speed, found = Speed(runs), ()
+    with progress(total=speed.total_steps, unit=" steps") as bar:
         while True:
-            found = statuses(runs)
-            steps, text = sum(status.step for status in found), count(found)
-            bar.initial = bar.initial or steps  # else what was done before counts as speed
-            if steps != bar.n or not bar.desc.startswith(text):
-                bar.n = steps
-                bar.set_description_str(text, refresh=True)
+            before, found = found, statuses(runs, found)
+            tell_ends(runs, before, found)
+            speed.look(found, time.monotonic())
+            bar.initial = bar.initial or speed.steps  # else what was done before counts as speed
+            bar.desc, bar.remaining = finished(found), speed.left()
+            bar.say(speed.text(found), speed.steps)
             if is_over(found):
                 return found
-            time.sleep(every_s)
+            wait(every_s)
+
+
+@contextlib.contextmanager
+def following(runs):
+    """Within, which is where the runs are run, they are followed."""
+    over = threading.Event()
+
+    def look():
+        with contextlib.suppress(UserError):  # of Slurm; the runs themselves say what is wrong
+            follow(runs, lambda found: over.is_set(), 0.5, over.wait)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def tell_ends(runs, before, found):
+    """A line for each run that has ended since the statuses before."""
+    for run, last, status in zip(runs, before, found):
+        if status.state in ("done", "failed") and status.state != last.state:
+            value = f"{status.bits_per_dim} bits/dim, " if status.state == "done" else "failed: "
+            Bar.write(f"{run.label}: {value}{status.note}", file=sys.stderr)
+
+
+def finished(found):
+    """"3/16 runs", "3/16 runs, 1 failed"."""
+    states = collections.Counter(status.state for status in found)
+    failed = f", {states['failed']} failed" if states["failed"] else ""
+    return f"{states['done']}/{len(found)} runs{failed}"
+
+
+class Speed:
+    """How fast the runs of a grid get on together, and how long they will take."""
+
+    def __init__(self, runs):
+        self.runs, configs = runs, [run.config for run in runs]
+        self.total_steps = sum(config.total_steps for config in configs)
+        self.costs = [3 * forward_flops(config.model) * config.batch_size for config in configs]
+        self.total_flops = sum(map(train_flops, configs))
+        self.begun, self.recent = None, collections.deque(maxlen=20)
+
+    def look(self, found, now):
+        """Take statuses in."""
+        self.steps = sum(status.step for status in found)
+        images = sum(status.step * run.config.batch_size for run, status in zip(self.runs, found))
+        self.flops = sum(status.step * cost for status, cost in zip(found, self.costs))
+        self.now = now
+        if self.begun is None or self.flops == self.begun[1]:
+            self.begun = now, self.flops  # until the first steps are done nothing is known
+        self.recent.append((now, images))
+
+    def left(self):
+        """"1:02:03" to the end of all runs, if they get on as they did; evaluations aside."""
+        begun, flops = self.begun
+        if self.flops == flops:
+            return "?"
+        seconds = (self.total_flops - self.flops) * (self.now - begun) / (self.flops - flops)
+        return Bar.format_interval(seconds)
+
+    def text(self, found):
+        """"5.91 bits/dim, 812 images/s": of the runs that are running."""
+        running = [(run, status) for run, status in zip(self.runs, found)
+                   if status.state == "running"]
+        training = [float(status.bits_per_dim.split()[0]) for run, status in running
+                    if 0 < status.step < run.config.total_steps]
+        if not training:
+            if running:
+                return read_evaluated(running[0][0].folder)
+            return "ended" if is_over(found) else "starting"
+        low, high = min(training), max(training)
+        bits = f"{low:.2f}" if len(training) == 1 else f"{low:.2f} to {high:.2f}"
+        (then, before), (now, images) = self.recent[0], self.recent[-1]
+        rate = (images - before) / (now - then) if now > then else 0
+        return f"{bits} bits/dim, {rate:.0f} images/s"

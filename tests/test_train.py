@@ -749,15 +749,15 @@ def test_a_recipe_of_more_than_a_day_says_so_before_its_first_step(tmp_path, con
     said = capsys.readouterr().err
     assert f"about {days:,.0f} days on this CPU" in said and "1,000,000,000 steps of 16 images" in said
     assert f"{train_flops(long):.2g} FLOPs" in said
-    assert advice_module.advice(dataclasses.replace(config, total_steps=100), torch.device("cpu")) == []
-    assert advice_module.advice(long, torch.device("cuda")) == []
+    assert advice_module.advice(dataclasses.replace(config, total_steps=100), torch.device("cpu"), 100) == []
+    assert advice_module.advice(long, torch.device("cuda"), 100) == []
 
 
 def test_bfloat16_on_a_cpu_says_in_one_line_that_float32_is_faster(config):
     rounded = dataclasses.replace(config, precision="bfloat16")
-    line, = advice_module.advice(rounded, torch.device("cpu"))
+    line, = advice_module.advice(rounded, torch.device("cpu"), 100)
     assert "slower than float32" in line and "\n" not in line
-    assert advice_module.advice(config, torch.device("cpu")) == []
+    assert advice_module.advice(config, torch.device("cpu"), 100) == []
 
 
 def test_a_graph_needs_a_gpu(tmp_path, config):
