@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 WIDE = "{desc} |{bar:20}| {n_fmt}/{total_fmt}{unit}SAID [{elapsed}, {remaining} left]"
 NARROW = "{desc} |{bar:8}| {n_fmt}/{total_fmt}{unit}SAID, {remaining} left"
+NARROWEST = NARROW.replace("{bar:8}", "{bar:4}")
 ENDLESS = "{desc}: {n_fmt}{unit}SAID [{elapsed}]"
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}SAID, {remaining} left\n"
 LINE_EVERY_S = 30
@@ -42,9 +43,12 @@ class Bar(tqdm):
                                      bar_format=form, **settings)
         if bar_format == LINE or total is None:
             return line(bar_format or ENDLESS)
-        form = NARROW if ncols and ncols < WIDE_FROM else WIDE
-        room = (ncols or 1000) - len(line(form, ""))
-        return line(form, prefix if len(prefix) <= room else f"{prefix[:max(0, room - 1)]}…")
+        forms = (NARROW, NARROWEST) if ncols and ncols < WIDE_FROM else (WIDE, NARROW, NARROWEST)
+        for form in forms:
+            room = (ncols or 1000) - len(line(form, ""))
+            if len(prefix) <= room:
+                return line(form)
+        return line(form, f"{prefix[:max(0, room - 1)]}…")
 
 
 def progress(iterable=None, desc="", unit=" images", **settings):
@@ -54,3 +58,11 @@ def progress(iterable=None, desc="", unit=" images", **settings):
         return Bar(iterable, dynamic_ncols=True, mininterval=0.2, **settings)
     return Bar(iterable, bar_format=LINE, mininterval=LINE_EVERY_S, maxinterval=60,
                delay=LINE_EVERY_S, **settings)
+
+
+def tell(line):
+    """A line for whoever watches, above the bar if there is one."""
+    if sys.stderr.isatty():
+        Bar.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)

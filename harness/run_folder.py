@@ -15,11 +15,8 @@ import json
 import math
 import os
 import re
-import sys
 import traceback
 from pathlib import Path
-
-from tqdm import tqdm
 
 from harness import distributed
 from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint,
@@ -29,6 +26,7 @@ from harness.errors import (BusyError, CheckpointError, TrainingError, one_line,
                             short)
 from harness.files import named_in_errors, open_regular, read_bytes, read_json, write_atomically
 from harness.machine import outside_errors
+from harness.progress import tell
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
 LOG_NAME, METRICS_NAME = "log.txt", "metrics.csv"
@@ -331,7 +329,7 @@ class RunLog:
         """A line for the log and for whoever sits at the terminal."""
         self.write(message)
         if not self.echo:
-            tqdm.write(message, file=sys.stderr)  # beside a progress bar
+            tell(message)
 
     def add(self, rows):
         """Rows of metrics.csv."""

@@ -10,10 +10,10 @@ class Signals:
 
     def __init__(self, quiet=False):
         self.stop = self.save = False
-        self.quiet, self.exit_code = quiet, 1  # what a shell makes of the signal that stops it
+        self.quiet, self.exit_code = quiet, 1
 
     def end_program(self, line):
-        """Say a line, if there is one, and exit with the code that shells give the signal."""
+        """Say a line, if there is one, and exit."""
         if line:
             print(line, file=sys.stderr)
         sys.exit(self.exit_code)
@@ -32,7 +32,9 @@ class Signals:
                 with contextlib.suppress(OSError):  # a terminal that is gone
                     os.write(2, f"\n{name}: stopping with a checkpoint after this step\n".encode())
             if number in stop and not self.stop:
-                self.stop, self.exit_code = True, 128 + number
+                self.stop = True
+                if number == signal.SIGINT:
+                    self.exit_code = 130  # as all programs end that the keyboard interrupts
             self.save = self.save or number in save
         before = {number: signal.signal(number, handle) for number in (*stop, *save)
                   if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)}

@@ -12,7 +12,7 @@ import torch
 from data import load_images
 from harness.errors import BusyError, TrainingError, one_line
 from harness.machine import pick_device
-from harness.progress import Bar
+from harness.progress import tell
 from harness.run_folder import ERROR_NAME, is_running, read_error, record_error
 from harness.signals import Signals
 from sweeps import cluster, watch
@@ -78,8 +78,7 @@ def run_all(runs, place, signals, is_one_of_many=False):
                       quiet=True)
             except BusyError as error:
                 if not is_one_of_many and run not in busy:
-                    Bar.write(f"{run.label}: waiting for another process ({error})",
-                              file=sys.stderr)
+                    tell(f"{run.label}: waiting for another process ({error})")
                 busy.append(run)
                 continue
             except Exception as error:

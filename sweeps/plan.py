@@ -3,6 +3,7 @@ import collections
 import contextlib
 import math
 import statistics
+import textwrap
 
 import pandas as pd
 
@@ -85,21 +86,26 @@ def print_plan(runs, finished, device, images_per_s, processes):
     statuses = watch.statuses(runs)
     configs = [run.config for run in runs]
     images = len({(config.data, config.total_steps, config.batch_size) for config in configs})
-    print(plan_table(runs, statuses, with_images=images > 1).to_string(index=False))
+    table = plan_table(runs, statuses, with_images=images > 1)
+    seed = ["seed"] if table["seed"].nunique() == 1 else []
+    print(watch.fit(table, ["images", "channel share", "GPU-hours", *seed, "FLOPs"]))
     config, flops = configs[0], sum(map(train_flops, configs))
     each = (f"each {config.total_steps:,} steps of {config.batch_size:,} images of {config.data}; "
             if images == 1 else "")
-    print(f"{len(runs)} runs ({watch.count(statuses)}), {each}{flops:.3g} training FLOPs in all")
+    say(f"{len(runs)} runs ({watch.count(statuses)}), {each}{flops:.3g} training FLOPs in all")
     in_bfloat16 = ""
     if config.precision != "bfloat16":
         in_bfloat16 = f"; {number(gpu_hours(flops, 'bfloat16'))} in bfloat16"
-    print(f"{number(gpu_hours(flops, config.precision))} GPU-hours in all: computed, not measured, "
-          f"for an H100 at {GPU_SHARE:.0%} (assumed) of its peak in {config.precision}"
-          f"{in_bfloat16}")
+    say(f"{number(gpu_hours(flops, config.precision))} GPU-hours in all: computed, not measured, "
+        f"for an H100 at {GPU_SHARE:.0%} (assumed) of its peak in {config.precision}{in_bfloat16}")
     left = [(config, (config.total_steps - status.step) * config.batch_size)
             for config, status in zip(configs, statuses)]
     shared = f"; {processes} processes to a run" if processes > 1 else ""
-    print(hours_to_go(left, finished, device, images_per_s) + shared)
+    say(hours_to_go(left, finished, device, images_per_s) + shared)
+
+
+def say(text):
+    print(textwrap.fill(text, watch.COLUMNS))
 
 
 def plan_table(runs, statuses, with_images):
@@ -113,7 +119,7 @@ def plan_table(runs, statuses, with_images):
         **(images if with_images else {}),
         "channel share": [f"{channel_share(config.model):.3f}" for config in configs],
         "parameters": [f"{num_parameters(config.model):,}" for config in configs],
-        "training FLOPs": [f"{value:.3g}" for value in flops],
+        "FLOPs": [f"{value:.3g}" for value in flops],
         "GPU-hours": [number(gpu_hours(value, config.precision))
                       for value, config in zip(flops, configs)],
         "state": [status.state for status in statuses]})

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import sys
 import threading
 import time
 
@@ -13,11 +12,12 @@ import pandas as pd
 from harness.errors import TrainingError, UserError
 from harness.files import time_there
 from harness.flops import forward_flops, train_flops
-from harness.progress import Bar, progress
+from harness.progress import Bar, progress, tell
 from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_evaluated,
                                 read_progress, seconds_without_line)
 from sweeps import cluster
 
+COLUMNS = 100  # at most, of what is printed
 STATES = ("done", "running", "queued", "failed", "cancelled", "stopped", "new")  # in this order
 
 
@@ -110,11 +110,20 @@ def print_statuses(runs, found):
         "bits/dim": [status.bits_per_dim for status in found],
         "left": [_duration(status.left_s) for status in found],
         "": ["see below" if status.state == "failed" else status.note for status in found]})
-    print(table.to_string(index=False))
+    print(fit(table, ("seed", "")))
     for run, status in zip(runs, found):
         if status.state == "failed":
             print(f"failed: {run.label}: {status.note}")
     print(f"{len(runs)} runs: {count(found)}")
+
+
+def fit(table, less):
+    """The text of a table, without empty columns, and of these less where it is too wide."""
+    table = table.loc[:, (table != "").any()]
+    for name in less:
+        if len(table.to_string(index=False).splitlines()[0]) > COLUMNS and name in table:
+            table = table.drop(columns=name)
+    return table.to_string(index=False)
 
 
 def _duration(seconds):
@@ -166,7 +175,7 @@ def tell_ends(runs, before, found):
     for run, last, status in zip(runs, before, found):
         if status.state in ("done", "failed") and status.state != last.state:
             value = f"{status.bits_per_dim} bits/dim, " if status.state == "done" else "failed: "
-            Bar.write(f"{run.label}: {value}{status.note}", file=sys.stderr)
+            tell(f"{run.label}: {value}{status.note}")
 
 
 def finished(found):

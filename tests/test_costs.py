@@ -21,7 +21,7 @@ def computed():
 def total(name, capsys, folder):
     """The GPU-hours that the dry run of an experiment prints for paper scale."""
     sweep.main(EXPERIMENTS[name], ["--scale", "paper", "--dry-run", "--runs-dir", str(folder)])
-    return re.search("^([0-9.,]+) GPU-hours in all: computed, .* in bfloat16$", capsys.readouterr().out, re.M)[1]
+    return re.search("([0-9.,]+) GPU-hours in all: computed, [^;]* in\\sbfloat16", capsys.readouterr().out)[1]
 
 
 def cost_cell(name):

@@ -1,9 +1,13 @@
 """One run over several processes: the same trajectory, the same evaluation, one writer."""
 import dataclasses
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from data import load_images, training_batch, training_batches
 from evaluate import evaluate
 from harness.checkpoint import read_tensors
 from harness.place import Place
+from harness.run_folder import read_progress
 from jet import JetConfig
 from train import TrainConfig, train
 
@@ -163,3 +168,28 @@ def test_parts_make_up_the_batch(base, source):
     parts = [next(training_batches(images, 10, 3, [7], source=source, part=part))
              for part in slices]
     assert torch.equal(torch.cat(parts), whole) and [len(part) for part in parts] == [3, 3, 4]
+
+
+def test_a_process_that_hangs_ends_the_others_in_one_line(tmp_path):
+    flags = ["train.py", "--data", "cifar10-subset", "--batch_size", "4", "--total_steps", "100000", "--model.num_couplings",
+             "1", "--model.block_depth", "1", "--model.emb_dim", "4", "--model.num_heads", "1", "--model.patch_size", "16",
+             "--process-timeout-s", "3", "--run-dir", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [subprocess.Popen(
+        [sys.executable, *flags], cwd=TESTS.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        for rank in range(2)]
+    try:
+        end = time.monotonic() + 100
+        while read_progress(tmp_path / "run")[0] < 1:
+            assert time.monotonic() < end and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGSTOP)
+        error = processes[0].communicate(timeout=30)[1].splitlines()[-1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1 and error.startswith("train.py: error: process 0 lost the others (Timed out waiting 3000ms")
+    assert error.count("lost the others") == 1

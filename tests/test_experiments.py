@@ -227,15 +227,17 @@ def test_dry_run_at_paper_scale_tells_count_parameters_flops_and_gpu_hours(
     sweep.main(experiment(name).EXPERIMENT,
                ["--scale", "paper", "--dry-run", "--runs-dir", str(tmp_path)])
     lines, runs = capsys.readouterr().out.splitlines(), runs_of(name, "paper")
-    assert len(lines) == 1 + len(runs) + 3
-    assert lines[-3].startswith(f"{len(runs)} runs ({len(runs)} new)")
+    assert max(map(len, lines)) <= 100
+    said = " ".join(lines[1 + len(runs):])
+    assert said.startswith(f"{len(runs)} runs ({len(runs)} new)")
     for line, run in zip(lines[1:], runs):
         flops = train_flops(run.config)
         assert f" {num_parameters(run.config.model):,} " in line and f" {flops:.3g} " in line
-        assert f" {plan.number(flops / 0.4 / 989e12 / 3600)} " in line
+        if "GPU-hours" in lines[0]:  # else there was no room
+            assert f" {plan.number(flops / 0.4 / 989e12 / 3600)} " in line
     hours = sum(train_flops(run.config) for run in runs) / 0.4 / 989e12 / 3600
-    assert lines[-2] == (f"{plan.number(hours)} GPU-hours in all: computed, not measured, for an "
-                         "H100 at 40% (assumed) of its peak in bfloat16")
+    assert (f"{plan.number(hours)} GPU-hours in all: computed, not measured, for an "
+            "H100 at 40% (assumed) of its peak in bfloat16 ") in said
 
 
 @pytest.mark.parametrize("name", ["compare_vit_cnn", "ablate_splits", "ablate_layers",

@@ -422,6 +422,13 @@ def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, m
     assert same_weights(tmp_path / "run", whole)
 
 
+def test_who_wants_more_steps_is_told_how(tmp_path, config):
+    train(config, tmp_path / "run", quiet=True)
+    longer = dataclasses.replace(config, total_steps=config.total_steps + 1)
+    with pytest.raises(TrainingError, match="total_steps was 6 and is now 7.*--init-from"):
+        train(longer, tmp_path / "run", quiet=True)
+
+
 def test_a_second_interrupt_ends_at_once():
     with Signals(quiet=True).on(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -467,12 +474,13 @@ def started(config, run_dir, **settings):
     return running
 
 
-def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
+def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, number, code):
     running = started(config, tmp_path / "run", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     error = running.communicate(timeout=60)[1]
     step = read_tensors(tmp_path / "run/checkpoint.pt")["step"]
-    assert running.returncode == 1 and 0 < step < 3000
+    assert running.returncode == code and 0 < step < 3000
     assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n")
     assert "Traceback" not in error
 

@@ -135,10 +135,10 @@ def test_dry_run_lists_every_scale_without_the_data(scale, capsys, monkeypatch, 
     flags = ["--scale", scale, "--dry-run", "--runs-dir", str(tmp_path)]
     sweep.main(ablate_coupling.EXPERIMENT, flags)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(coupling_runs(scale)) + 4
-    assert all(line.endswith("new") for line in lines[1:-3])
-    assert "training FLOPs in all" in lines[-3]
-    assert "measured hours: not known" in lines[-1]
+    assert max(map(len, lines)) <= 100
+    of_runs, said = lines[1:len(coupling_runs(scale)) + 1], " ".join(lines[len(coupling_runs(scale)) + 1:])
+    assert all(line.endswith("new") for line in of_runs)
+    assert said.index("training FLOPs in all") < said.index("GPU-hours") < said.index("measured hours: not known")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -450,7 +450,7 @@ def test_hours_come_from_a_given_speed_or_from_finished_runs(finished, tmp_path,
                        "--open-mode=append --exclude=node7 --array=0-2%2")
     run(finished, "--seeds", "3", "--dry-run")
     assert re.search(r"[0-9.]+ CPU-process-hours to go, .* \(measured in 6 runs that are done",
-                     capsys.readouterr().out)
+                     " ".join(capsys.readouterr().out.split()))
 
 
 def config_of(couplings, precision="float32", total_steps=10):
