@@ -78,6 +78,31 @@ def free_bytes(device, root=Path("/")):
     return free
 
 
+def idle_cores(window_s=0.2, root=Path("/")):
+    """How many of the cores that this process may use are idle now: at least 1.
+
+    All of them where nobody knows; never more than what a cgroup allows.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    limit = len(cores)
+    with contextlib.suppress(OSError, ValueError):  # no Linux, or no limit
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        limit = min(limit, max(1, int(quota) // int(period)))
+
+    def busy():
+        rows = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
+        times = {row[0]: list(map(int, row[1:9])) for row in rows if row[0].startswith("cpu")}
+        mine = [times[f"cpu{core}"] for core in cores]
+        return sum(map(sum, mine)), sum(time[3] + time[4] for time in mine)  # all, idle
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        all_before, idle_before = busy()
+        time.sleep(window_s)
+        all_after, idle_after = busy()
+        share = (idle_after - idle_before) / max(1, all_after - all_before)
+        limit = min(limit, round(share * len(cores)))
+    return max(1, limit)
+
+
 def where(processes, threads, hosts):
     """"4 processes of 1 thread on node1, node2, job 12 (restart 1)"."""
     parts = [f"{processes} process" if processes == 1 else f"{processes} processes",

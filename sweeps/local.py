@@ -11,12 +11,21 @@ import torch
 
 from data import load_images
 from harness.errors import BusyError, TrainingError, one_line
-from harness.machine import pick_device
+from harness.flops import train_flops
+from harness.machine import idle_cores, pick_device
 from harness.progress import tell
 from harness.run_folder import ERROR_NAME, is_running, read_error, record_error
 from harness.signals import Signals
 from sweeps import cluster, watch
 from train import train
+
+
+def default_jobs(runs, place):
+    """How many runs at a time: on CPUs as many as cores are idle, on GPUs one on each."""
+    todo = sum(not run.is_done for run in runs)
+    if place.device != "cpu" and torch.cuda.is_available():
+        return max(1, min(todo, torch.cuda.device_count()))
+    return max(1, min(todo, idle_cores() // place.threads)) if todo > 1 else 1
 
 
 def run_here(runs, place, jobs=1, in_debug=False):
@@ -39,12 +48,9 @@ def run_here(runs, place, jobs=1, in_debug=False):
             print(f"{run.label}: {run.folder}")
             train(run.config, run.folder, place=dataclasses.replace(place, echo=True),
                   init_from=run.init_from, signals=signals)
-        elif jobs > 1 and len(todo) > 1:
-            with watch.following(runs):
-                run_in_parallel(todo, place, min(jobs, len(todo)), signals)
         else:
             with watch.following(runs):
-                unrecorded = run_all(runs, place, signals)
+                unrecorded = run_in_parallel(runs, place, min(jobs, len(todo)), signals)
     return unrecorded, signals
 
 
@@ -126,23 +132,32 @@ def _work(runs, place, parent):
 
 
 def run_in_parallel(runs, place, jobs, signals):
-    """Run what is not done in so many processes, which share the runs out by their claims."""
+    """Run what is not done in so many processes, this one and others.
+
+    They share the runs out by their claims. Returns {run id: why} as run_all does.
+    """
+    if jobs == 1:
+        return run_all(runs, place, signals)
     context = multiprocessing.get_context("spawn")
+    runs = sorted(runs, key=lambda run: -train_flops(run.config))  # the longest first: none is late
     places = [place] * jobs
     if place.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
         places = [dataclasses.replace(place, device=f"cuda:{index % gpus}")
                   for index in range(jobs)]
-    workers = [context.Process(target=_work, args=(runs, one, os.getpid())) for one in places]
+    workers = [context.Process(target=_work, args=(runs, one, os.getpid())) for one in places[1:]]
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until a worker has its own
     for worker in workers:
         worker.start()
     signal.signal(signal.SIGINT, handler)
-    while any(worker.is_alive() for worker in workers) and not signals.stop:
-        time.sleep(0.1)
+    unrecorded = run_all(runs, places[0], signals, is_one_of_many=True)
     for worker in workers:
-        if signals.stop and worker.is_alive():
+        while worker.is_alive() and not signals.stop:
+            worker.join(0.1)
+    for worker in workers:
+        if worker.is_alive():
             worker.terminate()  # stops it with a checkpoint
         worker.join()
+    return unrecorded
 
 
 def failures(runs, unrecorded):

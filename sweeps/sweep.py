@@ -109,9 +109,9 @@ def make_parser(experiment):
     parser.add_argument("--cluster", choices=("local", "slurm", "debug"), default="local",
                         help="where runs are run: here, as jobs of a Slurm cluster, or only the "
                              "first that is not done, here, with its log (default: local)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+    parser.add_argument("--jobs", type=int, metavar="N",
                         help="runs at a time with --cluster local, each in a process of its own "
-                             "(default: 1)")
+                             "(default: as many as cores are idle, on GPUs one on each)")
     instead = parser.add_argument_group(
         "instead of running anything; any of them from any shell, with the same --scale, --seeds, "
         "--precision and --runs-dir")
@@ -164,8 +164,8 @@ def check_flags(parser, flags):
         parser.error("several processes at once run train.py; for a sweep, use --jobs or --cluster "
                      "slurm")
     for name in ("seeds", "jobs"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name} {getattr(flags, name)}: must be 1 or more")
+        if (value := getattr(flags, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: must be 1 or more")
     if flags.images_per_s is not None and flags.images_per_s <= 0:
         parser.error(f"--images-per-s {flags.images_per_s}: must be above 0")
     if flags.images_per_s and not flags.dry_run:
@@ -175,7 +175,7 @@ def check_flags(parser, flags):
     if flags.cluster != "slurm" and not is_watching(flags):
         if given := cluster.given_cluster_flags(flags):
             parser.error(f"{', '.join(given)}: only with --cluster slurm")
-    if flags.cluster != "local" and flags.jobs > 1:
+    if flags.cluster != "local" and (flags.jobs or 1) > 1:
         parser.error(f"--jobs {flags.jobs}: only with --cluster local; on Slurm, --max-parallel "
                      "limits runs at a time")
 
@@ -235,15 +235,20 @@ def watch_runs(sweep):
 def run_and_collect(sweep):
     """Run what is not done (without --collect) and write the CSV; whether it is to be drawn now."""
     flags, runs = sweep.flags, sweep.runs
-    resumed = sum(has_checkpoint(run.folder) for run in runs if not run.is_done)
-    begun = f", {resumed} to be resumed" if resumed and not flags.collect else ""
+    state = f"{sum(run.is_done for run in runs)} of them done"
+    if not flags.collect:
+        jobs = flags.jobs or local.default_jobs(runs, sweep.place)
+        if resumed := sum(has_checkpoint(run.folder) for run in runs if not run.is_done):
+            state += f", {resumed} to be resumed"
+        if jobs > 1:
+            state += f", {jobs} at a time"
     print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in {sweep.runs_dir}, "
-          f"{sum(run.is_done for run in runs)} of them done{begun}")
+          f"{state}")
     failed, pieces = [], ()
     if flags.collect:
         pieces = sorted(flags.results_dir.glob(f"{sweep.csv.stem}.shard-*.csv"))
     else:
-        unrecorded, signals = local.run_here(runs, sweep.place, flags.jobs,
+        unrecorded, signals = local.run_here(runs, sweep.place, jobs,
                                              in_debug=flags.cluster == "debug")
         if signals.stop:
             signals.end_program(f"{sweep.program}: stopped: the same command goes on")

@@ -67,7 +67,8 @@ def _status(run, entry, clock):
         return Status(state="running", left_s=left_s, note=", ".join(notes), **known)
     if entry:
         reason = "" if entry[1] == "None" else f" ({entry[1]})"
-        return Status(state="queued", note=f"job {entry[2]}{reason}", **known)
+        way_on = f": scontrol release {entry[2]}" if "held" in entry[1].lower() else ""
+        return Status(state="queued", note=f"job {entry[2]}{reason}{way_on}", **known)
     if error := read_error(folder):
         return Status(state="failed", note=f"{error} ({folder / LOG_NAME})", **known)
     if (job := cluster.read_job(run)) and job["job"]:

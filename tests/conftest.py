@@ -2,8 +2,15 @@ import pytest
 import torch
 
 from paper_figures import style
+from sweeps import local
 
 torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared
+
+
+@pytest.fixture(autouse=True)
+def one_run_at_a_time(monkeypatch):
+    """Where no --jobs is given: in this process, in which tests watch and change things."""
+    monkeypatch.setattr(local, "idle_cores", lambda: 1)
 
 
 @pytest.fixture

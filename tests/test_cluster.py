@@ -352,3 +352,13 @@ def test_status_tells_of_a_run_that_stands_still(
     run(home, *ONE_RUN, "--status")
     assert "no step" not in capsys.readouterr().out
     claim.release()
+
+
+def test_status_tells_how_a_held_job_goes_on(slurm, home, capsys):
+    one = runs_of(home)[0]
+    one.folder.mkdir(parents=True)
+    (one.folder / "job.json").write_text(json.dumps(JOB))
+    for reason, way_on in (("launch failed requeued held", ": scontrol release 71"), ("Resources", "")):
+        (slurm / "queue").write_text(f"{JOB['name']}|71|PENDING|{reason}\n")
+        run(home, *ONE_RUN, "--status")
+        assert capsys.readouterr().out.splitlines()[1].endswith(f" job 71 ({reason}){way_on}")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from harness import place
+from harness import machine, place
 from harness.errors import TrainingError, UserError
 from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT, code_version
@@ -163,3 +163,28 @@ def test_a_reader_that_has_enough_ends_a_program_in_silence(program):
 def test_another_broken_pipe_is_an_error_of_one_line(capsys):
     with pytest.raises(SystemExit, match="p: error: .*Broken pipe"), one_line_errors("p"):
         raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_idle_cores_are_those_that_nobody_uses(tmp_path, monkeypatch):
+    (tmp_path / "proc").mkdir()
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 2, 3, 5})
+
+    def pass_time(busy):  # 100 ticks of each core; these were busy
+        def sleep(seconds):
+            write(100, busy)
+        return sleep
+
+    def write(ticks, busy=()):
+        rows = ["cpu 1 2 3 4 5 6 7 8 0 0"] + [
+            f"cpu{core} {ticks if core in busy else 0} 0 0 {0 if core in busy else ticks} 0 0 0 0 0 0" for core in range(6)]
+        (tmp_path / "proc/stat").write_text("\n".join([*rows, "intr 12"]) + "\n")
+    for busy, idle in (((), 4), ((0, 1, 4), 3), ((0, 2, 3, 5), 1)):
+        write(0)
+        monkeypatch.setattr(machine.time, "sleep", pass_time(busy))
+        assert machine.idle_cores(root=tmp_path) == idle
+    write(0)
+    monkeypatch.setattr(machine.time, "sleep", pass_time(()))
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("250000 100000\n")
+    assert machine.idle_cores(root=tmp_path) == 2
+    assert machine.idle_cores(root=tmp_path / "none") == 4
