@@ -36,6 +36,10 @@ def main(load_images, arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _path(text):
+    return Path(os.path.expanduser(text))
+
+
 def _parser():
     parser = ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
@@ -45,7 +49,7 @@ def _parser():
     make.add_argument("--source", nargs="+", metavar="PATH", default=[],
                       help="what you have: folders or archives, or a URL for cifar10 (default for "
                            "cifar10: its home page)")
-    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
+    make.add_argument("--out", required=True, type=_path, metavar="DIR", help="the folder to make")
     has_affinity = hasattr(os, "sched_getaffinity")
     make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)",
                       default=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
@@ -60,17 +64,20 @@ def _parser():
     own.add_argument("--size", type=int, metavar="N", help="images are N x N pixels")
     own.add_argument("--filter", choices=FILTERS,
                      help="resize larger ones by this filter, after a centre crop")
+    own.add_argument("--channels", type=int, choices=(1, 3),
+                     help="1: grey images alone, 3: grey ones get three equal channels (default: 1 "
+                          "where all images are grey)")
     own.add_argument("--test-share", type=float, metavar="F",
                      help="share of images held out for test where there are no folders train/ and "
                           "test/ (default: 0.1)")
     make.set_defaults(run=_prepare)
     check = commands.add_parser("verify", help="compare every file of a set with its manifest")
     check.set_defaults(run=lambda flags, _: verify(flags.folder))
-    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("folder", type=_path, metavar="DIR")
     sheet = commands.add_parser("show", help="draw a contact sheet of a set")
     sheet.add_argument("folder", metavar="DIR",
                        help="a prepared folder, a known set or a .npy file")
-    sheet.add_argument("png", type=Path, metavar="OUT.png")
+    sheet.add_argument("png", type=_path, metavar="OUT.png")
     sheet.set_defaults(run=_show)
     overview = commands.add_parser(
         "list", help="all known sets, what each needs, and what is on this machine")
@@ -82,7 +89,8 @@ def _parser():
 
 
 def _prepare(flags, _):
-    request = make_request(flags.name, flags.size, flags.filter, flags.incomplete, flags.test_share)
+    request = make_request(flags.name, flags.size, flags.filter, flags.incomplete,
+                           flags.test_share, flags.channels)
     if not 1 <= flags.workers <= 1024:
         raise DataError(f"--workers {flags.workers}: must be 1 to 1024")
     if not flags.source and request.name != "cifar10":
@@ -93,8 +101,9 @@ def _prepare(flags, _):
         raise DataError("--source: a URL is for cifar10, alone; fetch other sets first")
     begun = time.monotonic()
     try:
-        manifest = prepare(request, flags.source if has_url else list(map(Path, flags.source)),
-                           flags.out, flags.workers, flags.skip_corrupt, flags.enlarge_small)
+        paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in flags.source]
+        manifest = prepare(request, flags.source if has_url else paths, flags.out, flags.workers,
+                           flags.skip_corrupt, flags.enlarge_small)
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -105,6 +114,8 @@ def _prepare(flags, _):
         print(f"  {split} fingerprint {manifest['fingerprints'][split]}")
     if manifest["skipped"]:
         print(f"  {len(manifest['skipped']):,} files left out: manifest.json says which, and why")
+    if grey := sum(manifest.get("grey_in_three_channels", {}).values()):
+        print(f"  {grey:,} images are grey: their three channels are equal")
     if both["different"]:
         print(f"  {both['test']:,} test images are training images, too ({both['train']:,} of "
               "train)")
