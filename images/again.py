@@ -57,12 +57,14 @@ def _other_sources(known, paths):
                  for path in paths}
     unnamed = [{key: value for key, value in origin.items() if key not in _NAMES}
                for origin in known]
-    lines = [f"--source {printable(path)} is another, or has changed since"
-             for path, origin in found.items()
-             if {key: value for key, value in origin.items() if key not in _NAMES} not in unnamed]
-    if not lines and len(found) != len(known):
-        lines = [f"--source was {len(known)} files or folders and is now {len(found)}"]
-    return lines
+    new = [printable(path) for path, origin in found.items()
+           if {key: value for key, value in origin.items() if key not in _NAMES} not in unnamed]
+    if new:
+        more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+        return [f"--source {new[0]}{more} is another, or has changed since"]
+    if len(found) != len(known):
+        return [f"--source was {len(known)} files or folders and is now {len(found)}"]
+    return []
 
 
 def refuse_links(work):

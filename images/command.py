@@ -10,13 +10,14 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness.errors import DataError
+from harness.errors import DataError, printable
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from images.decode import FILTERS
@@ -114,7 +115,7 @@ def _prepare(flags, _):
         print(f"  {split} fingerprint {manifest['fingerprints'][split]}")
     if manifest["skipped"]:
         print(f"  {len(manifest['skipped']):,} files left out: manifest.json says which, and why")
-    if grey := sum(manifest.get("grey_in_three_channels", {}).values()):
+    if grey := sum(manifest.get("grey_in_three_channels", {}).get(split, 0) for split in SPLITS):
         print(f"  {grey:,} images are grey: their three channels are equal")
     if both["different"]:
         print(f"  {both['test']:,} test images are training images, too ({both['train']:,} of "
@@ -157,27 +158,34 @@ def _sheet(images, columns=16, rows=4):
 def _list(flags, _):
     """All known sets: counts, and where each is on this machine."""
     root = sets_root(flags.data_root)
-    where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
     line = "{:<28} {:>6} {:>10} {:>7}  {}".format
-    print(line("set", "pixels", "train", "test", f"on this machine{where}"))
+    print(line("set", "pixels", "train", "test", "on this machine"))
     for name, known in SETS.items():
         train, test = known.counts["train"], known.counts["test"]
         counts = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
-        print(line(name, known.shape[0], *counts, _where(name, root)))
-        print(f"    from {known.source}")
+        print(line(name, known.shape[0], *counts, printable(_where(name, root))))
+        print(_wrapped(f"from {known.source}", "    "))
     for folder in sorted(root.iterdir()) if root and root.is_dir() else ():
         if (folder / MANIFEST).exists() and folder.name not in SETS:
             try:
                 made = read_manifest(folder)
             except DataError as error:
-                print(error)
+                print(_wrapped(printable(error)))
                 continue
             counts = made.get("counts", {})  # one that is written by hand has none
             counts = [f"{counts[split]:,}" if counts else "" for split in SPLITS]
+            where = "" if folder.name == made["name"] else f"{printable(folder.name)}: "
             print(line(made["name"], made.get("shape", [""])[0], *counts,
-                       f"{folder}: variant {made['variant']}"))
-    print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
-          "(cifar10 needs no --source).")
+                       f"{where}variant {made['variant']}"))
+    print(_wrapped(f"These are in {printable(root)}." if root else
+                   "--data-root or JET_DATA says where sets are."))
+    print(_wrapped("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is "
+                   "missing (cifar10 needs no --source)."))
+
+
+def _wrapped(text, indent=""):
+    return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent,
+                         break_on_hyphens=False)
 
 
 def _where(name, root):
@@ -188,14 +196,15 @@ def _where(name, root):
     folder = find_set(name, root)
     if folder is None:
         return "missing"
+    there = folder if folder == root else folder.name  # in the root
     if (folder / MANIFEST).exists():
         try:
             found = read_manifest(folder)["name"]
-        except DataError as error:
-            return str(error)
-        return f"prepared: {folder}" if found == name else f"{folder} holds {found}, not {name}"
+        except DataError:
+            return f"damaged (`verify` says how): {there}"
+        return f"prepared: {there}" if found == name else f"{there} holds {found}"
     if (folder / PARTIAL).is_dir():
-        return f"begun: {folder}: the same command goes on"
+        return f"begun: {there}"
     is_whole = name == "cifar10" and all(
         (folder / file).exists() for files in CIFAR10_FILES.values() for file in files)
-    return f"here: {folder}" if is_whole else f"{folder}: files are missing"
+    return f"here: {there}" if is_whole else f"{there}: files are missing"

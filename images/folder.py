@@ -45,6 +45,7 @@ _FIELDS = {  # of a manifest, and what is right there
         _is_count(side) and 0 < side < 2 ** 16 for side in value),
     "counts": lambda value: _are_counts(value, SPLITS),
     "images_in_both_splits": lambda value: _are_counts(value, ("different", *SPLITS)),
+    "grey_in_three_channels": lambda value: _are_counts(value, SPLITS),
     "checksums": lambda value: isinstance(value, dict) and value.keys() <= set(NUMBER_FILES)
         and all(isinstance(sha256, str) for sha256 in value.values()),
     "sources": lambda value: isinstance(value, list) and all(
@@ -55,7 +56,7 @@ _FIELDS = {  # of a manifest, and what is right there
 _BY_HAND = ("name", "variant", "fingerprints")  # what one that is written by hand has
 _RULES = {"fingerprints": "fingerprints of train and test must be 64 hex digits each, as "
                           "data.fingerprint(array) gives them"}
-_OPTIONAL = ("flags",)  # what an older one does not have
+_OPTIONAL = ("flags", "grey_in_three_channels")  # what an older one does not have
 
 
 def npy_header(shape, kind="|u1"):

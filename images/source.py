@@ -221,8 +221,11 @@ def _in_official_order(tables):
         if count != expected:
             raise DataError(f"cifar10: {count:,} {split} images in the parquet files, not "
                             f"{expected:,}")
-        taken = [take_images(piece, 32, None, False) for piece in progress(
-            tables.pieces(split, 0), f"read {split}", " pieces")]
+        taken = []
+        with progress(desc=f"read {split}", total=count) as bar:
+            for piece in tables.pieces(split, 0):
+                taken.append(take_images(piece, 32, None, False))
+                bar.update(len(piece))
         if bad := [part.bad[0] for part in taken if part.bad]:
             raise DataError(f"cifar10 {split}: {' '.join(map(printable, bad[0][:2]))}")
         pixels = np.frombuffer(b"".join(part.pixels for part in taken), np.uint8)
