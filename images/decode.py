@@ -60,7 +60,8 @@ def decode(content, size, resample=None, enlarge=False, channels=3):
     if side < size and not enlarge:
         raise BadImage(f"{about}, smaller than {size}x{size}: --enlarge-small enlarges such images")
     left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+    if width != height:
+        image = image.crop((left, top, left + side, top + side))
     return _array(image.resize((size, size), FILTERS[resample])), side < size
 
 

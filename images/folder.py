@@ -110,7 +110,7 @@ def read_manifest(folder):
                         f"({type(error).__name__}: {printable(error)})") from None
     if not isinstance(manifest, dict) or not set(_BY_HAND) <= manifest.keys():
         raise DataError(f"{path} is no manifest with name, variant and fingerprints")
-    if manifest.get("seal", seal(manifest)) != seal(manifest):
+    if "seal" in manifest and manifest["seal"] != seal(manifest):
         raise DataError(f"{path}: was altered (it no longer fits its seal): prepare the set again")
     for field, is_right in _FIELDS.items():
         is_needed = "seal" in manifest and field not in _OPTIONAL

@@ -93,7 +93,7 @@ def is_stray(member):
     """Whether a file is no image by its name and none by its content."""
     if member.name.lower().endswith(IMAGE_SUFFIXES):
         return False
-    if member.size < 0:
+    if member.size <= 0:
         return True
     try:
         if member.crc >= 0:
@@ -218,7 +218,8 @@ def _in_tar(file, path, about, prefix="", offset=0):
                 continue
             if info.issparse() or not info.isreg() or info.size < 0:
                 kind = "sparse file" if info.issparse() else _SPECIAL.get(info.type, "device")
-                raise DataError(f"{about}: holds a {kind}, {printable(name)}: only files are taken")
+                raise DataError(f"{about}: holds a {kind}, {printable(name or info.name)}: only "
+                                "files are taken")
             if info.offset_data + info.size > end:
                 raise DataError(f"{about}: {printable(name)} declares {info.size:,} bytes, more "
                                 "than there are")
@@ -280,6 +281,8 @@ def damage(about, kind):
         yield
     except DataError:
         raise
+    except MemoryError:
+        raise DataError(f"{about}: needs more memory than there is") from None
     except Exception as error:
         if getattr(error, "errno", None):
             error.filename = error.filename or about
