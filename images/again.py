@@ -13,7 +13,6 @@ from images.sets import SPLITS
 
 GREY = "-grey"  # the end of the variant where images have one channel
 COUNTED = ("seen", "images", "enlarged", "grey")  # of a split
-_NAMES = ("file", "folder")  # in what describe returns
 
 
 def describe(path, bar=None, sizes=None):
@@ -52,19 +51,14 @@ def refuse_another(folder, manifest, request, flags, paths):
 def _other_sources(known, paths):
     """What differs, in words, between the sources of a manifest and files and folders."""
     known = [origin for origin in known if "images" not in origin]
+    if len(paths) != len(known):
+        return [f"--source was {len(known)} files or folders and is now {len(paths)}"]
     with progress(desc="compare the source", unit="B") as bar:
-        found = {path: describe(path, bar, [origin.get("bytes") for origin in known])
-                 for path in paths}
-    unnamed = [{key: value for key, value in origin.items() if key not in _NAMES}
-               for origin in known]
-    new = [printable(path) for path, origin in found.items()
-           if {key: value for key, value in origin.items() if key not in _NAMES} not in unnamed]
-    if new:
-        more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
-        return [f"--source {new[0]}{more} is another, or has changed since"]
-    if len(found) != len(known):
-        return [f"--source was {len(known)} files or folders and is now {len(found)}"]
-    return []
+        found = [describe(path, bar, [before.get("bytes")]) for path, before in zip(paths, known)]
+    new = [printable(path) for path, before, now in zip(paths, known, found)
+           if {**before, "file": "", "folder": ""} != {**now, "file": "", "folder": ""}]
+    more = f" (and {len(new) - 1} more)" if len(new) > 1 else ""
+    return [f"--source {new[0]}{more} is another, or has changed since"] if new else []
 
 
 def refuse_links(work):
