@@ -55,6 +55,10 @@ def prepare(request, paths, out, workers, skip_corrupt=False, enlarge=False):
              "--channels": request.channels, "--test-share": request.test_share or TEST_SHARE}
     found = None if has_url else find_source(request, paths)
     origins = found and list(dict.fromkeys(path for some in found[1].values() for path in some))
+    for path in origins or ():
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise DataError(f"--out {out}: lies in the source {printable(path)}: choose a folder "
+                            "beside it")
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
         refuse_another(out, manifest, request, flags, origins)

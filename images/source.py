@@ -95,8 +95,11 @@ def find_source(request, paths):
     tables = _find_tables(paths)
     if request.variant in _BATCHES:
         files = _find_batches(request, paths)
-        if files or not (tables and request.variant == "cifar10"):
+        if files:
             return functools.partial(_open_batches, given=given), {"": files}
+        if not tables or request.name != "cifar10":
+            raise DataError(f"{request.name}: no batches of it found in {given}: "
+                            f"{_BATCHES[request.variant][1]}")
     if tables or request.variant == "parquet":
         return _open_parquet, _split_tables(request, tables, given)
     names = _SPLIT_NAMES.get(request.variant) or _SPLIT_NAMES.get(request.name.split("-")[0])

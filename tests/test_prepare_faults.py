@@ -157,6 +157,12 @@ def test_another_source_than_that_of_a_finished_set_is_named(photos, tmp_path, c
         assert code == 1 and part in error, (given, error)
 
 
+def test_a_set_is_not_made_within_its_source(photos, capsys):
+    for out in (photos, photos / "set", photos / "train" / "set"):
+        assert "lies in the source" in make(capsys, photos, out)[2]
+    assert make(capsys, photos, photos.parent / "photos-set")[0] == 0
+
+
 def test_flags_that_change_images_are_kept_while_a_preparation_goes_on(tmp_path, capsys):
     """Whatever stops it, no part of a set is made by other flags than the rest."""
     files = {f"train/{n:03d}.png": encoded(TRAIN[n], size=(40, 40)) for n in range(120)} | {"test/0.png": encoded(TEST[0], size=(40, 40))}
@@ -391,6 +397,11 @@ def test_a_manifest_with_other_types_ends_in_one_line(fields, photos, tmp_path, 
             "fingerprints of train and test must be 64 hex digits each", "its fingerprints cannot be right")
     code, told, error = run(capsys, "list", "--data-root", tmp_path / "sets")
     assert code == 0 and ("cannot be right" in " ".join(told.split()) or "fingerprints" in fields)
+
+
+def test_a_manifest_of_many_parts_is_not_read(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("[" + "[]," * 2 ** 20 + "[]]")
+    assert "more than 1,048,576 lists and objects" in run(capsys, "verify", tmp_path)[2]
 
 
 def test_nothing_is_moved_by_a_name_in_a_manifest(photos, tmp_path, capsys):
