@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 from harness.errors import DataError
-from harness.files import open_regular
 from harness.in_order import in_order
 from harness.machine import free_bytes
-from images.folder import read_manifest
+from images.folder import map_array, read_manifest
 from images.sets import (  # noqa: F401 (some are only part of this module's interface)
     CIFAR10_CLASSES, CIFAR10_FILES, CIFAR10_FOLDER, CIFAR10_PARTS, FINGERPRINTS, MANIFEST, PARTIAL,
     SETS, SPLITS, KnownSet, find_set, fingerprint, sets_root)
@@ -96,7 +95,7 @@ def load_images(name_or_path, split, root=None):
         if name == "cifar10" and not is_prepared:
             return _load_cifar10(folder, split)
         return _load_folder(folder, split, name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _load_folder(path, split)
     if path.suffix == ".npy":
@@ -210,16 +209,16 @@ def _open_array(path):
 def _open_labels(path, count):
     """The labels of a prepared folder: int64 (N,). Raises DataError."""
     labels = _map(path)
-    if labels.dtype != np.int64 or labels.shape != (count,):
-        raise DataError(f"{path}: {labels.dtype} {labels.shape}: must be int64 ({count},): prepare "
-                        "the set again")
+    is_array = isinstance(labels, np.ndarray)
+    if not is_array or labels.dtype != np.int64 or labels.shape != (count,):
+        kind = f"{labels.dtype} {labels.shape}" if is_array else "not one array"
+        raise DataError(f"{path}: {kind}: must be int64 ({count},): prepare the set again")
     return np.array(labels)
 
 
 def _map(path):
     try:
-        os.close(open_regular(path, os.O_RDONLY))
-        return np.load(path, allow_pickle=False, mmap_mode="r")
+        return map_array(path)
     except FileNotFoundError:
         raise DataError(f"data {str(path)!r}: no such file") from None
     except Exception as error:  # np.load raises nearly everything on damaged files

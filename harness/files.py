@@ -15,6 +15,7 @@ import numpy as np
 
 NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
+MAX_JSON_PARTS = 2 ** 20  # each of which takes far more memory than its two bytes
 
 
 def open_regular(path, flags, mode=0o666):
@@ -47,8 +48,11 @@ def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
 
 def read_json(path, max_bytes=MAX_TEXT_BYTES):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
+    content = read_bytes(path, max_bytes)
+    if content.count(b"[") + content.count(b"{") > MAX_JSON_PARTS:
+        raise ValueError(f"it has more than {MAX_JSON_PARTS:,} lists and objects")
     try:
-        return json.loads(read_bytes(path, max_bytes))
+        return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -10,13 +10,14 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness.errors import DataError
+from harness.errors import DataError, printable
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from images.decode import FILTERS
@@ -36,6 +37,10 @@ def main(load_images, arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _path(text):
+    return Path(os.path.expanduser(text))
+
+
 def _parser():
     parser = ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
@@ -45,7 +50,7 @@ def _parser():
     make.add_argument("--source", nargs="+", metavar="PATH", default=[],
                       help="what you have: folders or archives, or a URL for cifar10 (default for "
                            "cifar10: its home page)")
-    make.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
+    make.add_argument("--out", required=True, type=_path, metavar="DIR", help="the folder to make")
     has_affinity = hasattr(os, "sched_getaffinity")
     make.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)",
                       default=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count())
@@ -60,17 +65,20 @@ def _parser():
     own.add_argument("--size", type=int, metavar="N", help="images are N x N pixels")
     own.add_argument("--filter", choices=FILTERS,
                      help="resize larger ones by this filter, after a centre crop")
+    own.add_argument("--channels", type=int, choices=(1, 3),
+                     help="1: grey images alone, 3: grey ones get three equal channels (default: 1 "
+                          "where all images are grey)")
     own.add_argument("--test-share", type=float, metavar="F",
                      help="share of images held out for test where there are no folders train/ and "
                           "test/ (default: 0.1)")
     make.set_defaults(run=_prepare)
     check = commands.add_parser("verify", help="compare every file of a set with its manifest")
     check.set_defaults(run=lambda flags, _: verify(flags.folder))
-    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("folder", type=_path, metavar="DIR")
     sheet = commands.add_parser("show", help="draw a contact sheet of a set")
     sheet.add_argument("folder", metavar="DIR",
                        help="a prepared folder, a known set or a .npy file")
-    sheet.add_argument("png", type=Path, metavar="OUT.png")
+    sheet.add_argument("png", type=_path, metavar="OUT.png")
     sheet.set_defaults(run=_show)
     overview = commands.add_parser(
         "list", help="all known sets, what each needs, and what is on this machine")
@@ -82,7 +90,8 @@ def _parser():
 
 
 def _prepare(flags, _):
-    request = make_request(flags.name, flags.size, flags.filter, flags.incomplete, flags.test_share)
+    request = make_request(flags.name, flags.size, flags.filter, flags.incomplete,
+                           flags.test_share, flags.channels)
     if not 1 <= flags.workers <= 1024:
         raise DataError(f"--workers {flags.workers}: must be 1 to 1024")
     if not flags.source and request.name != "cifar10":
@@ -93,8 +102,9 @@ def _prepare(flags, _):
         raise DataError("--source: a URL is for cifar10, alone; fetch other sets first")
     begun = time.monotonic()
     try:
-        manifest = prepare(request, flags.source if has_url else list(map(Path, flags.source)),
-                           flags.out, flags.workers, flags.skip_corrupt, flags.enlarge_small)
+        paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in flags.source]
+        manifest = prepare(request, flags.source if has_url else paths, flags.out, flags.workers,
+                           flags.skip_corrupt, flags.enlarge_small)
     except KeyboardInterrupt:
         print("data.py: interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -105,6 +115,8 @@ def _prepare(flags, _):
         print(f"  {split} fingerprint {manifest['fingerprints'][split]}")
     if manifest["skipped"]:
         print(f"  {len(manifest['skipped']):,} files left out: manifest.json says which, and why")
+    if grey := sum(manifest.get("grey_in_three_channels", {}).get(split, 0) for split in SPLITS):
+        print(f"  {grey:,} images are grey: their three channels are equal")
     if both["different"]:
         print(f"  {both['test']:,} test images are training images, too ({both['train']:,} of "
               "train)")
@@ -146,27 +158,34 @@ def _sheet(images, columns=16, rows=4):
 def _list(flags, _):
     """All known sets: counts, and where each is on this machine."""
     root = sets_root(flags.data_root)
-    where = f" (in {root})" if root else " (--data-root or JET_DATA says where)"
     line = "{:<28} {:>6} {:>10} {:>7}  {}".format
-    print(line("set", "pixels", "train", "test", f"on this machine{where}"))
+    print(line("set", "pixels", "train", "test", "on this machine"))
     for name, known in SETS.items():
         train, test = known.counts["train"], known.counts["test"]
         counts = (f"{train:,}", f"{test:,}") if train else ("13-14 M", "1/256")
-        print(line(name, known.shape[0], *counts, _where(name, root)))
-        print(f"    from {known.source}")
+        print(line(name, known.shape[0], *counts, printable(_where(name, root))))
+        print(_wrapped(f"from {known.source}", "    "))
     for folder in sorted(root.iterdir()) if root and root.is_dir() else ():
         if (folder / MANIFEST).exists() and folder.name not in SETS:
             try:
                 made = read_manifest(folder)
             except DataError as error:
-                print(error)
+                print(_wrapped(printable(error)))
                 continue
             counts = made.get("counts", {})  # one that is written by hand has none
             counts = [f"{counts[split]:,}" if counts else "" for split in SPLITS]
+            where = "" if folder.name == made["name"] else f"{printable(folder.name)}: "
             print(line(made["name"], made.get("shape", [""])[0], *counts,
-                       f"{folder}: variant {made['variant']}"))
-    print("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is missing "
-          "(cifar10 needs no --source).")
+                       f"{where}variant {made['variant']}"))
+    print(_wrapped(f"These are in {printable(root)}." if root else
+                   "--data-root or JET_DATA says where sets are."))
+    print(_wrapped("`python data.py prepare NAME --source PATH --out DIR/NAME` makes one that is "
+                   "missing (cifar10 needs no --source)."))
+
+
+def _wrapped(text, indent=""):
+    return textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent,
+                         break_on_hyphens=False)
 
 
 def _where(name, root):
@@ -177,14 +196,15 @@ def _where(name, root):
     folder = find_set(name, root)
     if folder is None:
         return "missing"
+    there = folder if folder == root else folder.name  # in the root
     if (folder / MANIFEST).exists():
         try:
             found = read_manifest(folder)["name"]
-        except DataError as error:
-            return str(error)
-        return f"prepared: {folder}" if found == name else f"{folder} holds {found}, not {name}"
+        except DataError:
+            return f"damaged (`verify` says how): {there}"
+        return f"prepared: {there}" if found == name else f"{there} holds {found}"
     if (folder / PARTIAL).is_dir():
-        return f"begun: {folder}: the same command goes on"
+        return f"begun: {there}"
     is_whole = name == "cifar10" and all(
         (folder / file).exists() for files in CIFAR10_FILES.values() for file in files)
-    return f"here: {folder}" if is_whole else f"{folder}: files are missing"
+    return f"here: {there}" if is_whole else f"{there}: files are missing"

@@ -57,7 +57,7 @@ def sets_root(root=None):
     checkout's own sets/, where there is one; else None. A ~ is the home folder.
     """
     root = root or os.environ.get("JET_DATA") or (OWN_SETS if OWN_SETS.is_dir() else None)
-    return Path(root).expanduser() if root else None
+    return Path(os.path.expanduser(root)) if root else None
 
 
 def find_set(name, root=None):
