@@ -41,8 +41,10 @@ class Bar(tqdm):
             form = form.replace("SAID", "{postfix}" if postfix else ", {rate_noinv_fmt}")
             return tqdm.format_meter(n, total, elapsed, prefix=name, postfix=postfix,
                                      bar_format=form, **settings)
-        if bar_format == LINE or total is None:
-            return line(bar_format or ENDLESS)
+        if total is None:
+            return line(ENDLESS) + ("\n" if bar_format else "")
+        if bar_format:
+            return line(bar_format)
         forms = (NARROW, NARROWEST) if ncols and ncols < WIDE_FROM else (WIDE, NARROW, NARROWEST)
         for form in forms:
             room = (ncols or 1000) - len(line(form, ""))
@@ -53,7 +55,7 @@ class Bar(tqdm):
 
 def progress(iterable=None, desc="", unit=" images", **settings):
     """A bar on a terminal; elsewhere a line every 30 s."""
-    settings |= {"desc": desc, "unit": unit}
+    settings |= {"desc": desc, "unit": unit, "unit_scale": unit == "B"}
     if sys.stderr.isatty():
         return Bar(iterable, dynamic_ncols=True, mininterval=0.2, **settings)
     return Bar(iterable, bar_format=LINE, mininterval=LINE_EVERY_S, maxinterval=60,

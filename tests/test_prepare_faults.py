@@ -567,6 +567,6 @@ def on_a_terminal(*arguments):
 
 
 def test_bars_fit_a_terminal_of_eighty_columns(photos, tmp_path):
-    for arguments, bar in ((("prepare", *OWN, "--source", photos, "--out", tmp_path / "set"), "train: "), (("verify", tmp_path / "set"), "verify train: ")):
-        lines = [line for line in on_a_terminal(*arguments) if line.startswith(bar) and "/6.00" in line]
-        assert lines and max(map(len, lines)) <= 80 and all("images/s" in line and "<" in line for line in lines), lines
+    for arguments, bar in ((("prepare", *OWN, "--source", photos, "--out", tmp_path / "set"), "train |"), (("verify", tmp_path / "set"), "verify train |")):
+        lines = [line for line in on_a_terminal(*arguments) if line.startswith(bar) and "/6 images" in line]
+        assert lines and max(map(len, lines)) <= 80 and all("images/s" in line and "left" in line for line in lines), lines

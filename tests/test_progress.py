@@ -46,6 +46,8 @@ def test_without_a_terminal_short_work_says_nothing_and_a_line_is_whole(monkeypa
     assert shown.getvalue() == ""
     line = Bar.format_meter(3, 10, 1.0, prefix="evaluate", unit=" images", bar_format=LINE)
     assert line == "evaluate: 3 of 10 images,  3.00 images/s, 00:02 left\n"
+    line = Bar.format_meter(3, None, 1.0, prefix="list", unit=" files", bar_format=LINE)
+    assert line == "list: 3 files,  3.00 files/s [00:01]\n"
 
 
 def test_time_left_is_that_of_the_whole_grid_by_the_cost_of_its_runs(config):
