@@ -261,8 +261,9 @@ class Session:
         with clock.paused(), torch.compiler.set_stance("force_eager"):
             for split, array in (("train", self.images["train"].array[:num_train]),
                                  ("test", self.images["test"].array)):
-                numbers = evaluate(self.jet, array, each_batch=functools.partial(
+                numbers = evaluate(self.jet, array, per_image=True, each_batch=functools.partial(
                     pace.evaluated, run.log, bar, f"{len(array):,} {split} images"))
+                self.per_image = numbers.pop("bits_per_dim_per_image")
                 rows.append({"step": self.state["step"], "split": split, **numbers})
         self.state["rows"] += rows
 
@@ -289,8 +290,7 @@ class Session:
                 "device": self.device.type, "hardware": hardware(self.device),
                 "threads": self.place.threads, "processes": self.processes,
                 "kernels": self.kernels, **code_version(), **versions()}
-        return distributed.from_first(run.finish, done, f"finished: {test['bits_per_dim']:.4f} "
-                                      f"bits/dim on {test['num_images']} test images")
+        return distributed.from_first(run.finish, done, self.per_image)
 
 
 def is_state(saved, total_steps):

@@ -7,6 +7,7 @@
     metrics.csv               training, step by step
     log.txt                   start, restarts, end, and what ran it
     error.txt                 why the last attempt failed; the next one removes it
+    per_image.npy             bits/dim of each test image at the end, float32 (N,)
     done.json                 the result: written last, and all that says "finished"
 """
 import contextlib
@@ -17,6 +18,8 @@ import os
 import re
 import traceback
 from pathlib import Path
+
+import numpy as np
 
 from harness import distributed
 from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAME, read_checkpoint,
@@ -29,7 +32,7 @@ from harness.machine import outside_errors
 from harness.progress import tell
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
-LOG_NAME, METRICS_NAME = "log.txt", "metrics.csv"
+LOG_NAME, METRICS_NAME, PER_IMAGE_NAME = "log.txt", "metrics.csv", "per_image.npy"
 METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
 
 
@@ -116,12 +119,15 @@ class RunFolder:
             self.claim.check()
             self.log.add(rows)
 
-    def finish(self, done, message):
-        """Write done.json, the result; by the first process."""
+    def finish(self, done, per_image):
+        """Write done.json, the result, and before it that of each image; by the first process."""
         self.claim.check()
+        per_image = per_image.astype(np.float32)
+        write_atomically(self.path / PER_IMAGE_NAME, lambda file: np.save(file, per_image))
         write_json(self.path / DONE_NAME, done)
         with contextlib.suppress(OSError):  # a full disk: the result is there
-            self._log.write(message)
+            self._log.write(f"finished: {done['bits_per_dim']:.4f} bits/dim on "
+                            f"{done['num_images']} test images")
         return done
 
 

@@ -22,6 +22,7 @@ from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
 from harness.run_folder import has_checkpoint
+from paper_figures.per_image import paired_difference, read_per_image, write_per_image
 from paper_figures.results_csv import SCALES, ResultsError, columns, read_results
 from sweeps import cluster, local, plan, watch
 from sweeps.grid import Experiment, first_of, make_runs
@@ -252,9 +253,9 @@ def run_and_collect(sweep):
                                              in_debug=flags.cluster == "debug")
         if signals.stop:
             signals.end_program(f"{sweep.program}: stopped: the same command goes on")
-    rows = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
+    rows, per_image = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
     if not rows.empty:
-        print_table(rows, sweep.experiment.swept)
+        print_table(rows, sweep.experiment.swept, per_image)
     if not flags.collect:
         finished = set(rows["run_id"])
         failed = local.failures([run for run in runs if run.run_id not in finished], unrecorded)
@@ -336,16 +337,19 @@ def same_command(flags):
 # ---- collect
 
 def collect(experiment, scale, runs, csv, pieces=()):
-    """Write the CSV of those of the runs that are finished; returns its rows.
+    """Write the CSV of those of the runs that are finished, and beside it their values per image.
 
-    pieces: CSVs of shards, whose rows of other runs of the grid are added.
+    pieces: CSVs of shards, whose rows of other runs of the grid are added. Returns the rows, and
+    {run id: bits/dim (N,)} of the runs that have them.
     """
     swept, varying, points = experiment.swept, experiment.varying, experiment.configs(scale)
     shared = {"experiment": experiment.name, "scale": scale, "grid_points": len(points)}
-    rows = []
+    rows, per_image = [], {}
     for run in runs:
         try:
-            rows += run.rows(shared) if run.is_done else []
+            if run.is_done:
+                rows += run.rows(shared)
+                per_image[run.run_id] = run.per_image
         except TrainingError as error:
             print(error, file=sys.stderr)
     rows = pd.DataFrame(rows, columns=columns(swept))
@@ -355,10 +359,11 @@ def collect(experiment, scale, runs, csv, pieces=()):
         if unknown := set(extra["run_id"]) - run_ids:
             raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid: give "
                                "--collect the same --seeds as the shards, or move the file away")
+        per_image = read_per_image(piece, extra) | per_image
         extra = extra[~extra["run_id"].isin(rows["run_id"])]
         rows = pd.concat([rows, extra]) if len(rows) else extra
     if rows.empty:
-        return rows
+        return rows, {}
     order = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
     rows = rows.assign(place=[order[point] for point in zip(*(rows[name] for name in swept))])
     rows = rows.sort_values(["seed", "place", "step", "split"]).drop(columns="place")
@@ -370,11 +375,17 @@ def collect(experiment, scale, runs, csv, pieces=()):
     remove_leftovers(csv.parent, csv.name, older_than_s=3600)
     write_atomically(csv, rows.to_csv(index=False, lineterminator="\n"))
     print(csv)
-    return rows
+    known = {run_id: values for run_id, values in per_image.items() if values is not None}
+    if known:
+        print(write_per_image(csv, known))
+    return rows, known
 
 
-def print_table(rows, swept):
-    """The finished points, those on equal images together, best first."""
+def print_table(rows, swept, per_image):
+    """The finished points, those on equal images together, best first.
+
+    to the best: by how much a point is behind the best of its seed, image by image.
+    """
     train = rows[rows["split"] == "train"]
     train_bits = dict(zip(zip(train["run_id"], train["step"]), train["bits_per_dim"]))
     test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
@@ -387,6 +398,11 @@ def print_table(rows, swept):
         "logdet/cap": ["" if pd.isna(share) else f"{share:.1%}"
                        for share in test["logdet_cap_share"]],
         "seconds": test["train_seconds"].map("{:.1f}".format)})
+    best = test.groupby(["dataset", "seed", "step"])["run_id"].transform("first")
+    if set(test["run_id"]) <= per_image.keys():
+        table["to the best"] = ["" if one == other else "+{:.4f} +- {:.4f}".format(
+            *paired_difference(per_image[one], per_image[other]))
+            for one, other in zip(test["run_id"], best)]
     print(table.to_string(index=False))
 
 

@@ -14,6 +14,7 @@ ROOMS = {
     "jet": "",
     "harness": "jet",
     "paper_figures.results_csv": "harness",
+    "paper_figures.per_image": "harness paper_figures.results_csv",
     "kernels": "jet harness",
     "images": "jet harness",
     "data": "jet harness images",
@@ -23,9 +24,10 @@ ROOMS = {
     "codec": "jet harness kernels data convert coding",
     "recipe": "jet harness data",
     "train": "jet harness kernels data convert evaluate recipe",
-    "sweeps": "jet harness kernels data convert evaluate recipe train paper_figures.results_csv",
+    "sweeps": "jet harness kernels data convert evaluate recipe train "
+              "paper_figures.results_csv paper_figures.per_image",
     "audit": "jet harness kernels data convert coding evaluate codec recipe train sweeps",
-    "paper_figures": "jet harness data paper_figures.results_csv",
+    "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image",
     "experiments": "*", ".ci": "*", "assets": "*",
 }
 
