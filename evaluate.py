@@ -8,6 +8,7 @@ Every image counts once, in nats that are summed and divided once; the noise is 
 import contextlib
 import math
 import time
+from pathlib import Path
 
 import harness  # noqa: F401 (first: it says what is not installed)
 
@@ -150,15 +151,11 @@ def _batch_that_fits(jet, shape, weight):
     return 2 ** min(10, int(math.log2(max(1, free_bytes(weight.device) / 2 / need))))
 
 
-def make_parser():
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("weights", metavar="WEIGHTS", help="the Jet: a run folder, a checkpoint, "
-                        "an official .npz or a jet-pytorch .pt")
+def add_evaluation_flags(parser):
+    """Flags that say which images are measured, and how; draws are of evaluate.py alone."""
     parser.add_argument("--data", required=True, metavar="NAME",
                         help="image set: a known name, a prepared folder or a .npy file")
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
-    parser.add_argument("--draws", type=int, default=1, metavar="N",
-                        help="draws of noise for each image (default: 1)")
     parser.add_argument("--num-images", type=int, metavar="N",
                         help="the first N images (default: all)")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float64"),
@@ -174,6 +171,15 @@ def make_parser():
     add_setting_flags(parser.add_argument_group(
         "the model, as far as a file of another implementation does not tell it"), JetConfig,
         "model.")
+
+
+def make_parser():
+    parser = ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser.add_argument("weights", metavar="WEIGHTS", help="the Jet: a run folder, a checkpoint, "
+                        "an official .npz or a jet-pytorch .pt")
+    parser.add_argument("--draws", type=int, default=1, metavar="N",
+                        help="draws of noise for each image (default: 1)")
+    add_evaluation_flags(parser)
     return parser
 
 
@@ -181,28 +187,39 @@ def main(arguments=None):
     parser = make_parser()
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog):
-        for name in ("draws", "num_images", "threads", "batch_size"):
-            value = getattr(flags, name)
-            if value is not None and value < 1:
-                raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        torch.set_num_threads(flags.threads)
-        jet = load_jet(flags.weights, **model_fields(vars(flags))).to(pick_device(flags.device))
-        images = load_images(flags.data, flags.split, flags.data_root)
-        check_images(jet, images, flags.num_images)
-        begun, precision = time.perf_counter(), flags.precision
-        if precision == "float64":
-            jet, precision = jet.double(), "float32"  # float32: no autocast
-        array = images.array[:flags.num_images]
-        try:
-            with progress(total=flags.draws * len(array), desc="evaluate", leave=False) as bar:
-                numbers = evaluate(jet, array, draws=flags.draws, batch_size=flags.batch_size,
-                                   precision=precision,
-                                   each_batch=lambda done: bar.update(done - bar.n))
-        except torch.OutOfMemoryError:
-            raise DataError("out of memory: give a smaller --batch-size") from None
+        images = images_of_flags(flags)
+        begun = time.perf_counter()
+        numbers, jet = evaluate_weights(flags.weights, images, flags, draws=flags.draws)
         seconds = time.perf_counter() - begun
         print_result(flags, images, numbers)
         print(f"{flags.weights} in {flags.precision} on {what_ran(jet)}, {seconds:.0f} s")
+
+
+def images_of_flags(flags):
+    """The ImageSet that flags ask for. Raises DataError, also for numbers that cannot be."""
+    for name in ("draws", "num_images", "threads", "batch_size"):
+        value = getattr(flags, name, None)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    return load_images(flags.data, flags.split, flags.data_root)
+
+
+def evaluate_weights(weights, images, flags, **settings):
+    """What evaluate() returns for a run folder or weight file as flags ask, and the Jet."""
+    torch.set_num_threads(flags.threads)
+    jet = load_jet(weights, **model_fields(vars(flags))).to(pick_device(flags.device))
+    check_images(jet, images, flags.num_images)
+    array, precision = images.array[:flags.num_images], flags.precision
+    if precision == "float64":
+        jet, precision = jet.double(), "float32"  # float32: no autocast
+    total = settings.get("draws", 1) * len(array)
+    try:
+        with progress(total=total, desc=f"evaluate {Path(weights).name}", leave=False) as bar:
+            numbers = evaluate(jet, array, batch_size=flags.batch_size, precision=precision,
+                               each_batch=lambda done: bar.update(done - bar.n), **settings)
+    except torch.OutOfMemoryError:
+        raise DataError("out of memory: give a smaller --batch-size") from None
+    return numbers, jet
 
 
 def check_images(jet, images, num_images=None):

@@ -32,6 +32,7 @@ from harness.machine import outside_errors
 from harness.progress import tell
 
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
+LARGEST_ERROR = 1e-6  # of the mean of float32 values, against the number that was recorded
 LOG_NAME, METRICS_NAME, PER_IMAGE_NAME = "log.txt", "metrics.csv", "per_image.npy"
 METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
 
@@ -205,6 +206,36 @@ def read_done(run_dir, config=None):
     if config is not None:
         refuse_changes(path, done["config"], config)
     return done
+
+
+def read_per_image(run_dir, done):
+    """Bits/dim of each test image of a finished run, float32 (N,); None of an older version's.
+
+    done: of its done.json. Raises TrainingError where they are not the run's.
+    """
+    path = Path(run_dir) / PER_IMAGE_NAME
+    if not os.path.lexists(path):
+        return None
+    try:
+        os.close(open_regular(path, os.O_RDONLY))
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        problem = misfit(values, done["bits_per_dim"], done["num_images"])
+    except (OSError, ValueError, AttributeError, TypeError, EOFError) as error:
+        problem = short(error)
+    if problem:
+        raise TrainingError(f"{path}: {problem}: delete it and {DONE_NAME}, and the same command "
+                            "evaluates again")
+    return np.array(values)
+
+
+def misfit(values, bits_per_dim, num_images):
+    """Why values cannot be those of a run with this mean over so many images, or ""."""
+    if values.dtype != np.float32 or values.shape != (num_images,):
+        return f"{values.dtype} {values.shape} for {num_images:,} images: must be float32"
+    mean = values.mean(dtype=np.float64)
+    if not abs(mean - bits_per_dim) < LARGEST_ERROR:
+        return f"their mean is {mean:.7f}, and the run's {bits_per_dim:.7f}"
+    return ""
 
 
 def check_fields(values, fields):

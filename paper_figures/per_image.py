@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.files import check_npz, write_atomically
+from harness.run_folder import misfit
 from paper_figures.results_csv import ResultsError
-
-LARGEST_ERROR = 1e-6  # of the mean of float32 values, against the number that was recorded
 
 
 def path_beside(csv):
@@ -40,16 +39,6 @@ def read_per_image(csv, rows):
             raise ResultsError(f"{path}: run {run_id}: {problem}: --collect makes it again where "
                                "the run folders are")
     return {run_id: found[run_id] for run_id in test.index if run_id in found}
-
-
-def misfit(values, bits_per_dim, num_images):
-    """Why values cannot be those of a run with this mean over so many images, or ""."""
-    if values.dtype != np.float32 or values.shape != (num_images,):
-        return f"{values.dtype} {values.shape} for {num_images:,} images: must be float32"
-    mean = values.mean(dtype=np.float64)
-    if not abs(mean - bits_per_dim) < LARGEST_ERROR:
-        return f"their mean is {mean:.7f}, and the run's {bits_per_dim:.7f}"
-    return ""
 
 
 def write_per_image(csv, values):

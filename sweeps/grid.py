@@ -4,18 +4,13 @@ Points whose configurations are equal (TrainConfig.hash) share one run; each has
 """
 import collections
 import dataclasses
-import os
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
-
 from data import SETS
-from harness.errors import TrainingError, short
-from harness.files import open_regular
+from harness.errors import TrainingError
 from harness.flops import logdet_cap_share, train_flops
-from harness.run_folder import DONE_NAME, PER_IMAGE_NAME, read_done
-from paper_figures.per_image import misfit
+from harness.run_folder import DONE_NAME, read_done, read_per_image
 from paper_figures.results_csv import columns
 from recipe import TrainConfig
 
@@ -99,23 +94,8 @@ class Run:
 
     @property
     def per_image(self):
-        """Bits/dim of each test image of a finished run, float32 (N,); None of an older version's.
-
-        Raises TrainingError where they are not the run's.
-        """
-        path = self.folder / PER_IMAGE_NAME
-        if not os.path.lexists(path):
-            return None
-        try:
-            os.close(open_regular(path, os.O_RDONLY))
-            values = np.load(path, allow_pickle=False, mmap_mode="r")
-            problem = misfit(values, self.done["bits_per_dim"], self.done["num_images"])
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            problem = short(error)
-        if problem:
-            raise TrainingError(f"{path}: {problem}: delete it and {DONE_NAME}, and the same "
-                                "command evaluates again")
-        return values
+        """Bits/dim of each test image, float32 (N,), or None (run_folder.read_per_image)."""
+        return read_per_image(self.folder, self.done)
 
     @property
     def init_from(self):
