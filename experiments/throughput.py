@@ -119,10 +119,9 @@ def make_rows(size, what, config, numbers, matmul_peak, labels, against):
 
 def merge_rows(csv, rows):
     """Write the rows into the CSV, in place of those of the same key."""
-    files = [io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))]
-    if csv.exists():
-        files.insert(0, csv)
-    table = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in files)
+    text = io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))
+    before = [figure.read_table(csv)] if csv.exists() else []
+    table = pd.concat([*before, pd.read_csv(text, dtype=str, keep_default_na=False)])
     order = {name: f"{place:02}" for place, name in enumerate((*SIZES, *FORWARDS, "ours"))}
     table = table.drop_duplicates(figure.KEY, keep="last").sort_values(
         figure.KEY, key=lambda column: column.map(lambda name: order.get(name, name)))

@@ -14,7 +14,9 @@ import zipfile
 import numpy as np
 
 NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
+NPZ_ARRAYS = 10_000  # an .npz may hold so many
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 2 ** 24, 32  # in memory JSON takes up to 30 times its size
 
 
 def open_regular(path, flags, mode=0o666):
@@ -45,12 +47,23 @@ def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
     return content
 
 
-def read_json(path, max_bytes=MAX_TEXT_BYTES):
+def read_json(path):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES))
+
+
+def parse_json(text):
+    """What a JSON text says. Raises ValueError for what is none, or nested more than ours are."""
     try:
-        return json.loads(read_bytes(path, max_bytes))
+        level = [value := json.loads(text)]
+        for _ in range(MAX_JSON_DEPTH):
+            level = [part for whole in level if isinstance(whole, (dict, list))
+                     for part in (whole.values() if isinstance(whole, dict) else whole)]
+        if not level:
+            return value
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        pass
+    raise ValueError("it is nested too deeply")
 
 
 def write_atomically(path, content, check=lambda path: None):
@@ -119,6 +132,8 @@ def check_npz(path):
     """Raise ValueError for an .npz file that unpacks to far more than its size, or says it does."""
     with open(open_regular(path, os.O_RDONLY), "rb") as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if len(members) > NPZ_ARRAYS:
+            raise ValueError(f"has {len(members):,} arrays, and {NPZ_ARRAYS:,} are allowed")
         limit = NPZ_BYTES + NPZ_RATIO * os.fstat(file.fileno()).st_size
         if (total := sum(member.file_size for member in members)) > limit:
             raise ValueError(f"unpacks to {total:,} bytes, and {limit:,} are allowed for its size")
@@ -128,6 +143,8 @@ def check_npz(path):
                 read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                         else np.lib.format.read_array_header_2_0)
                 shape, _, dtype = read(array)
+                if not dtype.itemsize:
+                    raise ValueError(f"{member.filename} has values of no size")
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"{member.filename} is cut: shape {shape} needs more bytes")
 
@@ -135,7 +152,7 @@ def check_npz(path):
 def file_sha256(path, bar=None, start=0):
     """Hex SHA-256 of a file from a byte on. bar: is told how many were read."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path, os.O_RDONLY), "rb", buffering=0) as file:
         file.seek(start)
         while block := file.read(2 ** 22):
             digest.update(block)
