@@ -41,10 +41,9 @@ def open_regular(path, flags, mode=0o666):
 def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
     """The content of a regular file. Raises OSError where it is none, or larger."""
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
-    return content
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
+        return file.read()
 
 
 def read_json(path):
