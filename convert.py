@@ -172,45 +172,43 @@ def _build(path, source, overrides):
         by_file = JetConfig(**{**source.assumed, **overrides, **source.known})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    check_counts(path, config, source.state)
     equal = {"kinds", "spatial_splits"} if config.coupling_splits == by_file.coupling_splits else ()
     for name in overrides:
         if getattr(config, name) != getattr(by_file, name) and name not in equal:
             raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file "
                                   f"says {getattr(by_file, name)!r}")
-    check_shapes(path, config, source.state)
+    check_size(path, config, source.state)
     try:
         with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
             jet = Jet(config)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: no memory for its configuration ({short(error)})") from None
+    check_shapes(path, jet.state_dict(), source.state)
     load_weights(path, jet, source.state)
     return jet
 
 
-def check_counts(path, config, state):
-    """Raise CheckpointError where a configuration has more parts than there are weights."""
-    if len(state) < config.num_couplings * config.block_depth:
-        raise CheckpointError(f"{path}: weights do not fit their configuration ({len(state)} "
-                              f"tensors for {config.num_couplings:,} couplings)")
+def check_size(path, config, state):
+    """Raise CheckpointError where a configuration needs more than there is: before it is made."""
+    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
+    block = (12 if config.block == "vit" else 18) * E * E
+    needed = config.num_couplings * (config.block_depth * block + (N + D) * E)
+    found = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    if needed > found or config.num_couplings * config.block_depth > len(state):
+        raise CheckpointError(f"{path}: weights do not fit their configuration: it needs at least "
+                              f"{needed:,} values, and there are {found:,} in {len(state)} tensors "
+                              "(no memory was taken for it)")
 
 
-def check_shapes(path, config, state):
-    """Raise CheckpointError where a configuration needs other weights: before any are made."""
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    try:
-        with torch.device("meta"):
-            needed = Jet(config).state_dict()
-    except (RuntimeError, TypeError) as error:  # of numbers beyond all bounds
-        raise CheckpointError(f"{path}: no memory for its configuration ({short(error)})") from None
-    needed = {name: tuple(tensor.shape) for name, tensor in needed.items()}
-    names = sorted(name for name in found.keys() | needed.keys()
-                   if found.get(name) != needed.get(name))
-    if names:
-        raise CheckpointError(
-            f"{path}: weights do not fit their configuration ({names[0]}: "
-            f"{needed.get(names[0], 'none')} is needed, and there is "
-            f"{found.get(names[0], 'none')})")
+def check_shapes(path, needed, state):
+    """Raise CheckpointError that names the first tensor of another shape than is needed."""
+    needed, found = ({name: tuple(getattr(tensor, "shape", ())) for name, tensor in one.items()}
+                     for one in (needed, state))
+    for name in sorted(found.keys() | needed.keys()):
+        if found.get(name) != needed.get(name):
+            raise CheckpointError(
+                f"{path}: weights do not fit their configuration ({name}: "
+                f"{needed.get(name, 'none')} is needed, and there is {found.get(name, 'none')})")
 
 
 def _our_source(path, content, overrides):

@@ -8,11 +8,15 @@ from harness.run_folder import is_fingerprint, is_number, is_step, is_text
 
 def maybe(rule):
     """The rule for a value that may be null."""
-    return lambda value: value is None or rule(value)
+    return None, rule
 
 
 def is_flag(value):
     return type(value) is bool
+
+
+def is_printable(value):
+    return not isinstance(value, str) or is_text(value)
 
 
 def is_value(value):
@@ -27,8 +31,9 @@ VERDICT = {
 CERTIFICATE = {
     "format": is_text, "made": is_text, "passed": is_flag, "sha256": is_fingerprint,
     "settings": {
-        **dict.fromkeys(RECORDED, lambda value: True),  # Request has their rules
-        "checkpoint": maybe(is_text), "adapter": maybe(is_text), "model_flags": [is_text]},
+        **dict.fromkeys(RECORDED, is_printable),  # Request has their own rules
+        "checkpoint": maybe(is_text), "adapter": maybe(is_text), "model_flags": [is_text],
+        "codelength": is_step},
     "weights": {
         "kind": lambda value: value in ("jet", "adapter"), "name": is_text, "path": is_text,
         "weights_sha256": is_fingerprint, "config": lambda value: isinstance(value, dict | None),
@@ -37,7 +42,7 @@ CERTIFICATE = {
         "name": is_text, "variant": is_text, "split": is_text, "num_images": is_step,
         "shape": [is_step], "whole_split": is_flag, "fingerprint": is_fingerprint},
     **dict.fromkeys(("bits_per_dim", "bits_per_dim_se", "noise_se"), maybe(is_number)),
-    "verdict": maybe(lambda value: not fault_in(value, VERDICT)),
+    "verdict": maybe(VERDICT),
     "checks": [{
         "section": is_text, "name": is_text, "tolerance": is_text, "text": is_text,
         "result": lambda value: value in (PASS, FAIL, NOT_APPLICABLE), "value": maybe(is_value),
@@ -51,9 +56,11 @@ CERTIFICATE = {
 def fault_in(value, rule):
     """The first field that is missing, too much or breaks its rule, like ".data.name", or "".
 
-    rule: a function, a list of a rule for each item, or a dict of rules, where a name with a ? may
-    be missing.
+    rule: a function, a list of a rule for each item, a dict of rules, where a name with a ? may be
+    missing, or what maybe() makes of one.
     """
+    if isinstance(rule, tuple):
+        return "" if value is None else fault_in(value, rule[1])
     if callable(rule):
         return "" if rule(value) else "."
     if type(value) is not type(rule):

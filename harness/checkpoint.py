@@ -65,8 +65,9 @@ def check_content(content, size):
     while waiting:
         (part, depth), parts = waiting.pop(), ()
         if isinstance(part, torch.Tensor):
-            if part.layout != torch.strided or part.is_quantized or part.is_meta:
-                raise ValueError(f"holds a tensor of another layout, {part.layout}")
+            is_odd = part.is_quantized or part.is_meta or part.is_complex()
+            if part.layout != torch.strided or is_odd:
+                raise ValueError(f"holds a tensor of another kind, {part.layout} {part.dtype}")
             num_bytes += part.numel() * part.element_size()
             num_parts += 0 if part.numel() else sum(part.shape)  # that have no bytes
         elif isinstance(part, int) and abs(part) >= 2 ** 64:

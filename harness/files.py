@@ -46,13 +46,14 @@ def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
         return file.read()
 
 
-def read_json(path):
+def read_json(path, max_bytes=MAX_JSON_BYTES):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
-    return parse_json(read_bytes(path, MAX_JSON_BYTES))
+    return parse_json(read_bytes(path, max_bytes))
 
 
 def parse_json(text):
     """What a JSON text says. Raises ValueError for what is none, or nested more than ours are."""
+    text = text.encode() if isinstance(text, str) else text  # numpy makes letters that are none
     try:
         level = [value := json.loads(text)]
         for _ in range(MAX_JSON_DEPTH):

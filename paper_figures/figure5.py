@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.files import check_npz, parse_json
 from paper_figures import style, tables
-from paper_figures.results_csv import ResultsError, final_test_rows
+from paper_figures.results_csv import ResultsError, final_test_rows, is_cell
 
 SWEPT = tables.MAIN_SWEPT
 COLUMNS = 8  # images side by side
@@ -57,7 +57,7 @@ def check_samples(about, content):
         texts.append(about.get("neighbours_of"))
         if content["distances"].ndim != 1 or not np.isfinite(content["distances"]).all():
             raise ValueError("distances are no numbers")
-    if not (all(isinstance(text, str) for text in texts)
+    if not (all(isinstance(text, str) and is_cell(text) for text in texts)
             and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)):
         raise ValueError("it does not tell what made it")
 
