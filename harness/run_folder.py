@@ -211,6 +211,16 @@ def check_fields(values, fields):
             raise ValueError(f"{name} is {short(repr(values[name]))}")
 
 
+def are_rows(rows):
+    """Whether a checkpoint's list of evaluations is one."""
+    try:
+        for row in rows:
+            check_fields(row, ROW_FIELDS)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return isinstance(rows, list)
+
+
 def is_number(value):
     return type(value) in (int, float) and abs(value) < 1e300
 

@@ -117,20 +117,21 @@ def is_wrong(path, right, value):
         is_known = path in ("settings.model_flags", "data.shape", "verdict.interval")
         return not (isinstance(value, list) and (is_known and value == [] or value == right))
     if isinstance(right, str) and isinstance(value, str):
-        return not value.isprintable() or len(value) > 4000 or len(right) == 64
+        is_checksum = path.endswith(("sha256", "fingerprint"))
+        return not value.isprintable() or len(value) > 4000 or is_checksum
     return type(value) is not type(right) or isinstance(right, dict)
 
 
 def test_every_field_of_a_wrong_type_is_refused_in_one_line_before_any_work(made, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_bpd, "run", lambda request: sys.exit("worked"))
     count, faults, file = 0, [], tmp_path / "certificate.json"
-    for path, right in parts(made[0]):
-        if path == "sha256":
-            continue
+    short = {**made[0], "checks": [one for one in made[0]["checks"] if one["result"] == "pass"][:1]}
+    del short["sha256"]  # which is made anew
+    for path, right in parts(short):
         for value in [*ODD, KeyError]:
             is_missing = value is KeyError and path not in OPTIONAL and path[-1] != "0"
             if is_missing or value is not KeyError and is_wrong(path, right, value):
-                certificate = altered(made[0], path, value)
+                certificate = altered(short, path, value)
                 file.write_text(json.dumps({**certificate, "sha256": certificates.seal(certificate)}))
                 with pytest.raises(SystemExit) as ended, one_line_errors("audit_bpd.py"):
                     audit_bpd.verify(file, {})

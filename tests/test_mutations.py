@@ -34,6 +34,7 @@ from audit import certificates
 from data import fingerprint
 from experiments import audit_bpd, draw_samples, throughput
 from grid_rows import grid_rows
+from harness.claim import this_machine
 from jet import Jet, JetConfig
 from paper_figures import figure3, figure4, figure5, tables
 from paper_figures import throughput as throughput_figure
@@ -78,7 +79,8 @@ def whole(tmp_path_factory):
                             "--claim", "8.0", "--out", f"{folder}/audits"])
     next((folder / "audits").glob("*.json")).rename(folder / "certificate.json")
     (folder / "stopped/claim.json").write_text(json.dumps(
-        {"host": "a", "pid": 1, "machine": "m", "started": 1, "job": None, "token": "t"}))
+        {"host": "a", "pid": 1, "machine": this_machine(), "started": 1, "job": None,
+         "token": "t"}))
     os.utime(folder / "stopped/claim.json", (1, 1))
     torch.manual_seed(0)
     jet = Jet(JetConfig(**MODEL))
