@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+from harness.errors import printable
 from harness.files import read_bytes
 from paper_figures.results_csv import MAX_BYTES, ResultsError, is_cell
 
@@ -38,7 +39,8 @@ def read_reported(path):
         if not fault and key in seen:
             fault = f"{' '.join(key[1:])} is there twice"
         if fault:
-            raise ResultsError(f"{path}: row {number} ({row['model']}): {fault}")
+            model = printable(row["model"], 400)
+            raise ResultsError(f"{path}: row {number} ({model}): {printable(fault, 400)}")
         seen.add(key)
     return rows
 

@@ -2,6 +2,7 @@
 
 results/README.md says what each column means.
 """
+import csv
 import io
 import itertools
 from pathlib import Path
@@ -32,7 +33,7 @@ WHOLE = LIMITS.keys() - {"channel_share", "bits_per_dim", "bits_per_dim_se", "tr
 MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
 FINGERPRINTS = ("fingerprint", "train_fingerprint")
 TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant", *FINGERPRINTS)  # not empty
-MAX_BYTES, MAX_HEADER_BYTES, MAX_CELL = 2 ** 24, 2 ** 16, 1000
+MAX_BYTES, MAX_COLUMNS, MAX_CELL = 2 ** 24, 1000, 1000
 SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
         "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows, if not swept
 
@@ -65,13 +66,8 @@ def read_csv(path, experiment, **options):
     """What pandas makes of a CSV of an experiment. Raises ResultsError in one line."""
     try:
         content = read_bytes(path, MAX_BYTES)
-        if len(content.partition(b"\n")[0]) > MAX_HEADER_BYTES:
-            raise ValueError("its header is no list of columns")
+        _check_shape(content.decode())
         rows = pd.read_csv(io.BytesIO(content), keep_default_na=False, low_memory=False, **options)
-        if not isinstance(rows.index, pd.RangeIndex):
-            raise ValueError("its rows have more cells than its header")
-        if (cut := rows.iloc[:, -1].isna()).any():
-            raise ValueError(f"line {rows.index[cut][0] + 2} is cut")
         for name in rows:
             if not is_numeric_dtype(rows[name]) and not rows[name].map(is_cell).all():
                 raise ValueError(f"{name} has a cell that is no line of text")
@@ -81,8 +77,25 @@ def read_csv(path, experiment, **options):
         hint = f" --scale {scale}" if scale in SCALES else ""
         raise ResultsError(f"{path}: no such file: python experiments/{experiment}.py{hint} makes "
                            "it") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
+
+
+def _check_shape(text):
+    """Raise ValueError where a row has not as many cells as the header, or that has far too many.
+
+    pandas fills a short row, takes the first column of long ones for names, and renames columns.
+    """
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    header = next(reader, [])
+    if len(header) > MAX_COLUMNS:
+        raise ValueError("its header is no list of columns")
+    if len(set(header)) < len(header):
+        raise ValueError("it has a column twice")
+    for row in reader:
+        if len(row) not in (0, len(header)):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells, and its header has "
+                             f"{len(header)}")
 
 
 def is_cell(value):
