@@ -16,7 +16,8 @@ import numpy as np
 NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
 NPZ_ARRAYS = 10_000  # an .npz may hold so many
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 2 ** 24, 32  # in memory JSON takes up to 30 times its size
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 2 ** 24, 32  # in memory JSON takes many times its size
+MAX_JSON_PARTS = 2 ** 20  # lists and objects: each takes far more memory than its two bytes
 
 
 def open_regular(path, flags, mode=0o666):
@@ -54,6 +55,8 @@ def read_json(path, max_bytes=MAX_JSON_BYTES):
 def parse_json(text):
     """What a JSON text says. Raises ValueError for what is none, or nested more than ours are."""
     text = text.encode() if isinstance(text, str) else text  # numpy makes letters that are none
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_PARTS:
+        raise ValueError(f"it has more than {MAX_JSON_PARTS:,} lists and objects")
     try:
         level = [value := json.loads(text)]
         for _ in range(MAX_JSON_DEPTH):
