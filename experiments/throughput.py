@@ -38,8 +38,8 @@ from harness.errors import TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters
-from harness.machine import (ROOT, compile_limits, free_bytes, full_float32, hardware, pick_device,
-                             versions)
+from harness.machine import (MAX_THREADS, ROOT, compile_limits, free_bytes, full_float32, hardware,
+                             pick_device, versions)
 from harness.memory import activation_bytes, image_bytes, watch_memory
 from jet import Jet, JetConfig
 from paper_figures import throughput as figure
@@ -293,6 +293,8 @@ def read_flags(parser, arguments):
     for name in ("threads", "steps", "batch_size", "check_precision", "evaluate"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 1 or more")
+    if flags.threads > MAX_THREADS:
+        parser.error(f"--threads {flags.threads}: must be at most {MAX_THREADS}")
     instead = flags.profile or flags.check_precision or flags.evaluate
     if flags.checkpoint and not flags.check_precision:
         parser.error("--checkpoint: is only for --check-precision")

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import random
 import re
 import resource
@@ -23,7 +22,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -32,7 +30,7 @@ import evaluate
 import train
 from audit import certificates
 from data import fingerprint
-from experiments import audit_bpd, draw_samples, throughput
+from experiments import audit_bpd, throughput
 from grid_rows import grid_rows
 from harness.claim import this_machine
 from jet import Jet, JetConfig
@@ -40,7 +38,7 @@ from paper_figures import figure3, figure4, figure5, tables
 from paper_figures import throughput as throughput_figure
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
-COUNT = int(os.environ.get("JET_MUTATIONS", 1))
+COUNT = int(os.environ.get("JET_MUTATIONS", 2))
 FIRST = int(os.environ.get("JET_MUTATIONS_SEED", 0))
 MAX_S, MAX_BYTES = 10, 2 ** 30
 MODEL = {"image_size": 8, "patch_size": 4, "num_couplings": 2, "block_depth": 1, "emb_dim": 4,
@@ -483,6 +481,35 @@ def test_mutated_files_give_a_result_or_one_line(whole, tmp_path):
                 print(faults[-1], flush=True)
             shutil.rmtree(folder)
     assert not faults
+
+
+def test_programs_end_in_one_line_and_take_little_memory(whole, tmp_path):
+    certificate = json.loads((whole / "certificate.json").read_text())
+    certificate["settings"]["model_flags"] = ["--help"]
+    certificate["sha256"] = certificates.seal(certificate)
+    (tmp_path / "certificate.json").write_text(json.dumps(certificate))
+    with zipfile.ZipFile(tmp_path / "weights.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(300):  # a megabyte each, and a kilobyte in the archive
+            archive.writestr(f"{number}.npy", npy_of(2 ** 20))
+    commands = [["experiments/audit_bpd.py", "--check", str(tmp_path / "certificate.json")],
+                ["evaluate.py", str(tmp_path / "weights.npz"), "--data", str(whole / "set")]]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (4 * MAX_BYTES, 4 * MAX_BYTES))
+    programs = [subprocess.Popen([sys.executable, *command], cwd=ROOT, preexec_fn=limit, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                for command in commands]
+    said = [program.communicate(timeout=60)[0] for program in programs]
+    assert [program.returncode for program in programs] == [1, 1], said
+    assert all(text.count("\n") == 1 and len(text) < 2100 and "error: " in text for text in said)
+    assert "its model_flags are none: " in said[0] and "unpacks to" in said[1]
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < MAX_BYTES
+
+
+def npy_of(size):
+    file = io.BytesIO()
+    np.save(file, np.zeros(size, np.uint8))
+    return file.getvalue()
 
 
 @pytest.mark.skipif("JET_MUTATIONS" not in os.environ, reason="takes half a minute")
