@@ -207,7 +207,7 @@ def final_rows(path, experiment, swept, what, varying=()):
     final = rows[rows["step"] == rows["total_steps"]]
     if not (final["split"] == "test").any():
         raise ResultsError(f"{path}: has no test rows of the last step")
-    expected = rows["grid_points"].iloc[0]
+    expected, first = rows["grid_points"].iloc[0], None
     for seed, split in itertools.product(sorted(rows["seed"].unique()), ("test", "train")):
         here = final[(final["seed"] == seed) & (final["split"] == split)]
         where = f"for seed {seed}" if split == "test" else f"in {split} for seed {seed}"
@@ -222,6 +222,11 @@ def final_rows(path, experiment, swept, what, varying=()):
             raise ResultsError(f"{path}: {expected - len(here)} of {expected} points of {what} are "
                                f"missing {where}{names}: complete them by experiments/{experiment}"
                                f".py --scale {rows['scale'].iloc[0]}")
+        points = set(here[[*swept]].itertuples(index=False, name=None))
+        first = first or points
+        if points != first:
+            raise ResultsError(f"{path}: {' '.join(min(points - first))} of {what} is there {where}"
+                               ", and not for all seeds and splits")
     return final
 
 
