@@ -35,9 +35,9 @@ from coding.prior import Prior
 from convert import config_checksum, load_jet
 from data import SPLITS, fingerprint, load_images
 from harness.checkpoint import weights_checksum
-from harness.files import write_atomically
+from harness.files import read_bytes, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
-from harness.machine import pick_device
+from harness.machine import MAX_THREADS, pick_device
 from harness.progress import progress
 from jet import ActNorm, Coupling, JetConfig, bits_per_dim, dequantize
 
@@ -168,6 +168,9 @@ def decode(jet, content, progress=QUIET):
         images = _decode(jet, header, lanes, words, progress)
     except CodecError:
         raise
+    except MemoryError:
+        raise CodecError(f"{header['shape'][0]:,} images do not fit in this machine's "
+                         "memory") from None
     except (IndexError, OverflowError, ValueError) as error:  # of a header that was made up
         raise CodecError(f"the data are not what was encoded ({type(error).__name__}): encode it "
                          "again") from None
@@ -254,7 +257,7 @@ def encode_set(jet, flags, progress):
 def decode_file(jet, flags, progress):
     """Write the images of a file; returns what to say of them."""
     try:
-        images = decode(jet, flags.file.read_bytes(), progress)
+        images = decode(jet, read_bytes(flags.file, max_bytes=2 ** 40), progress)
     except CodecError as error:
         raise CodecError(f"{flags.file}: {error}") from None
     write_atomically(flags.out, lambda file: np.save(file, images))
@@ -264,8 +267,8 @@ def decode_file(jet, flags, progress):
 def main(arguments=None):
     flags = parse(arguments)
     with one_line_errors("codec.py"):
-        if flags.threads < 1:
-            raise CodecError(f"--threads {flags.threads}: must be 1 or more")
+        if not 1 <= flags.threads <= MAX_THREADS:
+            raise CodecError(f"--threads {flags.threads}: must be from 1 to {MAX_THREADS}")
         torch.set_num_threads(flags.threads)
         jet = load_jet(flags.checkpoint, **model_fields(vars(flags))).to(pick_device(flags.device))
         if not flags.out.resolve().parent.is_dir():

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 import kernels
-from harness.checkpoint import CHECKPOINT_FORMAT, checksum, load_weights, read_weights
+from harness.checkpoint import (CHECKPOINT_FORMAT, MAX_PARTS, check_content, checksum, load_weights,
+                                read_weights)
 from harness.errors import CheckpointError, short
-from harness.files import check_npz, file_sha256, read_bytes
+from harness.files import check_npz, file_sha256, parse_json, read_bytes
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 
@@ -86,7 +87,12 @@ def _read_safetensors(path):
         raise CheckpointError(f"{path}: needs the package safetensors: pip install "
                               "safetensors") from None
     try:
-        return safetensors.torch.load(read_bytes(path, max_bytes=2 ** 40))
+        content = read_bytes(path, max_bytes=2 ** 40)
+        state = safetensors.torch.load(content)
+        check_content(state, len(content))
+        return state
+    except MemoryError:
+        raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
     except Exception as error:
         raise CheckpointError(f"{path}: empty, damaged or no .safetensors file "
                               f"({short(error)})") from None
@@ -117,6 +123,8 @@ def _read_npz(path):
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
     except Exception as error:  # np.load, too
         raise CheckpointError(f"{path}: empty, damaged or no .npz of arrays "
                               f"({short(error)})") from None
@@ -141,7 +149,7 @@ def weights_id(path):
         return f"sha256-{file_sha256(path)[:16]}"
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint of ours ({short(error)})") from None
 
 
@@ -169,35 +177,38 @@ def _build(path, source, overrides):
         if getattr(config, name) != getattr(by_file, name) and name not in equal:
             raise CheckpointError(f"{path}: {name}={overrides[name]!r} was given, but the file "
                                   f"says {getattr(by_file, name)!r}")
-    check_shapes(path, config, source.state)
+    check_size(path, config, source.state)
     try:
         with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's generator
             jet = Jet(config)
     except (RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{path}: no memory for its configuration ({short(error)})") from None
+    check_shapes(path, jet.state_dict(), source.state)
     load_weights(path, jet, source.state)
     return jet
 
 
-def check_shapes(path, config, state):
-    """Raise CheckpointError where a configuration needs other weights: before any are made."""
-    found = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    wrong = f"{len(found)} tensors for {config.num_couplings:,} couplings"
-    if len(found) >= config.num_couplings * config.block_depth:
-        try:
-            with torch.device("meta"):
-                needed = Jet(config).state_dict()
-        except RuntimeError as error:
-            raise CheckpointError(f"{path}: no memory for its configuration "
-                                  f"({short(error)})") from None
-        needed = {name: tuple(tensor.shape) for name, tensor in needed.items()}
-        names = sorted(name for name in found.keys() | needed.keys()
-                       if found.get(name) != needed.get(name))
-        if not names:
-            return
-        wrong = (f"{names[0]}: {needed.get(names[0], 'none')} is needed, and there is "
-                 f"{found.get(names[0], 'none')}")
-    raise CheckpointError(f"{path}: weights do not fit their configuration ({wrong})")
+def check_size(path, config, state):
+    """Raise CheckpointError where a configuration needs more than there is: before it is made."""
+    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
+    block = (12 if config.block == "vit" else 18) * E * E
+    needed = config.num_couplings * (config.block_depth * block + (N + D) * E)
+    found = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    if needed > found or config.num_couplings * config.block_depth > len(state):
+        raise CheckpointError(f"{path}: weights do not fit their configuration: it needs at least "
+                              f"{needed:,} values, and there are {found:,} in {len(state)} tensors "
+                              "(no memory was taken for it)")
+
+
+def check_shapes(path, needed, state):
+    """Raise CheckpointError that names the first tensor of another shape than is needed."""
+    needed, found = ({name: tuple(getattr(tensor, "shape", ())) for name, tensor in one.items()}
+                     for one in (needed, state))
+    for name in sorted(found.keys() | needed.keys()):
+        if found.get(name) != needed.get(name):
+            raise CheckpointError(
+                f"{path}: weights do not fit their configuration ({name}: "
+                f"{needed.get(name, 'none')} is needed, and there is {found.get(name, 'none')})")
 
 
 def _our_source(path, content, overrides):
@@ -211,14 +222,19 @@ def _bare_source(path, state, overrides):
     orders = {int(name.split(".")[1]): order for name, order in state.items()
               if re.fullmatch(r"couplings\.\d+\.order", name)}
     orders = [orders[number] for number in range(len(orders))]
+    if any(order.dtype != torch.int64 or order.ndim != 1 for order in orders):
+        raise ValueError("an order is no list of whole numbers")
     token_dim, lengths = len(state[f"{net}final_proj.bias"]), set(map(len, orders))
     masking = token_dim // 2 in lengths - {num_tokens} or (
         token_dim not in lengths and overrides.get("split_mode") == "masking")
     assumed = _grid_fields(path, num_tokens, token_dim // 2 if masking else token_dim, overrides)
     grid = JetConfig(**assumed | {"kinds": ("channels",), "split_mode": "masking"} | {
         name: overrides[name] for name in ("image_size",) if name in overrides}).grid
-    patterns = [spatial_order(name, *grid).tolist() for name in SPATIAL_SPLITS]
-    kinds = tuple("spatial" if order.tolist() in patterns else "channels" for order in orders)
+    patterns = []
+    if math.prod(grid) in lengths:
+        patterns = [spatial_order(name, *grid) for name in SPATIAL_SPLITS]
+    kinds = tuple("spatial" if any(torch.equal(order, pattern) for pattern in patterns)
+                  else "channels" for order in orders)
     known = {"num_couplings": len(orders), "kinds": kinds, "emb_dim": emb_dim,
              "block": "cnn" if f"{net}blocks.0.convs" in names else "vit",
              "block_depth": len(set(re.findall(rf"{re.escape(net)}blocks\.(\d+)\.", names))),
@@ -271,8 +287,9 @@ def _split_names(path, orders, assumed, overrides):
 def _one_hot_order(projection):
     """y[m] = sum_k x[k] P[k, m] with one-hot columns: for each m, the k. (n, n) -> (n,)."""
     projection = np.asarray(projection)
-    order = projection.argmax(0)
-    if not np.array_equal(projection, np.eye(len(projection))[:, order]):
+    order, places = projection.argmax(0), range(projection.shape[1])
+    is_one_hot = np.count_nonzero(projection, 0) == 1, projection[order, places] == 1
+    if projection.shape[0] != projection.shape[1] or not np.all(is_one_hot):
         raise ValueError("a projection is not one-hot")
     return order
 
@@ -297,6 +314,8 @@ def official_weights(tree):
     """
     leaves = {name.removeprefix("couplings/dnn/"): leaf for name, leaf in tree.items()}
     num_couplings, _, num_tokens, emb_dim = leaves["posemb"].shape
+    if num_couplings * len(leaves) > MAX_PARTS:
+        raise ValueError(f"{num_couplings:,} couplings are too many")
     weights = {"posemb": leaves.pop("posemb")[:, 0]}  # all (L, ...) until the end
 
     def put(ours, theirs):
@@ -351,6 +370,8 @@ def _official_source(path, content, overrides):
     channel_masks = content[prefix + masks]  # (L, D, D), zero where not used
     spatial_masks = content[prefix + masks.replace("channel", "spatial")]  # (L, N, N), likewise
     weights = official_weights(tree)
+    if not len(spatial_masks) == len(channel_masks) == len(tree["couplings/dnn/posemb"]):
+        raise ValueError("not as many masks as couplings")
     kinds = tuple("spatial" if mask.any() else "channels" for mask in spatial_masks)
     orders = [_one_hot_order((spatial_masks if kind == "spatial" else channel_masks)[i])
               for i, kind in enumerate(kinds)]
@@ -360,7 +381,7 @@ def _official_source(path, content, overrides):
              "num_heads": query.shape[2], "block_depth": _official_depth(tree)}
     missing = ()
     if "meta_json" in content:
-        meta = json.loads(str(content["meta_json"]))
+        meta = parse_json(str(content["meta_json"]))
         grid = {"image_size": tuple(meta["image"][:2]), "channels": meta["image"][2],
                 "patch_size": meta["config"]["ps"]}
         known |= {**grid, "scale_factor": meta["config"]["scale_factor"]}
@@ -390,9 +411,11 @@ def _jet_pytorch_source(path, content, overrides):
         for theirs, ours in _JET_PYTORCH.items():
             name = re.sub(theirs, ours, name)
         weights[name] = tensor[0] if name.endswith(".posemb") else tensor
+    channels, spatial = (weights.pop(f"{kind}_projections") for kind in ("channel", "spatial"))
+    if len(channels) + len(spatial) > len(weights):
+        raise ValueError("more projections than weights")
     channel_orders, spatial_orders = (
-        [_one_hot_order(projection) for projection in weights.pop(f"{kind}_projections")]
-        for kind in ("channel", "spatial"))
+        [_one_hot_order(projection) for projection in each] for each in (channels, spatial))
     num_couplings = len(channel_orders) + len(spatial_orders)
     num_tokens, emb_dim = weights["couplings.0.net.posemb"].shape
     token_dim = len(weights["couplings.0.net.final_proj.bias"])

@@ -22,9 +22,11 @@ from harness import distributed
 from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import (
-    code_version, free_bytes, full_float32, hardware, networks_in, pick_device)
+    MAX_THREADS, code_version, free_bytes, full_float32, hardware, networks_in, pick_device)
 from harness.progress import progress
 from jet import Jet, JetConfig, bits_per_dim, dequantize
+
+LIMITS = {"draws": 10_000, "threads": MAX_THREADS, "num_images": math.inf, "batch_size": math.inf}
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
 
 
 def _check(array, draws, batch_size, precision):
-    is_images = array.dtype == np.uint8 and array.ndim == 4 and len(array) > 0
+    is_images = array.dtype == np.uint8 and array.ndim == 4 and array.size > 0
     is_batch = batch_size is None or batch_size >= 1
     if not (is_images and is_batch and draws >= 1 and precision in ("float32", "bfloat16")):
         raise ValueError(f"evaluate: {array.dtype} array of shape {array.shape}, draws={draws}, "
@@ -197,10 +199,11 @@ def main(arguments=None):
 
 def images_of_flags(flags):
     """The ImageSet that flags ask for. Raises DataError, also for numbers that cannot be."""
-    for name in ("draws", "num_images", "threads", "batch_size"):
+    for name, most in LIMITS.items():
         value = getattr(flags, name, None)
-        if value is not None and value < 1:
-            raise DataError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if value is not None and not 1 <= value <= most:
+            rule = "1 or more" if value < 1 else f"at most {most}"
+            raise DataError(f"--{name.replace('_', '-')} {value}: must be {rule}")
     return load_images(flags.data, flags.split, flags.data_root)
 
 

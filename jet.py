@@ -27,10 +27,12 @@ SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv"
 GELU = {"tanh": "tanh", "exact": "none"}  # ours: PyTorch's
 
 
-def setting(default, help, choices=None, minimum=1, kind=None):
+def setting(default, help, choices=None, minimum=1, kind=None, maximum=2 ** 64):
     """A config field: default, the command line's help, and what is allowed: some names, or numbers
-    (whole ones from the minimum on, others above 0 or equal to it). kind: its type, if another."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind}
+    (whole ones from minimum to maximum, others above 0 or the minimum). kind: its type, if another.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind,
+                "maximum": maximum}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -51,10 +53,14 @@ def check_settings(config):
         elif kind is bool:
             ok, rule = isinstance(value, bool), "must be true or false"
         elif kind is int:
-            ok = type(value) is int and value >= least
+            ok = type(value) is int and least <= value <= what["maximum"]
             rule = f"must be a whole number, {least} or more"
+            if type(value) is int and value > least:
+                rule = f"must be from {least} to {what['maximum']}"
+        elif kind is str:
+            ok, rule = isinstance(value, str), "must be text"
         elif kind is float:
-            ok = type(value) in (int, float) and (value > 0 or value == least) and value < math.inf
+            ok = type(value) in (int, float) and (value > 0 or value == least) and value <= 1e300
             rule = "must be a finite number above 0" + (" or 0" if least == 0 else "")
         if not ok:
             raise ValueError(f"{field.name}={value!r}: {rule}")
@@ -70,9 +76,10 @@ class JetConfig:
         (64, 64), "pixels per side, or height and width; train.py takes the image set's")
     channels: int = setting(3, "image channels")
     patch_size: int = setting(4, "pixels per side of a patch, which is a token (official: ps)")
-    num_couplings: int = setting(32, "couplings in the flow (official: depth)")
+    num_couplings: int = setting(32, "couplings in the flow (official: depth)",
+                                 maximum=10 ** 7)
     block: str = setting("vit", "a coupling's network: the paper's ViT, our CNN", ("vit", "cnn"))
-    block_depth: int = setting(2, "blocks in the network of one coupling")
+    block_depth: int = setting(2, "blocks in the network of one coupling", maximum=10 ** 7)
     emb_dim: int = setting(512, "width of the network")
     num_heads: int = setting(8, "attention heads (vit only)")
     scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
@@ -129,9 +136,11 @@ class JetConfig:
     @property
     def coupling_splits(self):
         """(kind, spatial split or None) of each coupling: splits cycle over spatial ones."""
-        kinds = itertools.islice(itertools.cycle(self.kinds), self.num_couplings)
+        period = min(len(self.kinds) * len(self.spatial_splits), self.num_couplings)
         splits = itertools.cycle(self.spatial_splits)
-        return tuple((kind, next(splits) if kind == "spatial" else None) for kind in kinds)
+        cycle = [(kind, next(splits) if kind == "spatial" else None)
+                 for kind in itertools.islice(itertools.cycle(self.kinds), period)]
+        return tuple(itertools.islice(itertools.cycle(cycle), self.num_couplings))
 
 
 class Attention(nn.Module):

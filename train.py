@@ -166,20 +166,21 @@ class Session:
             raise TrainingError(f"{path}: the training images have changed since this run began: "
                                 "bring them back or use another run folder")
         load_weights(path, self.jet, saved["model"])
-        has_moments = self._load_moments(saved["optimizer"])
+        has_moments = self._load_moments(saved["optimizer"], saved["step"])
         if not has_moments or not is_state(saved, self.config.total_steps):
             raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this "
                                   "run: move it away to begin again")
         return {name: saved[name] for name in self.state}
 
-    def _load_moments(self, moments):
+    def _load_moments(self, moments, step):
         """Whether Adam's moments fit, and are loaded: the hyper-parameters are the config's."""
         try:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-            return not self.config.total_steps or all(
-                self.optimizer.state[parameter][moment].shape == parameter.shape
-                for parameter in self.jet.parameters() for moment in ("exp_avg", "exp_avg_sq"))
-        except (KeyError, ValueError, TypeError, AttributeError):
+            states = [(self.optimizer.state[parameter], parameter.shape)
+                      for parameter in self.jet.parameters() if self.config.total_steps]
+            return all(float(state["step"]) == step and state["exp_avg"].shape == shape
+                       and state["exp_avg_sq"].shape == shape for state, shape in states)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
             return False
 
     def steps(self, run, bar, pace, stop_after):
@@ -295,10 +296,10 @@ class Session:
 
 def is_state(saved, total_steps):
     """Whether a checkpoint's plain values are ones that a run can have."""
-    step, micro_batch = saved["step"], saved["micro_batch"]
-    return (type(step) is int and 0 <= step <= total_steps and type(saved["seconds"]) is float
-            and type(saved["rows"]) is list
-            and (micro_batch is None or type(micro_batch) is int and micro_batch > 0))
+    step, micro_batch, rows = saved["step"], saved["micro_batch"], saved["rows"]
+    return (run_folder.is_step(step) and step <= total_steps and run_folder.are_rows(rows)
+            and run_folder.is_amount(saved["seconds"])
+            and (micro_batch is None or run_folder.is_count(micro_batch)))
 
 
 def first_jet(config, images, init_from, run_dir):

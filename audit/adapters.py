@@ -9,7 +9,8 @@ from audit.checks import AuditError
 from audit.request import relative_path
 from convert import config_checksum, load_jet
 from harness.checkpoint import weights_checksum
-from harness.errors import one_line
+from harness.errors import one_line, short
+from harness.files import read_bytes
 from harness.machine import pick_device
 from harness.run_folder import read_done
 
@@ -21,7 +22,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         space = {"__name__": "adapter", "__file__": str(path)}
         try:
-            source = Path(path).read_bytes()
+            source = read_bytes(path)
             exec(compile(source, str(path), "exec"), space)  # the user's own file, as asked for
             self.functions = {name: space[name] for name in ("forward", "inverse")}
         except OSError as error:
@@ -29,9 +30,8 @@ class Adapter(torch.nn.Module):
         except KeyError as error:
             raise AuditError(f"--adapter {path}: defines no function {error}: it needs forward(x) "
                              "-> (z, logdet) and inverse(z) -> (x, logdet)") from None
-        except Exception as error:
-            raise AuditError(f"--adapter {path}: cannot be run ({type(error).__name__}: "
-                             f"{error})") from None
+        except (Exception, SystemExit) as error:  # its exit code is not the audit's
+            raise AuditError(f"--adapter {path}: cannot be run ({short(error)})") from None
         self.digest = hashlib.sha256(source).hexdigest()
 
     def __deepcopy__(self, memo):
@@ -47,10 +47,9 @@ class Adapter(torch.nn.Module):
         try:
             out, logdet = self.functions[name](value)
             fits = out.shape == value.shape and logdet.shape == (len(value),)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise AuditError(f"--adapter: {name} failed ({type(error).__name__}: {error}): it "
-                             "takes (B, C, H, W) and returns a tensor like it and log|det| (B,) in "
-                             "nats") from None
+        except (Exception, SystemExit) as error:
+            raise AuditError(f"--adapter: {name} failed ({short(error)}): it takes (B, C, H, W) "
+                             "and returns a tensor like it and log|det| (B,) in nats") from None
         if not fits:
             raise AuditError(f"--adapter: {name} of {tuple(value.shape)} returned "
                              f"{tuple(out.shape)} and {tuple(logdet.shape)}: it must return "

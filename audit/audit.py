@@ -39,9 +39,8 @@ def audit(request, reported=(), tell=lambda one: None):
     reported: rows of results/reported.csv. tell: called with each Check as soon as it is made.
     Raises AuditError, DataError or CheckpointError for what cannot be audited.
     """
-    begun = time.monotonic()
+    begun, claim = time.monotonic(), read_claim(request, reported)
     torch.set_num_threads(request.threads)
-    claim = read_claim(request, reported)
     model, about, recorded = load_model(request)
     images, other_split, whole = select_images(request, model)
     if request.codelength is None:
@@ -97,6 +96,9 @@ def select_images(request, model):
     """(images, those of the other split or None, whether they are the whole split)."""
     images = load_images(request.data, request.split, request.data_root)
     height, width, channels = images.array.shape[1:]
+    if request.num_images and request.num_images > len(images.array):
+        raise DataError(f"num_images={request.num_images}: {request.data} {request.split} has "
+                        f"{len(images.array):,}")
     if isinstance(model, Jet) and (channels, height, width) != model.config.image_shape:
         takes = " x ".join(map(str, model.config.image_shape))
         raise DataError(f"{request.data} has images of {channels} x {height} x {width} (channels "
@@ -106,7 +108,7 @@ def select_images(request, model):
         other, = set(SPLITS) - {request.split}
         with contextlib.suppress(DataError):  # then that check does not apply
             other_split = load_images(request.data, other, request.data_root)
-    whole = request.num_images is None or request.num_images >= len(images.array)
+    whole = request.num_images in (None, len(images.array))
     if not whole:
         images = dataclasses.replace(images, array=images.array[:request.num_images], labels=None,
                                      known_fingerprint=None)

@@ -10,6 +10,7 @@ import torch
 
 from audit.checks import (BAR, PRECISIONS, at_precision, attempt, check, dequantized, device_of,
                           largest_of)
+from audit.request import NUM_JACOBIANS
 from data import evaluation_noise
 from harness.errors import short
 from harness.flops import forward_flops
@@ -61,7 +62,7 @@ def check_identity(model, images, seed, num_whole):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     array = images.array
-    noise = evaluation_noise(range(min(16, len(array))), array.shape[1:], seed, 0)
+    noise = evaluation_noise(range(min(NUM_JACOBIANS, len(array))), array.shape[1:], seed, 0)
     x = dequantized(array[:len(noise)], noise, dtype).to(device_of(model))
     whole = check_whole_images(model, x, num_whole)
     if not isinstance(model, Jet):

@@ -5,12 +5,14 @@ from pathlib import Path
 from audit.checks import AuditError
 from data import SPLITS
 from harness.flags import ArgumentParser, add_setting_flags, model_fields
-from harness.machine import ROOT
+from harness.machine import MAX_THREADS, ROOT
 from jet import JetConfig, check_settings, setting
 
+NUM_JACOBIANS = 16  # images, at most
 DEFAULT_MODEL = ROOT / "assets/jet_cifar10"
 RECORDED = ("checkpoint", "adapter", "data", "split", "num_images", "draws", "iw", "jacobians",
             "codelength", "claim", "claim_from", "claim_data", "eval_seed", "threads")
+PLACES = ("adapter", "checkpoint", "data", "data_root", "device")  # not in it, or elsewhere now
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,15 +33,16 @@ class Request:
         None, "the claim of this model of results/reported.csv", kind=str)
     claim_data: str | None = setting(
         None, "what the claim is of, like imagenet64-oord (default: the audited images)", kind=str)
-    draws: int = setting(4, "noise draws an image")
-    iw: int = setting(8, "largest K of the importance-weighted bound")
-    jacobians: int = setting(1, "images whose whole Jacobian is taken", minimum=0)
+    draws: int = setting(4, "noise draws an image", maximum=10_000)
+    iw: int = setting(8, "largest K of the importance-weighted bound", maximum=10_000)
+    jacobians: int = setting(1, "images whose whole Jacobian is taken, up to 16", minimum=0,
+                             maximum=NUM_JACOBIANS)
     codelength: int | None = setting(
         None, "images that are really compressed (default: up to 512, by cost)", minimum=0,
-        kind=int)
+        maximum=10 ** 6, kind=int)
     eval_seed: int = setting(0, "of the noise", minimum=0)
     device: str = setting("auto", "auto, cpu or cuda")
-    threads: int = setting(1, "CPU threads; more need idle cores")
+    threads: int = setting(1, "CPU threads; more need idle cores", maximum=MAX_THREADS)
     model: dict = dataclasses.field(default_factory=dict)  # JetConfig fields, for load_jet
 
     def __post_init__(self):
@@ -61,16 +64,15 @@ class Request:
     @classmethod
     def from_settings(cls, settings, flags):
         """That of a certificate again; flags may say where its model and images are now."""
-        known = {name: settings.get(name) for name in RECORDED}
+        known = {name: settings[name] for name in RECORDED}
         known |= {"adapter": None, "checkpoint": None}
         if "adapter" not in flags:
-            known["checkpoint"] = str(ROOT / str(settings["checkpoint"]))
-            parser = ArgumentParser(prog="audit_bpd.py")
+            known["checkpoint"] = str(ROOT / settings["checkpoint"])
+            parser = RecordedFlags(prog="audit_bpd.py", add_help=False)
             add_setting_flags(parser, JetConfig, "model.")
-            recorded = vars(parser.parse_args(list(map(str, settings["model_flags"]))))
+            recorded = vars(parser.parse_args(settings["model_flags"]))
             known["model"] = model_fields(flags) or model_fields(recorded)
-        places = ("adapter", "checkpoint", "data", "data_root", "device")
-        return cls(**known | {name: flags[name] for name in places if name in flags})
+        return cls(**known | {name: flags[name] for name in PLACES if name in flags})
 
     def to_settings(self):
         """The part of it that a certificate records."""
@@ -89,6 +91,13 @@ class Request:
                 values = value if isinstance(value, (list, tuple)) else [value]
                 arguments += [f"--model.{name}", *map(str, values)]
         return arguments
+
+
+class RecordedFlags(ArgumentParser):
+    """The flags of a certificate, which must end no program, least of all as if all were well."""
+
+    def error(self, message):
+        raise AuditError(f"its model_flags are none: {message}")
 
 
 def relative_path(path):

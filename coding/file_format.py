@@ -12,6 +12,7 @@ import numpy as np
 from coding.ans import CodecError
 from coding.lifting import NOISE_BITS, SCALE_BITS
 from coding.prior import PRIOR_BITS
+from harness.files import MAX_JSON_BYTES, parse_json
 
 MAGIC, VERSION = b"JETCODEC", 1
 PARAMETERS = [NOISE_BITS, SCALE_BITS, PRIOR_BITS]
@@ -47,14 +48,16 @@ def read_file(content):
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise CodecError("truncated or altered (its checksum does not fit): encode it again")
     try:
-        header = json.loads(content[start:start + size])
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"its header has {size:,} bytes")
+        header = parse_json(content[start:start + size])
         body = content[start + size:-DIGEST_BYTES]
         cut = len(body) - 4 * header["words"]
         lanes = np.frombuffer(body[:cut], "<i8").astype(np.int64)
         words = np.frombuffer(body[cut:], "<u4")
         if not _is_whole(header, lanes, words):
             raise ValueError("its numbers do not fit each other")
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CodecError("not a file that this codec wrote "
                          f"({type(error).__name__}: {error})") from None
     if header["bits"] != PARAMETERS:

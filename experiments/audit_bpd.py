@@ -24,7 +24,8 @@ from audit import certificates
 from audit.audit import audit
 from audit.certificates import check_lines, conclusion
 from audit.checks import AuditError
-from audit.request import Request
+from audit.request import PLACES, RECORDED, Request
+from harness.errors import printable
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
 from harness.machine import ROOT
 from jet import JetConfig
@@ -39,18 +40,26 @@ def run(request):
 
 def verify(path, flags):
     """--check: the audit of a certificate again; whether nothing has changed."""
+    if given := [name for name in RECORDED if name in flags and name not in PLACES]:
+        raise AuditError(f"--{given[0].replace('_', '-')}: with --check the certificate says it: "
+                         "leave it out")
     old = certificates.read_certificate(path)
-    if old["weights"].get("kind") == "adapter" and "adapter" not in flags:
+    if old["weights"]["kind"] == "adapter" and "adapter" not in flags:
         raise AuditError(f"{path} is of an adapter, {old['weights']['path']}, and no certificate "
                          "makes this program run code: read that file, then give it by --adapter")
-    certificate, _ = run(Request.from_settings(old["settings"], flags))
+    try:
+        request = Request.from_settings(old["settings"], flags)
+    except AuditError as error:
+        raise AuditError(f"{path}: {error}") from None
+    certificate, _ = run(request)
     changes = certificates.changes(old, json.loads(json.dumps(certificate)))
-    commit = str(old["made_with"]["git_commit"])[:10]
-    print(f"{path}: made {old['made']} at commit {commit}, {old['bits_per_dim']} bits/dim")
+    commit = old["made_with"]["git_commit"][:10]
+    print(printable(f"{path}: made {old['made']} at commit {commit}, {old['bits_per_dim']} "
+                    "bits/dim"))
     if not changes:
         print("nothing has changed: weights, images, every check and the verdict are as they were")
     else:
-        print("\n  ".join([f"{len(changes)} changes:", *changes]))
+        print("\n  ".join([f"{len(changes)} changes:", *map(printable, changes)]))
     return not changes
 
 

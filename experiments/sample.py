@@ -24,7 +24,7 @@ from experiments.draw_samples import draw_samples
 from harness.errors import UserError
 from harness.files import named_in_errors, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
-from harness.machine import hardware, pick_device
+from harness.machine import MAX_THREADS, hardware, pick_device
 from jet import JetConfig
 from paper_figures.figure5 import tile
 
@@ -51,9 +51,12 @@ def make_parser():
 
 def check(flags):
     """Raise UserError, or OSError, for what would be found wrong after the work."""
-    for name, lowest in (("num", 1), ("seed", 0), ("threads", 1)):
-        if getattr(flags, name) < lowest:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be {lowest} or more")
+    for name, lowest, most in (("num", 1, 2 ** 16), ("seed", 0, math.inf),
+                               ("threads", 1, MAX_THREADS)):
+        if (value := getattr(flags, name)) < lowest:
+            raise UserError(f"--{name} {value}: must be {lowest} or more")
+        if value > most:
+            raise UserError(f"--{name} {value}: must be at most {most}")
     if flags.seed >= 2 ** 63:
         raise UserError(f"--seed {flags.seed}: must be below 2**63")
     if not 0 <= flags.temperature < math.inf:

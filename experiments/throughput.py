@@ -40,8 +40,8 @@ from harness.errors import TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters
-from harness.machine import (ROOT, compile_limits, free_bytes, full_float32, hardware, pick_device,
-                             versions)
+from harness.machine import (MAX_THREADS, ROOT, compile_limits, free_bytes, full_float32, hardware,
+                             pick_device, versions)
 from harness.memory import activation_bytes, image_bytes, watch_memory
 from jet import Jet, JetConfig
 from paper_figures import throughput as figure
@@ -121,10 +121,9 @@ def make_rows(size, what, config, numbers, matmul_peak, labels, against):
 
 def merge_rows(csv, rows):
     """Write the rows into the CSV, in place of those of the same key."""
-    files = [io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))]
-    if csv.exists():
-        files.insert(0, csv)
-    table = pd.concat(pd.read_csv(file, dtype=str, keep_default_na=False) for file in files)
+    text = io.StringIO(pd.DataFrame(rows, columns=figure.COLUMNS).to_csv(index=False))
+    before = [figure.read_table(csv)] if csv.exists() else []
+    table = pd.concat([*before, pd.read_csv(text, dtype=str, keep_default_na=False)])
     order = {name: f"{place:02}" for place, name in enumerate((*SIZES, *FORWARDS, "ours"))}
     table = table.drop_duplicates(figure.KEY, keep="last").sort_values(
         figure.KEY, key=lambda column: column.map(lambda name: order.get(name, name)))
@@ -296,6 +295,8 @@ def read_flags(parser, arguments):
     for name in ("threads", "steps", "batch_size", "check_precision", "evaluate"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be 1 or more")
+    if flags.threads > MAX_THREADS:
+        parser.error(f"--threads {flags.threads}: must be at most {MAX_THREADS}")
     instead = flags.profile or flags.check_precision or flags.evaluate
     if flags.checkpoint and not flags.check_precision:
         parser.error("--checkpoint: is only for --check-precision")

@@ -17,6 +17,7 @@ from harness.files import open_regular, write_atomically
 CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_FORMAT = "jet-checkpoint-1"
 PREVIOUS_NAME = "checkpoint-previous.pt"
+MAX_PARTS, MAX_DEPTH = 10 ** 6, 32  # tensors and plain values in a file, and how deep they lie
 
 
 def read_tensors(path):
@@ -26,14 +27,15 @@ def read_tensors(path):
               open(open_regular(path, os.O_RDONLY), "rb") as file):
             check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
+            check_content(content, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except MemoryError:
-        raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: holds more than tensors and plain values, or is no "
                               "checkpoint; not loaded, for it could run code") from None
     except Exception as error:  # torch.load raises nearly everything on damaged files
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
         raise CheckpointError(f"{path}: empty, damaged or no checkpoint ({short(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -45,11 +47,42 @@ def check_archive(file):
     if zipfile.is_zipfile(file):
         archive = zipfile.ZipFile(file)
         size = os.fstat(file.fileno()).st_size
+        if len(archive.infolist()) > MAX_PARTS:
+            raise zipfile.BadZipFile("holds too many parts")
         if sum(member.file_size for member in archive.infolist()) > size:
             raise zipfile.BadZipFile("holds more than its size: PyTorch compresses nothing")
         if bad := archive.testzip():
             raise zipfile.BadZipFile(f"{bad} fails its checksum")
     file.seek(0)
+
+
+def check_content(content, size):
+    """Raise ValueError for what is far more than a file of that size holds, or nested too deeply.
+
+    In a pickle a tensor may be a view that repeats one value, and a part may be there many times.
+    """
+    waiting, num_parts, num_bytes = [(content, 0)], 0, 0
+    while waiting:
+        (part, depth), parts = waiting.pop(), ()
+        if isinstance(part, torch.Tensor):
+            is_odd = part.is_quantized or part.is_meta or part.is_complex()
+            if part.layout != torch.strided or is_odd:
+                raise ValueError(f"holds a tensor of another kind, {part.layout} {part.dtype}")
+            num_bytes += part.numel() * part.element_size()
+            num_parts += 0 if part.numel() else sum(part.shape)  # that have no bytes
+        elif isinstance(part, int) and abs(part) >= 2 ** 64:
+            raise ValueError("holds a number of more than 64 bits")
+        elif isinstance(part, dict):
+            parts = [*part, *part.values()]
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            parts = part
+        num_parts += len(parts)
+        if num_parts > MAX_PARTS or depth > MAX_DEPTH:
+            raise ValueError("holds too many parts, or too deep in each other")
+        waiting += [(one, depth + 1) for one in parts]
+    if num_bytes > 4 * size:
+        raise ValueError(f"its tensors would take {num_bytes:,} bytes, and the file has {size:,}: "
+                         "they repeat values, save them .contiguous()")
 
 
 def load_weights(path, jet, state):

@@ -98,9 +98,12 @@ def read_claim(run_dir):
     except OSError:
         return None
     try:
-        return {**unknown, **read_json(path), "beat": beat}
+        claim = {**unknown, **read_json(path), "beat": beat}
+        if type(claim["pid"]) is int:
+            return claim
     except (OSError, ValueError, TypeError):  # torn: nobody's, once it is old
-        return {**unknown, "beat": beat}
+        pass
+    return {**unknown, "beat": beat}
 
 
 def is_dead(holder, run_dir):

@@ -51,5 +51,5 @@ def one_line(error):
 
 def short(error):
     """The kind of an error and the beginning of what it says."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    text = printable(f"{type(error).__name__}: {error}").rstrip(": ")
     return textwrap.shorten(text, 250, placeholder=" ...")

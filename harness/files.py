@@ -14,8 +14,10 @@ import zipfile
 import numpy as np
 
 NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
+NPZ_ARRAYS = 10_000  # an .npz may hold so many
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
-MAX_JSON_PARTS = 2 ** 20  # each of which takes far more memory than its two bytes
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 2 ** 24, 32  # in memory JSON takes many times its size
+MAX_JSON_PARTS = 2 ** 20  # lists and objects: each takes far more memory than its two bytes
 
 
 def open_regular(path, flags, mode=0o666):
@@ -40,21 +42,31 @@ def open_regular(path, flags, mode=0o666):
 def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
     """The content of a regular file. Raises OSError where it is none, or larger."""
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
-    return content
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
+        return file.read()
 
 
-def read_json(path, max_bytes=MAX_TEXT_BYTES):
+def read_json(path, max_bytes=MAX_JSON_BYTES):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
-    content = read_bytes(path, max_bytes)
-    if content.count(b"[") + content.count(b"{") > MAX_JSON_PARTS:
+    return parse_json(read_bytes(path, max_bytes))
+
+
+def parse_json(text):
+    """What a JSON text says. Raises ValueError for what is none, or nested more than ours are."""
+    text = text.encode() if isinstance(text, str) else text  # numpy makes letters that are none
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_PARTS:
         raise ValueError(f"it has more than {MAX_JSON_PARTS:,} lists and objects")
     try:
-        return json.loads(content)
+        level = [value := json.loads(text)]
+        for _ in range(MAX_JSON_DEPTH):
+            level = [part for whole in level if isinstance(whole, (dict, list))
+                     for part in (whole.values() if isinstance(whole, dict) else whole)]
+        if not level:
+            return value
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        pass
+    raise ValueError("it is nested too deeply")
 
 
 def write_atomically(path, content, check=lambda path: None):
@@ -123,6 +135,8 @@ def check_npz(path):
     """Raise ValueError for an .npz file that unpacks to far more than its size, or says it does."""
     with open(open_regular(path, os.O_RDONLY), "rb") as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if len(members) > NPZ_ARRAYS:
+            raise ValueError(f"has {len(members):,} arrays, and {NPZ_ARRAYS:,} are allowed")
         limit = NPZ_BYTES + NPZ_RATIO * os.fstat(file.fileno()).st_size
         if (total := sum(member.file_size for member in members)) > limit:
             raise ValueError(f"unpacks to {total:,} bytes, and {limit:,} are allowed for its size")
@@ -132,6 +146,8 @@ def check_npz(path):
                 read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                         else np.lib.format.read_array_header_2_0)
                 shape, _, dtype = read(array)
+                if not dtype.itemsize:
+                    raise ValueError(f"{member.filename} has values of no size")
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise ValueError(f"{member.filename} is cut: shape {shape} needs more bytes")
 
@@ -139,7 +155,7 @@ def check_npz(path):
 def file_sha256(path, bar=None, start=0):
     """Hex SHA-256 of a file from a byte on. bar: is told how many were read."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path, os.O_RDONLY), "rb", buffering=0) as file:
         file.seek(start)
         while block := file.read(2 ** 22):
             digest.update(block)

@@ -16,6 +16,7 @@ from harness import distributed
 from harness.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]
+MAX_THREADS = 1024  # of a run: many more end a process without a word
 COMMIT_FILE = ROOT / ".commit.json"  # in a copy of the code, which is no git checkout
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from harness import distributed
 from harness.errors import TrainingError
 from harness.flags import add_setting_flags
+from harness.machine import MAX_THREADS
 from jet import check_settings, setting
 
 COMPILE_FROM = 100_000  # couplings times steps
@@ -21,7 +22,7 @@ class Place:
     data_root: str | None = setting(None, "holds the image sets (default: $JET_DATA)", kind=str)
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(1, "CPU threads of a run; equal bits need equal threads, and several "
-                           "threads need idle cores")
+                           "threads need idle cores", maximum=MAX_THREADS)
     compile: bool | None = setting(None, "torch.compile the couplings (default: on one GPU, in "
                                    "runs that are long enough)", kind=bool)
     graph: bool | None = setting(None, "each training step as one CUDA graph (default: on one GPU)",
@@ -43,8 +44,6 @@ class Place:
             check_settings(self)
         except ValueError as error:
             raise TrainingError(str(error)) from None
-        if self.threads > 1024:
-            raise TrainingError(f"threads={self.threads}: must be from 1 to 1024")
 
 
 def step_mode(place, config, device):

@@ -13,7 +13,6 @@
 import contextlib
 import datetime
 import json
-import math
 import os
 import re
 import traceback
@@ -34,6 +33,7 @@ from harness.progress import tell
 CONFIG_NAME, DONE_NAME, ERROR_NAME = "config.json", "done.json", "error.txt"
 LARGEST_ERROR = 1e-6  # of the mean of float32 values, against the number that was recorded
 LOG_NAME, METRICS_NAME, PER_IMAGE_NAME = "log.txt", "metrics.csv", "per_image.npy"
+MAX_METRICS_BYTES = 2 ** 28  # of more than 2 million steps
 METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
 
 
@@ -195,7 +195,10 @@ def read_done(run_dir, config=None):
         return None
     try:
         done = read_json(path)
-        check_fields(done, DONE_FIELDS)
+        check_fields(done, DONE_FIELDS | {
+            name: rule for name, rule in LATER_FIELDS.items() if name in done})
+        if not done["train_seconds"] and done["config"].get("total_steps"):
+            raise ValueError("its steps took no time")
         for row in done["rows"]:
             check_fields(row, ROW_FIELDS)
         if done["rows"][-1]["split"] != "test":
@@ -246,8 +249,18 @@ def check_fields(values, fields):
             raise ValueError(f"{name} is {short(repr(values[name]))}")
 
 
+def are_rows(rows):
+    """Whether a checkpoint's list of evaluations is one."""
+    try:
+        for row in rows:
+            check_fields(row, ROW_FIELDS)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return isinstance(rows, list)
+
+
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def is_amount(value):
@@ -266,13 +279,20 @@ def is_fingerprint(value):
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def is_text(value):
+    return isinstance(value, str) and value.isprintable() and len(value) <= 4000
+
+
 DONE_FIELDS = {
     "config": lambda value: isinstance(value, dict), "rows": lambda value: isinstance(value, list),
     "num_params": is_count, "test_fingerprint": is_fingerprint, "num_images": is_count,
     "train_fingerprint": is_fingerprint, "bits_per_dim": is_number, "bits_per_dim_se": is_amount,
     "train_seconds": is_amount, "device": lambda value: value in ("cpu", "cuda"),
     "git_commit": lambda value: re.fullmatch("[0-9a-f]{40,64}|", value) is not None,
-    "hardware": lambda value: isinstance(value, str) and value.isprintable()}
+    "hardware": is_text, "dataset": is_text, "variant": is_text}
+LATER_FIELDS = {  # not in all of them
+    "weights_sha256": is_fingerprint, "threads": is_count, "processes": is_count,
+    "peak_memory_gib": lambda value: value is None or is_amount(value)}
 ROW_FIELDS = {
     "split": lambda value: value in ("train", "test"), "step": is_step, "num_images": is_count,
     "bits_per_dim": is_number, "bits_per_dim_se": is_amount, "logdet_nats": is_number}
@@ -306,9 +326,12 @@ def read_progress(run_dir):
             end = file.read(4096).decode(errors="replace")
         lines = reversed(end.splitlines(keepends=True))
         step, _, bits, _, _, seconds = next(filter(_is_whole, lines)).split(",")
-        return int(step), float(bits), float(seconds)
+        step, bits, seconds = int(step), float(bits), float(seconds)
+        if is_number(bits) and is_amount(seconds):
+            return step, bits, seconds
     except (OSError, StopIteration, ValueError):
-        return 0, 0.0, 0.0
+        pass
+    return 0, 0.0, 0.0
 
 
 def read_evaluated(run_dir):
@@ -323,7 +346,7 @@ def read_evaluated(run_dir):
 def _is_whole(row):
     cells = row.split(",")
     has_all = len(cells) == len(METRICS_COLUMNS.split(","))
-    return row.endswith("\n") and has_all and cells[0].isdecimal()
+    return row.endswith("\n") and has_all and re.fullmatch("[0-9]{1,13}", cells[0]) is not None
 
 
 class RunLog:
@@ -337,7 +360,7 @@ class RunLog:
         """Drop the rows of metrics.csv that come again, after this step, and those a kill tore."""
         text = ""
         if os.path.lexists(self.metrics):
-            text = read_bytes(self.metrics, 2 ** 32).decode(errors="replace")
+            text = read_bytes(self.metrics, MAX_METRICS_BYTES).decode(errors="replace")
         rows = text.splitlines(keepends=True)[1:]
         whole = [row for row in rows if _is_whole(row)]
         if len(whole) < len(rows):

@@ -3,7 +3,7 @@
     python paper_figures/figure5.py --scale small      # samples of the models of the main table
     python paper_figures/figure5.py --samples results/samples/jet_cifar10.npz    # all of one file
 """
-import json
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -13,8 +13,9 @@ import harness  # noqa: F401 (first: it says what is not installed)
 
 import numpy as np
 
+from harness.files import check_npz, parse_json
 from paper_figures import style, tables
-from paper_figures.results_csv import ResultsError, final_test_rows
+from paper_figures.results_csv import ResultsError, final_test_rows, is_cell
 
 SWEPT = tables.MAIN_SWEPT
 COLUMNS = 8  # images side by side
@@ -29,9 +30,10 @@ def samples_path(results_dir, scale, values):
 def read_samples(path):
     """(about, {what: uint8 images}) of a file in results/samples/. Raises ResultsError."""
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
-        about = json.loads(str(content.pop("about")))
+        about = parse_json(str(content.pop("about")))
         check_samples(about, content)
     except FileNotFoundError:
         scale = Path(path).name.split("_")[0]
@@ -57,8 +59,8 @@ def check_samples(about, content):
         texts.append(about.get("neighbours_of"))
         if content["distances"].ndim != 1 or not np.isfinite(content["distances"]).all():
             raise ValueError("distances are no numbers")
-    if not (all(isinstance(text, str) for text in texts)
-            and all(isinstance(number, (int, float)) for number in numbers)):
+    if not (all(isinstance(text, str) and is_cell(text) for text in texts)
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)):
         raise ValueError("it does not tell what made it")
 
 

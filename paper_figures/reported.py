@@ -1,9 +1,12 @@
 """results/reported.csv: published numbers, each with its source, and a reader that checks them."""
 import csv
+import io
 import re
 from pathlib import Path
 
-from paper_figures.results_csv import ResultsError
+from harness.errors import printable
+from harness.files import read_bytes
+from paper_figures.results_csv import MAX_BYTES, ResultsError, is_cell
 
 REPORTED = Path(__file__).resolve().parents[1] / "results/reported.csv"
 COLUMNS = ["model", "year", "dataset", "variant", "bits_per_dim", "dequantization", "bound",
@@ -20,9 +23,9 @@ KNOWN = {  # values, in the order of the main table
 def read_reported(path):
     """The published numbers as dicts of text, in the order of the file. Raises ResultsError."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            names, rows = reader.fieldnames, list(reader)
+        text = read_bytes(path, MAX_BYTES).decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names, rows = reader.fieldnames, list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
     if names != COLUMNS:
@@ -36,7 +39,8 @@ def read_reported(path):
         if not fault and key in seen:
             fault = f"{' '.join(key[1:])} is there twice"
         if fault:
-            raise ResultsError(f"{path}: row {number} ({row['model']}): {fault}")
+            model = printable(row["model"], 400)
+            raise ResultsError(f"{path}: row {number} ({model}): {printable(fault, 400)}")
         seen.add(key)
     return rows
 
@@ -48,7 +52,7 @@ def fault_of(row):
     for name, known in KNOWN.items():
         if row[name] not in known:
             return f"{name} {row[name] or 'empty'} is none of {', '.join(known)}"
-    if not re.fullmatch(r"\d+(\.\d+)?", row["bits_per_dim"]):
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?", row["bits_per_dim"]):
         return f"bits_per_dim {row['bits_per_dim'] or 'empty'} is no number like 3.72"
     if row["year"] and not re.fullmatch(r"\d{4}", row["year"]):
         return f"year {row['year']} is no year"
@@ -56,6 +60,8 @@ def fault_of(row):
         return f"{row['dataset']} has no variant {row['variant']}"
     if any("\n" in text or "\r" in text for text in row.values()):
         return "a published row is one line"
+    if not all(map(is_cell, row.values())):
+        return "a cell is no line of text"
     if row["model"].startswith("ours:"):
         return "its model is not ours"
     empty = [name for name in ("model", "year", "source") if not row[name].strip()]

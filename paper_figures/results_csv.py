@@ -2,8 +2,9 @@
 
 results/README.md says what each column means.
 """
+import csv
+import io
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from harness.errors import UserError
-from harness.files import open_regular
+from harness.files import read_bytes
 
 WHICH = ("experiment", "scale", "run_id", "seed", "grid_points")
 MEASURED = (
@@ -26,11 +27,13 @@ LIMITS = {  # numbers that every row has, with the least and the most that they 
     "seed": (0, 2 ** 63), "grid_points": (1, 1e6), "channel_share": (0, 1), "step": (0, 1e9),
     "images_seen": (0, 1e15), "bits_per_dim": (0, 1e3), "bits_per_dim_se": (0, 1e3),
     "num_images": (1, 1e9), "total_steps": (0, 1e9), "num_params": (1, 1e13),
-    "train_flops": (0, 1e30)}
+    "train_flops": (0, 1e30), "lr": (0, 1e6), "num_couplings": (1, 1e9), "block_depth": (1, 1e9),
+    "emb_dim": (1, 1e9), "patch_size": (1, 1e9), "batch_size": (1, 1e9)}
+WHOLE = LIMITS.keys() - {"channel_share", "bits_per_dim", "bits_per_dim_se", "train_flops", "lr"}
 MAYBE = {"logdet_cap_share": (-1e3, 1.001), "train_seconds": (0, 1e12)}  # and that some rows have
 FINGERPRINTS = ("fingerprint", "train_fingerprint")
 TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant", *FINGERPRINTS)  # not empty
-MAX_HEADER_BYTES = 2 ** 16
+MAX_BYTES, MAX_COLUMNS, MAX_CELL = 2 ** 24, 1000, 1000
 SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
         "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows, if not swept
 
@@ -49,10 +52,10 @@ def read_experiment(path, known):
     if len(known) == 1:
         return next(iter(known))
     try:
-        found = pd.read_csv(path, nrows=1, dtype=str, keep_default_na=False)["experiment"].iloc[0]
-    except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file") from None
-    except (OSError, ValueError, LookupError):
+        found = read_csv(path, next(iter(known)), nrows=1, dtype=str)["experiment"].iloc[0]
+    except (ResultsError, LookupError):
+        if not Path(path).exists():
+            raise
         found = ""
     if found not in known:
         raise ResultsError(f"{path}: is of {found or 'no experiment'}, not of {' or '.join(known)}")
@@ -62,18 +65,41 @@ def read_experiment(path, known):
 def read_csv(path, experiment, **options):
     """What pandas makes of a CSV of an experiment. Raises ResultsError in one line."""
     try:
-        with open(open_regular(path, os.O_RDONLY), "rb") as file:
-            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES:
-                raise ValueError("its header is no list of columns")
-            file.seek(0)
-            return pd.read_csv(file, keep_default_na=False, **options)
+        content = read_bytes(path, MAX_BYTES)
+        _check_shape(content.decode())
+        rows = pd.read_csv(io.BytesIO(content), keep_default_na=False, low_memory=False, **options)
+        for name in rows:
+            if not is_numeric_dtype(rows[name]) and not rows[name].map(is_cell).all():
+                raise ValueError(f"{name} has a cell that is no line of text")
+        return rows
     except FileNotFoundError:
         scale = path.stem.rpartition("_")[2] if hasattr(path, "stem") else ""
         hint = f" --scale {scale}" if scale in SCALES else ""
         raise ResultsError(f"{path}: no such file: python experiments/{experiment}.py{hint} makes "
                            "it") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise ResultsError(f"{path}: not a readable CSV ({' '.join(str(error).split())})") from None
+
+
+def _check_shape(text):
+    """Raise ValueError where a row has not as many cells as the header, or that has far too many.
+
+    pandas fills a short row, takes the first column of long ones for names, and renames columns.
+    """
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    header = next(reader, [])
+    if len(header) > MAX_COLUMNS:
+        raise ValueError("its header is no list of columns")
+    if len(set(header)) < len(header):
+        raise ValueError("it has a column twice")
+    for row in reader:
+        if len(row) not in (0, len(header)):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells, and its header has "
+                             f"{len(header)}")
+
+
+def is_cell(value):
+    return not isinstance(value, str) or value.isprintable() and len(value) <= MAX_CELL
 
 
 def read_results(path, experiment, swept, varying=()):
@@ -84,7 +110,7 @@ def read_results(path, experiment, swept, varying=()):
     file, and for rows that do not belong in one series.
     """
     rows = _read_rows(path, experiment, swept)
-    _check_values(path, rows)
+    _check_values(path, rows, swept)
     if len(twice := rows[rows.duplicated([*swept, "seed", "step", "split"])]):
         row = twice.iloc[0]
         raise ResultsError(f"{path}: {' '.join(row[[*swept]])} seed {row['seed']}, split "
@@ -124,20 +150,27 @@ def _read_rows(path, experiment, swept):
     return rows[expected]
 
 
-def _check_values(path, rows):
+def _check_values(path, rows, swept):
     """Make numbers of the columns that hold some; raise ResultsError for an impossible value."""
     for name, (low, high) in {**LIMITS, **MAYBE}.items():
         given = rows[name]
-        rows[name] = given if is_numeric_dtype(given) else given.map(_number)
-        wrong = ~rows[name].between(low, high)
+        numbers = given if is_numeric_dtype(given) else given.map(_number)
+        wrong = ~numbers.between(low, high)
+        if name in WHOLE:
+            wrong |= numbers % 1 != 0
+        if name in swept:  # and stays text
+            wrong |= ~given.str.fullmatch("[0-9]+")
+        else:
+            rows[name] = numbers
         if name in MAYBE:
             wrong &= given.notna()
         if not wrong.any():
             continue
-        run_id, value = rows.loc[wrong, ["run_id", name]].iloc[0]
+        run_id, value = rows["run_id"][wrong].iloc[0], numbers[wrong].iloc[0]
         problem = f"no number as {name}"
         if np.isfinite(value):
-            problem = f"{value:g} as {name}: must be from {low:g} to {high:g}"
+            whole = "a whole number " if name in WHOLE else ""
+            problem = f"{value:g} as {name}: must be {whole}from {low:g} to {high:g}"
         raise ResultsError(f"{path}: run {run_id} has {problem}")
     if (wrong := (rows["train_flops"] <= 0) & (rows["total_steps"] > 0)).any():
         raise ResultsError(f"{path}: run {rows['run_id'][wrong].iloc[0]} has 0 as train_flops")
@@ -174,7 +207,7 @@ def final_rows(path, experiment, swept, what, varying=()):
     final = rows[rows["step"] == rows["total_steps"]]
     if not (final["split"] == "test").any():
         raise ResultsError(f"{path}: has no test rows of the last step")
-    expected = rows["grid_points"].iloc[0]
+    expected, first = rows["grid_points"].iloc[0], None
     for seed, split in itertools.product(sorted(rows["seed"].unique()), ("test", "train")):
         here = final[(final["seed"] == seed) & (final["split"] == split)]
         where = f"for seed {seed}" if split == "test" else f"in {split} for seed {seed}"
@@ -189,6 +222,11 @@ def final_rows(path, experiment, swept, what, varying=()):
             raise ResultsError(f"{path}: {expected - len(here)} of {expected} points of {what} are "
                                f"missing {where}{names}: complete them by experiments/{experiment}"
                                f".py --scale {rows['scale'].iloc[0]}")
+        points = set(here[[*swept]].itertuples(index=False, name=None))
+        first = first or points
+        if points != first:
+            raise ResultsError(f"{path}: {' '.join(min(points - first))} of {what} is there {where}"
+                               ", and not for all seeds and splits")
     return final
 
 

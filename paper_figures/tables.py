@@ -4,6 +4,7 @@
 """
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -41,6 +42,8 @@ UNKNOWN = "the paper's values are not known here (results/reported.csv has none)
 
 def size_of(size):
     """(couplings, depth) of a size, "32x2"."""
+    if not re.fullmatch("[0-9]{1,9}x[0-9]{1,9}", size):
+        raise ResultsError(f"size {size}: must be couplings x depth, like 32x2")
     return tuple(map(int, size.split("x")))
 
 
@@ -261,7 +264,8 @@ def read_shipped(folder):
         if not is_whole or splits != ("train", "test") or last["step"] != test["step"]:
             raise ValueError("a number is not finite, a text is none, or a split is missing")
         share = logdet_cap_share(model, test["logdet_nats"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, IndexError,
+            AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ResultsError(f"{path}: damaged ({reason})") from None
     return done, model, math.nan if share is None else share

@@ -40,15 +40,21 @@ VARIANT = ["precision", *SWITCHES, "hardware"]  # a group's label names those th
 GAP = 0.5  # between groups of bars
 
 
+def read_table(path):
+    """All cells of one CSV as text. Raises ResultsError for other columns."""
+    rows = read_csv(path, "throughput", dtype=str)
+    if wrong := set(rows.columns) ^ set(COLUMNS):
+        raise ResultsError(f"{path}: missing or unknown columns {', '.join(sorted(wrong))}: move "
+                           "the file away")
+    return rows
+
+
 def read(path):
     """The rows of one CSV, as text but for the numbers; an empty cell there is nan.
 
     Raises ResultsError for a damaged file, repeated rows, missing numbers, or half a comparison.
     """
-    rows = read_csv(path, "throughput", dtype=str)
-    if wrong := set(rows.columns) ^ set(COLUMNS):
-        raise ResultsError(f"{path}: missing or unknown columns {', '.join(sorted(wrong))}: move "
-                           "the file away")
+    rows = read_table(path)
     if rows.empty:
         raise ResultsError(f"{path}: has no rows")
     of_modes, is_ours = rows["against"] == EAGER, rows["implementation"] == "ours"

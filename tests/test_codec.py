@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import math
+import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -437,6 +439,30 @@ def test_what_is_no_file_of_ours_is_refused(jet, content):
         refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + bytes(32)))
     endless = struct.pack("<I", 2 ** 32 - 1)
     refused(jet, signed(content[:HEADER - 4] + endless + content[HEADER:]), "not a file")
+
+
+@pytest.mark.parametrize("images", [10 ** 5, 10 ** 7])
+def test_images_that_are_promised_take_no_memory(jet, content, images):
+    batches = [1] + [32] * (images // 32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(jet, with_header(content, shape=[1 + sum(batches), 8, 8, 3], batches=batches))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "images.jet"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(SystemExit, match="images.jet: is no regular file"):
+        codec.main(["decode", str(path), "--checkpoint", str(RUN), "--out", str(tmp_path / "out.npy")])
+    with pytest.raises(SystemExit, match="--threads 1000000: must be from 1 to 1024"):
+        codec.main(["decode", str(path), "--checkpoint", str(RUN), "--threads", "1000000",
+                    "--out", str(tmp_path / "out.npy")])
 
 
 # ---- what cannot be written

@@ -3,6 +3,7 @@ import copy
 import pickle
 import re
 import resource
+import subprocess
 import sys
 import time
 import zipfile
@@ -398,8 +399,8 @@ def test_a_small_npz_with_a_large_appetite_is_refused(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("a.npy", "w") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
-                                                        "shape": (2 ** 28,)})
-            for _ in range(2 ** 6):
+                                                        "shape": (2 ** 27,)})
+            for _ in range(2 ** 5):
                 file.write(bytes(2 ** 24))
     assert path.stat().st_size < 2 ** 21
     before = peak_mib()
@@ -412,3 +413,87 @@ def test_a_small_npz_with_a_large_appetite_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="needs more bytes"):
         load_jet(path)
     assert peak_mib() - before < 300
+
+
+def laughs(depth=12):
+    """A list of a few hundred bytes in a pickle, and 10^12 words in print."""
+    value = ["ha"] * 10
+    for _ in range(depth - 1):
+        value = [value] * 10
+    return value
+
+
+def deep(depth=150):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+HUNGRY = {  # what takes far more than its file, or has no shape
+    "repeated values": lambda state: {**state, "couplings.0.net.posemb": torch.zeros(1).expand(2 ** 30, 8)},
+    "many repeated values": lambda state: {f"couplings.{i}.order": torch.zeros(2 ** 14) for i in range(2)} | {
+        f"more {i}": state["couplings.0.net.init_proj.weight"].expand(2 ** 14, -1, -1) for i in range(2 ** 9)},
+    "no values": lambda state: {**state, "couplings.0.net.posemb": torch.zeros(2 ** 40, 0)},
+    "an order of no values": lambda state: {**state, "couplings.0.order": torch.zeros(2 ** 40, 0, dtype=torch.long)},
+    "an order of bytes": lambda state: {**state, "couplings.0.order": torch.zeros(2 ** 22, dtype=torch.uint8)},
+    "projections of no values": lambda state: {"channel_projections": torch.zeros(2 ** 40, 0, 0),
+                                               "spatial_projections": torch.zeros(1, 4, 4)},
+    "many projections": lambda state: {"channel_projections": torch.ones(2 ** 22, 1, 1, dtype=torch.uint8),
+                                       "spatial_projections": torch.zeros(1, 4, 4)},
+    "sparse": lambda state: {**state, "couplings.0.net.posemb": torch.sparse_coo_tensor(size=(2 ** 30, 2 ** 30))},
+    "complex": lambda state: {name: tensor.to(torch.complex64) if tensor.is_floating_point() else tensor
+                              for name, tensor in state.items()},
+    "on no device": lambda state: {name: tensor.to("meta") for name, tensor in state.items()},
+    "laughs": lambda state: {**state, "more": laughs()}, "deep": lambda state: {**state, "more": deep()},
+    "a large number": lambda state: {**state, "more": 10 ** 6000},
+    "laughs in a configuration": lambda state: {
+        "format": "jet-checkpoint-1", "model": state, "config": {"model": {**vars(CONFIG), "block": laughs()}}},
+    "couplings beyond count": lambda state: {
+        "format": "jet-checkpoint-1", "model": state, "config": {"model": {**vars(CONFIG), "num_couplings": 10 ** 12}}},
+    "a scale beyond floats": lambda state: {
+        "format": "jet-checkpoint-1", "model": state, "config": {"model": {**vars(CONFIG), "scale_factor": 10 ** 15}}},
+    "the widest": lambda state: {"format": "jet-checkpoint-1", "model": state, "config": {"model": {
+        **vars(CONFIG), "emb_dim": 2 ** 62, "image_size": 2 ** 62}}}}
+
+
+@pytest.mark.parametrize("kind", HUNGRY)
+def test_a_weight_file_takes_no_more_than_its_size(tmp_path, kind):
+    torch.save(HUNGRY[kind](bare_jet().state_dict()), tmp_path / "weights.pt")
+    begun, before = time.monotonic(), peak_mib()
+    with pytest.raises(CheckpointError) as error:
+        load_jet(tmp_path / "weights.pt", num_heads=2)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000 + len(str(tmp_path))
+    assert time.monotonic() - begun < 5 and peak_mib() - before < 300
+
+
+def test_many_small_parts_of_an_archive_are_refused_at_once(tmp_path):
+    for name in ("weights.pt", "weights.npz"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for number in range(11_000):
+                archive.writestr(f"archive/{number}.npy", b"")
+        begun = time.monotonic()
+        with pytest.raises(CheckpointError):
+            load_jet(tmp_path / name)
+        assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("changes", [
+    {SPATIAL_MASKS: np.zeros((6, 5000, 5000), bool)}, {SPATIAL_MASKS: np.zeros((10 ** 7, 1, 1), bool)},
+    {SPATIAL_MASKS: np.zeros((6, 10 ** 6, 0))}, {f"{DNN}/posemb": np.zeros((10 ** 9, 1, 0, 0), np.float32)},
+    {f"{DNN}/posemb": np.zeros((10 ** 7, 1, 1, 1), np.int8)}, {"meta_json": np.array("[" * 10 ** 5)},
+    {"meta_json": np.array('{"image": [8, 8, 3], "config": {"ps": 4, "scale_factor": 1e999}}')},
+    {"meta_json": np.zeros((10 ** 6, 0))}])
+def test_an_official_tree_takes_no_more_than_its_size(tmp_path, changes):
+    np.savez_compressed(tmp_path / "tree.npz", **official("jet_spatial_only") | changes)
+    begun, before = time.monotonic(), peak_mib()
+    with pytest.raises(CheckpointError) as error:
+        load_jet(tmp_path / "tree.npz")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+    assert time.monotonic() - begun < 10 and peak_mib() - before < 700
+
+
+def test_weights_are_compared_before_torch_is_taught_to_compile(checkpoint):
+    """A model on the meta device imports torch._dynamo: seconds, at each start."""
+    code = f"import sys; from convert import load_jet; load_jet({str(checkpoint)!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[1]).returncode == 0

@@ -109,6 +109,8 @@ def test_weights_of_others_and_images_of_ones_own_are_taken(capsys, tmp_path):
     ("--num-images 513: cifar10-subset test has 512", 1, ("--num-images", 513)),
     ("--num-images 0: must be 1 or more", 1, ("--num-images", 0)),
     ("--draws 0: must be 1 or more", 1, ("--draws", 0)),
+    ("--draws 1000000000: must be at most 10000", 1, ("--draws", 10 ** 9)),
+    ("--threads 1000000: must be at most 1024", 1, ("--threads", 10 ** 6)),
     ("--threads 0: must be 1 or more", 1, ("--threads", 0)),
     ("--batch-size -1: must be 1 or more", 1, ("--batch-size", -1)),
     ("data 'nothing': neither a known set", 1, ("--data", "nothing")),

@@ -118,6 +118,7 @@ def changed(change):
      r"4 of 16 points of Figure 4 are missing for seed 0 \(channel-only row, channel-only column"),
     (lambda r: r[r["coupling_ratio"] != "channel-only"], "4 of 16 points of Figure 4 are missing for seed 0"),
     (lambda r: r.assign(grid_points=[15, *r["grid_points"][1:]]), "mixes grid_points 15, 16"),
+    (lambda r: r.assign(spatial_split=["diagonal", *r["spatial_split"][1:]]), "channel-only diagonal of Figure 4 is there in train for seed 0"),
     (lambda r: r.assign(grid_points=15), "16 points of Figure 4 for seed 0, more than the 15"),
     (lambda r: r[r["split"] == "train"], "has no test rows of the last step"),
     (lambda r: r.assign(step=0), "has no test rows of the last step"),

@@ -83,6 +83,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(refuses, weights, tmp
     ("--num 0: must be 1 or more", ("-n", 0)), ("--seed -1: must be 0 or more", ("--seed", -1)),
     ("--seed 9223372036854775808: must be below 2**63", ("--seed", 2 ** 63)),
     ("--threads 0: must be 1 or more", ("--threads", 0)),
+    ("--threads 1000000: must be at most 1024", ("--threads", 10 ** 6)), ("--num 1000000000: must be at most", ("-n", 10 ** 9)),
     ("--temperature nan: must be a finite number", ("--temperature", "nan")),
     ("--temperature -1.0: must be a finite number", ("--temperature", -1)),
     ("device 'tpu': must be auto, cpu or cuda", ("--device", "tpu")),
