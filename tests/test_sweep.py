@@ -284,7 +284,8 @@ def test_workers_end_with_their_parent(tmp_path):
     killed.kill()
     killed.wait()
     wait_until(lambda: not running())
-    assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 2
+    # the parent is at a run, too, and had no time for its checkpoint
+    assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 1
     assert not list(tmp_path.glob("runs/*/*/done.json"))
 
 
