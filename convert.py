@@ -212,7 +212,8 @@ def check_shapes(path, needed, state):
 
 
 def _our_source(path, content, overrides):
-    return _Source(known=dict(content["config"]["model"]), state=content["model"])
+    state = {str(name): tensor for name, tensor in content["model"].items()}
+    return _Source(known=dict(content["config"]["model"]), state=state)
 
 
 def _bare_source(path, state, overrides):

@@ -453,6 +453,9 @@ HUNGRY = {  # what takes far more than its file, or has no shape
         "format": "jet-checkpoint-1", "model": state, "config": {"model": {**vars(CONFIG), "num_couplings": 10 ** 12}}},
     "a scale beyond floats": lambda state: {
         "format": "jet-checkpoint-1", "model": state, "config": {"model": {**vars(CONFIG), "scale_factor": 10 ** 15}}},
+    "no weights": lambda state: {"format": "jet-checkpoint-1", "model": "x" * 200, "config": {"model": vars(CONFIG)}},
+    "weights of numbers": lambda state: {"format": "jet-checkpoint-1", "config": {"model": vars(CONFIG)},
+                                         "model": {**state, **{i: tensor for i, tensor in enumerate(state.values())}}},
     "the widest": lambda state: {"format": "jet-checkpoint-1", "model": state, "config": {"model": {
         **vars(CONFIG), "emb_dim": 2 ** 62, "image_size": 2 ** 62}}}}
 

@@ -203,7 +203,7 @@ ODD = [None, True, 0, -1, 0.5, 10 ** 7, 10 ** 12, 10 ** 30, 10 ** 400, float("na
        {"x": {"y": 1}}, "deep"]
 
 
-def deep(depth=900):
+def deep(depth=400):
     return json.loads("[" * depth + "]" * depth)
 
 

@@ -1,5 +1,6 @@
 """A run folder: claims, two whole checkpoints, what is told, and stopping on request."""
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -614,3 +615,52 @@ def test_a_model_that_no_machine_can_hold_is_refused_at_once(tmp_path, config, c
     with pytest.raises(TrainingError, match="its weights need .* GiB, and .* make the model small"):
         train(large, tmp_path / "run", quiet=True)
     assert time.monotonic() - begun < 10
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """(the configuration of a run that was stopped, its checkpoint's content)."""
+    folder = tmp_path_factory.mktemp("half_done")
+    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:8, ::4, ::4])
+    config = TrainConfig(model=dataclasses.replace(MODEL, num_couplings=1, kinds=("channels",)),
+                         data=str(folder / "images.npy"), batch_size=4, total_steps=3)
+    train(config, folder / "run", stop_after=2, quiet=True)
+    return config, torch.load(folder / "run/checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("place, value", [
+    (("step",), 4), (("step",), True), (("step",), 1.0), (("step",), "2"), (("seconds",), float("nan")),
+    (("seconds",), -1.0), (("seconds",), 10 ** 400), (("rows",), [5]), (("rows",), [{}]), (("rows",), {}),
+    (("rows",), [{"step": 2, "split": "test"}]), (("micro_batch",), 0), (("micro_batch",), 2 ** 62),
+    (("optimizer", 0, "step"), torch.tensor(7.0)), (("optimizer", 0, "step"), torch.zeros(0)),
+    (("optimizer", 0, "step"), torch.zeros(3)), (("optimizer", 0, "exp_avg"), torch.zeros(2)),
+    (("optimizer", 0), {}), (("optimizer", 0), None), (("optimizer",), []), (("optimizer",), {})])
+def test_a_checkpoint_that_no_run_can_have_is_not_resumed(tmp_path, half_done, place, value):
+    config, content = half_done
+    content = copy.deepcopy(content)
+    *path, last = place
+    functools.reduce(lambda part, key: part[key], path, content)[last] = value
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run/checkpoint.pt")
+    with pytest.raises(CheckpointError, match="checkpoint.pt.*: move it away to begin again"):
+        train(config, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("claim", [
+    {"pid": "\0"}, {"pid": None}, {"pid": [1]}, {"pid": 10 ** 400}, {"pid": "../../1"}, {"host": ["x"]}, 5,
+    [], {"started": "x"}, {"token": {"x": 1}}])
+def test_a_claim_that_no_process_wrote_is_taken_over(tmp_path, claim):
+    path, ours = tmp_path / "claim.json", {"machine": this_machine(), "started": 1}
+    path.write_text(json.dumps(ours | claim if isinstance(claim, dict) else claim))
+    os.utime(path, (1, 1))
+    claim = Claim(tmp_path)
+    claim.take()
+    claim.release()
+
+
+@pytest.mark.parametrize("line", ["9" * 4000 + ",1,1,1,1,1\n", "1,1,nan,1,1,1\n", "1,1,1,1,1,inf\n",
+                                  "1,1,1,1,1," + "9" * 400 + "\n", "٣,1,1,1,1,1\n"])
+def test_a_line_of_metrics_that_no_run_wrote_is_no_progress(tmp_path, line):
+    (tmp_path / "metrics.csv").write_text(run_folder.METRICS_COLUMNS + "\n" + line)
+    assert read_progress(tmp_path) == (0, 0.0, 0.0)
+    RunLog(tmp_path).begin(0)
