@@ -29,10 +29,8 @@ GELU = {"tanh": "tanh", "exact": "none"}  # ours: PyTorch's
 
 def setting(default, help, choices=None, minimum=1, kind=None, maximum=2 ** 64):
     """A config field: default, the command line's help, and what is allowed: some names, or numbers
-    (whole ones from minimum to maximum, others above 0 or the minimum). kind: its type, if another.
-    """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "kind": kind,
-                "maximum": maximum}
+    (whole ones from minimum to maximum, others above 0 or the minimum). kind: if not default's."""
+    metadata = dict(help=help, choices=choices, minimum=minimum, maximum=maximum, kind=kind)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -50,15 +48,13 @@ def check_settings(config):
             rule = f"must be a non-empty list of {', '.join(choices)}"
         elif choices:
             ok = value in choices
-        elif kind is bool:
-            ok, rule = isinstance(value, bool), "must be true or false"
+        elif kind in (bool, str):
+            ok, rule = type(value) is kind, f"must be {'text' if kind is str else 'true or false'}"
         elif kind is int:
             ok = type(value) is int and least <= value <= what["maximum"]
             rule = f"must be a whole number, {least} or more"
             if type(value) is int and value > least:
                 rule = f"must be from {least} to {what['maximum']}"
-        elif kind is str:
-            ok, rule = isinstance(value, str), "must be text"
         elif kind is float:
             ok = type(value) in (int, float) and (value > 0 or value == least) and value <= 1e300
             rule = "must be a finite number above 0" + (" or 0" if least == 0 else "")
@@ -76,10 +72,9 @@ class JetConfig:
         (64, 64), "pixels per side, or height and width; train.py takes the image set's")
     channels: int = setting(3, "image channels")
     patch_size: int = setting(4, "pixels per side of a patch, which is a token (official: ps)")
-    num_couplings: int = setting(32, "couplings in the flow (official: depth)",
-                                 maximum=10 ** 7)
+    num_couplings: int = setting(32, "couplings in the flow (official: depth)", maximum=10 ** 6)
     block: str = setting("vit", "a coupling's network: the paper's ViT, our CNN", ("vit", "cnn"))
-    block_depth: int = setting(2, "blocks in the network of one coupling", maximum=10 ** 7)
+    block_depth: int = setting(2, "blocks in the network of one coupling", maximum=10 ** 6)
     emb_dim: int = setting(512, "width of the network")
     num_heads: int = setting(8, "attention heads (vit only)")
     scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
@@ -136,11 +131,9 @@ class JetConfig:
     @property
     def coupling_splits(self):
         """(kind, spatial split or None) of each coupling: splits cycle over spatial ones."""
-        period = min(len(self.kinds) * len(self.spatial_splits), self.num_couplings)
+        kinds = itertools.islice(itertools.cycle(self.kinds), self.num_couplings)
         splits = itertools.cycle(self.spatial_splits)
-        cycle = [(kind, next(splits) if kind == "spatial" else None)
-                 for kind in itertools.islice(itertools.cycle(self.kinds), period)]
-        return tuple(itertools.islice(itertools.cycle(cycle), self.num_couplings))
+        return tuple((kind, next(splits) if kind == "spatial" else None) for kind in kinds)
 
 
 class Attention(nn.Module):
