@@ -257,7 +257,8 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
     for names in (PACKED, PACKED[:-1]):
         files = [run.folder / name for run in runs for name in names]
         with tarfile.open(path, "w:gz") as tar:
-            for file in filter(os.path.exists, [*files, *sorted(work.glob("results/*.csv"))]):
+            csvs = sorted([*work.glob("results/*.csv"), *work.glob("results/per_image/*.npz")])
+            for file in filter(os.path.exists, [*files, *csvs]):
                 tar.add(file, str(file.relative_to(work)))
         if path.stat().st_size <= max_bytes:
             break

@@ -408,14 +408,16 @@ def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, 
     with tarfile.open(first.out / "medium_runs.tar.gz") as tar:
         names = tar.getnames()
         tar.extractall(tmp_path, filter="data")
-    assert len(names) == 4 * 4 + 1 and not any("checkpoint" in name for name in names)
+    assert f"results/per_image/{csv.stem}.npz" in names
+    assert len(names) == 4 * 4 + 2 and not any("checkpoint" in name for name in names)
     assert (tmp_path / "results" / csv.name).read_bytes() == csv.read_bytes()
     runs = gpu_medium.runs_of(EXPERIMENT, tmp_path / "runs")
     assert all(run.is_done for run in runs)
     merged = tmp_path / "results/tiny_experiment_medium.csv"
     pieces = sorted(merged.parent.glob(f"{merged.stem}.shard-*.csv"))  # as --collect does
     elsewhere = [dataclasses.replace(run, runs_dir=tmp_path / "none") for run in runs]
-    sweep.collect(EXPERIMENT, "medium", elsewhere, merged, pieces)
+    _, per_image = sweep.collect(EXPERIMENT, "medium", elsewhere, merged, pieces)
+    assert per_image.keys() == {run.run_id for run in runs}
     assert set(pd.read_csv(merged)["run_id"]) == {run.run_id for run in runs}
     again = stage()
     assert gpu_medium.run(again, tiny)[1].split() == ["tiny_experiment", "4", "4", "0", "0"] and not again.failed
