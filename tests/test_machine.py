@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import place
-from harness.errors import TrainingError, UserError
+from harness.errors import TrainingError, UserError, short
 from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT, code_version
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
@@ -163,3 +163,8 @@ def test_a_reader_that_has_enough_ends_a_program_in_silence(program):
 def test_another_broken_pipe_is_an_error_of_one_line(capsys):
     with pytest.raises(SystemExit, match="p: error: .*Broken pipe"), one_line_errors("p"):
         raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb\nc", "\ud800", "\x9b2J", "a" * 10 ** 6, "b " * 10 ** 6])
+def test_a_foreign_error_is_short_and_printable(text):
+    assert short(ValueError(text)).isprintable() and len(short(ValueError(text))) <= 250
