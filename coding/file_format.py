@@ -12,13 +12,14 @@ import numpy as np
 from coding.ans import CodecError
 from coding.lifting import NOISE_BITS, SCALE_BITS
 from coding.prior import PRIOR_BITS
-from harness.files import MAX_JSON_BYTES, parse_json
+from harness.files import parse_json
 
 MAGIC, VERSION = b"JETCODEC", 1
 PARAMETERS = [NOISE_BITS, SCALE_BITS, PRIOR_BITS]
 LANES = 128  # 64 bits each in the file, of which 48 are used on average
 BATCH = 32  # images at a time, at most
 DIGEST_BYTES = 32
+MAX_HEADER_BYTES = 2 ** 22  # of 40 million images
 
 
 def num_lanes(sizes):
@@ -48,7 +49,7 @@ def read_file(content):
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise CodecError("truncated or altered (its checksum does not fit): encode it again")
     try:
-        if size > MAX_JSON_BYTES:
+        if size > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {size:,} bytes")
         header = parse_json(content[start:start + size])
         body = content[start + size:-DIGEST_BYTES]

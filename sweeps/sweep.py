@@ -23,7 +23,7 @@ from harness.machine import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
 from harness.run_folder import has_checkpoint
 from paper_figures.per_image import paired_difference, read_per_image, write_per_image
-from paper_figures.results_csv import SCALES, ResultsError, columns, read_results
+from paper_figures.results_csv import SCALES, ResultsError, columns, read_csv, read_results
 from sweeps import cluster, local, plan, watch
 from sweeps.grid import Experiment, first_of, make_runs
 
@@ -412,7 +412,7 @@ def refuse_other_precision(sweep):
     for path in sorted(sweep.flags.results_dir.glob(f"{sweep.name}.*csv")):
         found = set()
         with contextlib.suppress(OSError, ValueError):  # no CSV of ours: refused where it is read
-            rows = pd.read_csv(path, usecols=["precision"], dtype=str)
+            rows = read_csv(path, sweep.name, usecols=["precision"], dtype=str, na_values=[""])
             found = set(rows["precision"].dropna()) - {precision}
         if found:
             raise ResultsError(f"{path}: holds runs in {' and '.join(sorted(found))}, and these "

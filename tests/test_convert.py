@@ -471,14 +471,22 @@ def test_a_weight_file_takes_no_more_than_its_size(tmp_path, kind):
 
 
 def test_many_small_parts_of_an_archive_are_refused_at_once(tmp_path):
-    for name in ("weights.pt", "weights.npz"):
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            for number in range(11_000):
-                archive.writestr(f"archive/{number}.npy", b"")
-        begun = time.monotonic()
-        with pytest.raises(CheckpointError):
-            load_jet(tmp_path / name)
-        assert time.monotonic() - begun < 10
+    with zipfile.ZipFile(tmp_path / "weights.npz", "w") as archive:
+        for number in range(11_000):
+            archive.writestr(f"{number}.npy", b"")
+    with pytest.raises(CheckpointError, match="has 11,000 arrays, and 10,000 are allowed"):
+        load_jet(tmp_path / "weights.npz")
+
+
+def test_couplings_of_a_byte_each_are_too_many(save):
+    parts = ("init_proj/scale", "init_proj/bias", "vit/encoder_norm/scale", "vit/encoder_norm/bias",
+             "final_proj/scale", "final_proj/bias")
+    one = {f"{DNN}/{part}": np.zeros((2 ** 21, 1), np.int8) for part in parts}
+    path = save(one | {f"{DNN}/posemb": np.zeros((2 ** 21, 1, 1, 1), np.int8),
+                       "params/channel_coupling_masks-FREEZE_ME": np.zeros((1, 1, 1)),
+                       SPATIAL_MASKS: np.zeros((1, 1, 1))})
+    with pytest.raises(CheckpointError, match="2,097,152 couplings are too many"):
+        load_jet(path)
 
 
 @pytest.mark.parametrize("changes", [

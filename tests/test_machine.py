@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import machine, place
-from harness.errors import TrainingError, UserError
+from harness.errors import TrainingError, UserError, short
 from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT, code_version
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
@@ -188,3 +188,8 @@ def test_idle_cores_are_those_that_nobody_uses(tmp_path, monkeypatch):
     (tmp_path / "sys/fs/cgroup/cpu.max").write_text("250000 100000\n")
     assert machine.idle_cores(root=tmp_path) == 2
     assert machine.idle_cores(root=tmp_path / "none") == 4
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2Jb\nc", "\ud800", "\x9b2J", "a" * 10 ** 6, "b " * 10 ** 6])
+def test_a_foreign_error_is_short_and_printable(text):
+    assert short(ValueError(text)).isprintable() and len(short(ValueError(text))) <= 250
