@@ -72,9 +72,9 @@ class JetConfig:
         (64, 64), "pixels per side, or height and width; train.py takes the image set's")
     channels: int = setting(3, "image channels")
     patch_size: int = setting(4, "pixels per side of a patch, which is a token (official: ps)")
-    num_couplings: int = setting(32, "couplings in the flow (official: depth)", maximum=10 ** 6)
+    num_couplings: int = setting(32, "couplings in the flow (official: depth)", maximum=10 ** 7)
     block: str = setting("vit", "a coupling's network: the paper's ViT, our CNN", ("vit", "cnn"))
-    block_depth: int = setting(2, "blocks in the network of one coupling", maximum=10 ** 6)
+    block_depth: int = setting(2, "blocks in the network of one coupling", maximum=10 ** 7)
     emb_dim: int = setting(512, "width of the network")
     num_heads: int = setting(8, "attention heads (vit only)")
     scale_factor: float = setting(2.0, "m in scale = m * sigmoid(raw): the largest scale")
@@ -131,9 +131,10 @@ class JetConfig:
     @property
     def coupling_splits(self):
         """(kind, spatial split or None) of each coupling: splits cycle over spatial ones."""
-        kinds = itertools.islice(itertools.cycle(self.kinds), self.num_couplings)
         splits = itertools.cycle(self.spatial_splits)
-        return tuple((kind, next(splits) if kind == "spatial" else None) for kind in kinds)
+        period = [(kind, next(splits) if kind == "spatial" else None)
+                  for _ in self.spatial_splits for kind in self.kinds]
+        return tuple(itertools.islice(itertools.cycle(period), self.num_couplings))
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ from evaluate import evaluate
 from harness import distributed, run_folder
 from harness.advice import advice
 from harness.checkpoint import CHECKPOINT_FORMAT, load_weights, read_weights, weights_checksum
-from harness.errors import CheckpointError, TrainingError, UserError
+from harness.errors import CheckpointError, TrainingError, UserError, one_line
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import (ROOT, code_version, compile_couplings, compile_limits, free_bytes,
                              full_float32, hardware, outside_errors, pick_device, versions, where)
@@ -48,9 +48,9 @@ def weights_config(path):
         return None, None
     try:
         return TrainConfig.from_dict(content["config"]), int(content["step"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: its configuration is damaged or of another version "
-                              f"({error})") from None
+                              f"({one_line(error)})") from None
 
 
 def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, signals=None,

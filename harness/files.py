@@ -47,6 +47,13 @@ def read_bytes(path, max_bytes=MAX_TEXT_BYTES):
         return file.read()
 
 
+def read_end(path, max_bytes=2 ** 16):
+    """The end of a regular file's text. Raises OSError."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
+        return file.read(max_bytes).decode(errors="replace")
+
+
 def read_json(path, max_bytes=MAX_JSON_BYTES):
     """What a JSON file holds. Raises OSError, or ValueError for what is damaged."""
     return parse_json(read_bytes(path, max_bytes))

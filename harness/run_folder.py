@@ -26,7 +26,8 @@ from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAM
 from harness.claim import Claim, is_dead, read_claim
 from harness.errors import (BusyError, CheckpointError, TrainingError, one_line, printable,
                             short)
-from harness.files import named_in_errors, open_regular, read_bytes, read_json, write_atomically
+from harness.files import (named_in_errors, open_regular, read_bytes, read_end, read_json,
+                           write_atomically)
 from harness.machine import outside_errors
 from harness.progress import tell
 
@@ -321,10 +322,7 @@ def read_error(run_dir):
 def read_progress(run_dir):
     """(step, bits/dim of that batch, seconds) of the last whole line of metrics.csv, or zeros."""
     try:
-        with open(open_regular(Path(run_dir) / METRICS_NAME, os.O_RDONLY), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            end = file.read(4096).decode(errors="replace")
-        lines = reversed(end.splitlines(keepends=True))
+        lines = reversed(read_end(Path(run_dir) / METRICS_NAME, 4096).splitlines(keepends=True))
         step, _, bits, _, _, seconds = next(filter(_is_whole, lines)).split(",")
         step, bits, seconds = int(step), float(bits), float(seconds)
         if is_number(bits) and is_amount(seconds):
@@ -337,7 +335,7 @@ def read_progress(run_dir):
 def read_evaluated(run_dir):
     """"evaluated 1,024 of 10,000 test images" in the last line of log.txt, or "evaluating"."""
     with contextlib.suppress(OSError, IndexError):
-        last = read_bytes(Path(run_dir) / LOG_NAME).decode(errors="replace").splitlines()[-1]
+        last = read_end(Path(run_dir) / LOG_NAME).splitlines()[-1]
         if (said := last.partition(" ")[2]).startswith("evaluated "):
             return printable(said, 400)
     return "evaluating"

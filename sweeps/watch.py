@@ -9,8 +9,8 @@ import time
 
 import pandas as pd
 
-from harness.errors import TrainingError, UserError
-from harness.files import time_there
+from harness.errors import TrainingError, UserError, printable
+from harness.files import read_end, time_there
 from harness.flops import forward_flops, train_flops
 from harness.progress import Bar, progress, tell
 from harness.run_folder import (LOG_NAME, has_checkpoint, is_running, read_error, read_evaluated,
@@ -88,9 +88,9 @@ def _ended(job, known):
 def _last_line(log):
     """The last line of a job's log that is not Slurm's own, if there is one."""
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in read_end(log).splitlines() if line.strip()]
         ours = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-        return (ours or lines or ["its log is empty"])[-1]
+        return printable((ours or lines or ["its log is empty"])[-1])
     return "it has no log"
 
 

@@ -152,7 +152,7 @@ def test_what_is_too_much_is_refused(made, check, monkeypatch, where):
     *[({"model_flags": flags}, "its model_flags are none") for flags in (
         ["--help"], ["-h"], ["--model.num_couplings", "5", "--help"], ["--draws", "1"], ["x"],
         ["--model.emb_dim", "x"], ["--model.emb_dim"], ["--"] * 3 + ["x"], ["--check", "x"])],
-    ({"model_flags": ["--model.num_couplings", "10000000"]}, "do not fit|the file says|must be from 1 to 1000000"),
+    ({"model_flags": ["--model.num_couplings", "10000000"]}, "do not fit|the file says"),
     ({"model_flags": ["--model.image_size", "1000000", "1000000"]}, "the file says"),
     ({"draws": 10 ** 9}, "draws=1000000000: must be from 1 to 10000"),
     ({"draws": 0}, "draws=0: must be"), ({"iw": 10 ** 9}, "iw=1000000000: must be"),

@@ -167,3 +167,10 @@ def test_the_command_line_takes_the_model_from_the_weights(first, folder, tmp_pa
     with pytest.raises(SystemExit) as stop:
         train_module.main(flags)
     assert f"init was '{config.init}' and is now ''" in str(stop.value.code)
+
+
+@pytest.mark.parametrize("damage", [{"config": "text"}, {"config": {"model": 3}}, {"step": float("inf")}])
+def test_first_weights_of_a_damaged_configuration_are_one_line(first, folder, tmp_path, damage):
+    torch.save(read_tensors(folder / "first/checkpoint.pt") | damage, tmp_path / "damaged.pt")
+    with pytest.raises(CheckpointError, match="configuration is damaged"):
+        train_module.weights_config(tmp_path / "damaged.pt")
