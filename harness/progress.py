@@ -29,6 +29,13 @@ class Bar(tqdm):
         if sys.stderr.isatty():
             self.refresh()
 
+    def display(self, msg=None, pos=None):
+        """On a terminal as tqdm does it; elsewhere a line, and nothing to wipe it out again."""
+        if self.bar_format != LINE:
+            return super().display(msg, pos)
+        if msg is None:
+            tell(str(self).rstrip("\n"))
+
     @property
     def format_dict(self):
         known = {"remaining": self.remaining} if self.remaining else {}
@@ -58,8 +65,8 @@ def progress(iterable=None, desc="", unit=" images", **settings):
     settings |= {"desc": desc, "unit": unit, "unit_scale": unit == "B"}
     if sys.stderr.isatty():
         return Bar(iterable, dynamic_ncols=True, mininterval=0.2, **settings)
-    return Bar(iterable, bar_format=LINE, mininterval=LINE_EVERY_S, maxinterval=60,
-               delay=LINE_EVERY_S, **settings)
+    settings = {"delay": LINE_EVERY_S, **settings, "leave": False}
+    return Bar(iterable, bar_format=LINE, mininterval=LINE_EVERY_S, maxinterval=60, **settings)
 
 
 def tell(line):

@@ -384,14 +384,14 @@ def collect(experiment, scale, runs, csv, pieces=()):
 def print_table(rows, swept, per_image):
     """The finished points, those on equal images together, best first.
 
-    to the best: by how much a point is behind the best of its seed, image by image.
+    behind: by how much a point is behind the best of its seed, image by image, and the error.
     """
     train = rows[rows["split"] == "train"]
     train_bits = dict(zip(zip(train["run_id"], train["step"]), train["bits_per_dim"]))
     test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
     keys = zip(test["run_id"], test["step"])
     table = test[[*swept, "seed"]].assign(**{
-        "channel share": test["channel_share"].map("{:.3f}".format),
+        "channels": test["channel_share"].map("{:.3f}".format),
         "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
         "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
         "train": [f"{train_bits.get(key, math.nan):.4f}" for key in keys],
@@ -400,9 +400,10 @@ def print_table(rows, swept, per_image):
         "seconds": test["train_seconds"].map("{:.1f}".format)})
     best = test.groupby(["dataset", "seed", "step"])["run_id"].transform("first")
     if set(test["run_id"]) <= per_image.keys():
-        table["to the best"] = ["" if one == other else "+{:.4f} +- {:.4f}".format(
-            *paired_difference(per_image[one], per_image[other]))
-            for one, other in zip(test["run_id"], best)]
+        behind = [paired_difference(per_image[one], per_image[other])
+                  for one, other in zip(test["run_id"], best)]
+        for place, name in enumerate(("behind", "+-")):
+            table[name] = [f"{pair[place]:.4f}" if pair[0] else "" for pair in behind]
     print(table.to_string(index=False))
 
 

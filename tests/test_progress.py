@@ -44,6 +44,10 @@ def test_without_a_terminal_short_work_says_nothing_and_a_line_is_whole(monkeypa
         for count in range(3):
             bar.say(f"{count} said", count + 1)
     assert shown.getvalue() == ""
+    with progress(total=9, desc="evaluate", delay=0) as bar:
+        bar.display()
+    assert set(shown.getvalue().split("\n")) <= {"evaluate: 0 of 9 images, ? images/s, ? left", "", "\r"}
+    assert shown.getvalue().startswith("evaluate")
     line = Bar.format_meter(3, 10, 1.0, prefix="evaluate", unit=" images", bar_format=LINE)
     assert line == "evaluate: 3 of 10 images,  3.00 images/s, 00:02 left\n"
     line = Bar.format_meter(3, None, 1.0, prefix="list", unit=" files", bar_format=LINE)
