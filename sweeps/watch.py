@@ -90,7 +90,7 @@ def _last_line(log):
     with contextlib.suppress(OSError):
         lines = [line for line in read_end(log).splitlines() if line.strip()]
         ours = [line for line in lines if not line.startswith(("srun:", "slurmstepd:"))]
-        return printable((ours or lines or ["its log is empty"])[-1])
+        return printable((ours or lines or ["its log is empty: is the disk full?"])[-1])
     return "it has no log"
 
 
