@@ -1,6 +1,7 @@
 """Runs of a grid on this machine: one after the other, or several at a time."""
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,12 +21,24 @@ from sweeps import cluster, watch
 from train import train
 
 
-def default_jobs(runs, place):
-    """How many runs at a time: on CPUs as many as cores are idle, on GPUs one on each."""
-    todo = sum(not run.is_done for run in runs)
+def count_jobs(runs, place, asked):
+    """How many runs at a time: as asked, or on CPUs as many as cores are idle, on GPUs one on each.
+
+    No more than there are to be run.
+    """
+    todo = max(1, sum(not run.is_done for run in runs))
+    if asked or todo == 1:
+        return min(todo, asked or 1)
     if place.device != "cpu" and torch.cuda.is_available():
-        return max(1, min(todo, torch.cuda.device_count()))
-    return max(1, min(todo, idle_cores() // place.threads)) if todo > 1 else 1
+        return min(todo, len(devices(place)))
+    return min(todo, max(1, idle_cores() // place.threads))
+
+
+def devices(place):
+    """The devices that runs at a time take in turn: all GPUs, where none is named."""
+    if place.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
+        return [f"cuda:{index}" for index in range(gpus)]
+    return [place.device]
 
 
 def run_here(runs, place, jobs=1, in_debug=False):
@@ -50,7 +63,7 @@ def run_here(runs, place, jobs=1, in_debug=False):
                   init_from=run.init_from, signals=signals)
         else:
             with watch.following(runs):
-                unrecorded = run_in_parallel(runs, place, min(jobs, len(todo)), signals)
+                unrecorded = run_in_parallel(runs, place, jobs, signals)
     return unrecorded, signals
 
 
@@ -140,10 +153,8 @@ def run_in_parallel(runs, place, jobs, signals):
         return run_all(runs, place, signals)
     context = multiprocessing.get_context("spawn")
     runs = sorted(runs, key=lambda run: -train_flops(run.config))  # the longest first: none is late
-    places = [place] * jobs
-    if place.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()):
-        places = [dataclasses.replace(place, device=f"cuda:{index % gpus}")
-                  for index in range(jobs)]
+    places = [dataclasses.replace(place, device=device)
+              for device in itertools.islice(itertools.cycle(devices(place)), jobs)]
     workers = [context.Process(target=_work, args=(runs, one, os.getpid())) for one in places[1:]]
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until a worker has its own
     for worker in workers:

@@ -238,7 +238,8 @@ def run_and_collect(sweep):
     flags, runs = sweep.flags, sweep.runs
     state = f"{sum(run.is_done for run in runs)} of them done"
     if not flags.collect:
-        jobs = flags.jobs or local.default_jobs(runs, sweep.place)
+        in_debug = flags.cluster == "debug"
+        jobs = 1 if in_debug else local.count_jobs(runs, sweep.place, flags.jobs)
         if resumed := sum(has_checkpoint(run.folder) for run in runs if not run.is_done):
             state += f", {resumed} to be resumed"
         if jobs > 1:
@@ -249,8 +250,7 @@ def run_and_collect(sweep):
     if flags.collect:
         pieces = sorted(flags.results_dir.glob(f"{sweep.csv.stem}.shard-*.csv"))
     else:
-        unrecorded, signals = local.run_here(runs, sweep.place, jobs,
-                                             in_debug=flags.cluster == "debug")
+        unrecorded, signals = local.run_here(runs, sweep.place, jobs, in_debug)
         if signals.stop:
             signals.end_program(f"{sweep.program}: stopped: the same command goes on")
     rows, per_image = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
@@ -349,7 +349,8 @@ def collect(experiment, scale, runs, csv, pieces=()):
         try:
             if run.is_done:
                 rows += run.rows(shared)
-                per_image[run.run_id] = run.per_image
+                if (values := run.per_image) is not None:
+                    per_image[run.run_id] = values
         except TrainingError as error:
             print(error, file=sys.stderr)
     rows = pd.DataFrame(rows, columns=columns(swept))
@@ -375,10 +376,9 @@ def collect(experiment, scale, runs, csv, pieces=()):
     remove_leftovers(csv.parent, csv.name, older_than_s=3600)
     write_atomically(csv, rows.to_csv(index=False, lineterminator="\n"))
     print(csv)
-    known = {run_id: values for run_id, values in per_image.items() if values is not None}
-    if known:
-        print(write_per_image(csv, known))
-    return rows, known
+    if per_image:
+        print(write_per_image(csv, per_image))
+    return rows, per_image
 
 
 def print_table(rows, swept, per_image):
