@@ -87,6 +87,8 @@ def load_images(name_or_path, split, root=None):
     whole, _, part = name.rpartition("-")
     if part in CIFAR10_PARTS and name in SETS:
         return _load_part(load_images(whole, split, root), part)
+    if name == "cifar10-search":
+        return _load_search(load_images("cifar10", "train", root), split)
     if name == "cifar10-subset":
         return _load_subset(split)
     if name in SETS:
@@ -170,6 +172,17 @@ def _load_part(images, part):
     kept = np.isin(images.labels, classes)
     return ImageSet(array=images.array[kept], labels=images.labels[kept], name=name, variant=name,
                     split=images.split, known_fingerprint=FINGERPRINTS[name, images.split])
+
+
+def _load_search(images, split):
+    """The training images of CIFAR-10 cut in two, in their order: a test set for choosing settings,
+    so that the real one is not used up.
+    """
+    name, train = "cifar10-search", SETS["cifar10-search"].counts["train"]
+    kept = slice(train) if split == "train" else slice(train, None)
+    labels = None if images.labels is None else images.labels[kept]
+    return ImageSet(array=images.array[kept], labels=labels, name=name, variant=name, split=split,
+                    known_fingerprint=FINGERPRINTS[name, split])
 
 
 def _load_folder(folder, split, name=None):

@@ -82,7 +82,7 @@ def tests_table(rows, counts):
               for row in sorted(rows, key=lambda row: -row["seconds"])[:5])]
 
 
-def speed_parts(device, port):
+def speed_parts(device, port, free_gib=0):
     """[(name, least seconds, flags of throughput.py)], in order of worth; a compile takes 30 s."""
     if device == "cpu":
         tiny = ["--sizes", "S", "--batch-size", "4", "--steps", "2", "--threads", "1"]
@@ -93,14 +93,15 @@ def speed_parts(device, port):
             ("likelihood and sampling", ["--what", "likelihood", "sampling"]))]
     large = ["--sizes", "32x2", "--precision", "bfloat16"]
     both = [*large, "--what", "train", "--compile", "--graph"]  # the fastest mode
-    # at 128 images ours and the port do not fit into 80 GiB side by side
-    against = [*both, "--batch-size", "64", "--against", "jet-pytorch"]
-    alone = [*both, "--batch-size", "128"]
+    # a step of 128 images takes 42 GiB, and as much beside the port's
+    pair, most = ("128", "256") if free_gib >= 120 else ("64", "128")
+    against = [*both, "--batch-size", pair, "--against", "jet-pytorch"]
+    alone = [*both, "--batch-size", most]
     modes = ["--modes", "eager", "graph", "both", "--steps", "20"]  # compile alone gains little
     return [*([("32x2 both, jet-pytorch", 60, against)] if port else ()),
             ("32x2 both", 45, alone),
+            *((f"{size} modes", 45, ["--sizes", size, *modes]) for size in ("M", "S", "medium")),
             ("32x2 trace", 30, [*alone, "--profile", "--steps", "3"]),
-            *((f"{size} modes", 45, ["--sizes", size, *modes]) for size in ("S", "M", "medium")),
             ("32x2 rounding", 10, [*large, "--check-precision"]),
             ("32x2 evaluation of 49,999 images", 20, [*large, "--evaluate", "49999"]),
             ("32x2 likelihood, sampling", 20, [*large, "--what", "likelihood", "sampling"])]
@@ -112,7 +113,7 @@ def run_speed(stage, flags):
     places = ["--device", stage.device, "--no-figure", "--numbers", str(numbers)]
     places += [f"--{name}-dir={stage.work / name}" for name in ("runs", "results", "figures")]
     port = importlib.util.find_spec("jet_pytorch") is not None
-    for name, least_s, flags in speed_parts(stage.device, port):
+    for name, least_s, flags in speed_parts(stage.device, port, stage.seen["free_gib"]):
         stage.part(name, least_s, "experiments.throughput", "main", [*flags, *places])
     for path in stage.work.glob("results/throughput_*.csv"):
         shutil.copyfile(path, stage.out / f"speed_{path.name}")

@@ -37,6 +37,7 @@ DATASET_TITLES = {
     "cifar10-subset": "CIFAR-10 subset",
     "cifar10-animals": "CIFAR-10 animals",
     "cifar10-vehicles": "CIFAR-10 vehicles",
+    "cifar10-search": "CIFAR-10 search",
     "cifar10": "CIFAR-10",
     "imagenet32-oord": "ImageNet-1k 32x32 (oord)",
     "imagenet21k-32-box": "ImageNet-21k 32x32 (box)",

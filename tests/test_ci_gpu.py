@@ -217,13 +217,15 @@ def test_all_parts_of_speed_are_commands_that_throughput_takes(device, monkeypat
 def test_speed_begins_with_the_fastest_mode_beside_the_port_and_alone():
     parts = gpu_checks.speed_parts("cuda", port=True)
     assert [name for name, *_ in parts] == [
-        "32x2 both, jet-pytorch", "32x2 both", "32x2 trace", "S modes", "M modes", "medium modes", "32x2 rounding",
+        "32x2 both, jet-pytorch", "32x2 both", "M modes", "S modes", "medium modes", "32x2 trace", "32x2 rounding",
         "32x2 evaluation of 49,999 images", "32x2 likelihood, sampling"]
-    against, alone, trace = (" ".join(flags) for _, _, flags in parts[:3])
+    against, alone, trace = (" ".join(parts[number][2]) for number in (0, 1, 5))
     assert all("--compile --graph" in flags for flags in (against, alone, trace))
     assert against.endswith("--batch-size 64 --against jet-pytorch")  # more do not fit beside each other
     assert alone.endswith("--batch-size 128") and trace == f"{alone} --profile --steps 3"
-    assert all("--modes eager graph both" in " ".join(flags) for _, _, flags in parts[3:6])
+    assert all("--modes eager graph both" in " ".join(flags) for _, _, flags in parts[2:5])
+    against, alone = (flags for _, _, flags in gpu_checks.speed_parts("cuda", port=True, free_gib=139)[:2])
+    assert (against[-3], alone[-1]) == ("128", "256")
     assert gpu_checks.speed_parts("cuda", port=False) == parts[1:]
 
 

@@ -342,6 +342,22 @@ def test_the_parts_of_cifar10_keep_its_order(cifar, monkeypatch):
         load_images("cifar10-animals", "test")
 
 
+def test_the_search_set_cuts_the_training_images_in_two(cifar, monkeypatch):
+    """No test image is in it, and none is in both."""
+    known = data.SETS["cifar10-search"]
+    assert known.counts == {"train": 45_000, "test": 5_000}
+    known = dataclasses.replace(known, counts={"train": 9_000, "test": 1_000})
+    monkeypatch.setitem(data.SETS, "cifar10-search", known)
+    for split in data.SPLITS:
+        monkeypatch.setitem(data.FINGERPRINTS, ("cifar10-search", split), "f" * 64)
+    whole = load_images("cifar10", "train", cifar.parent)
+    train, test = (load_images("cifar10-search", split, cifar.parent) for split in data.SPLITS)
+    assert (len(train.array), len(test.array)) == (9_000, 1_000)
+    assert np.array_equal(np.concatenate([train.array, test.array]), whole.array)
+    assert np.array_equal(np.concatenate([train.labels, test.labels]), whole.labels)
+    assert train.name == test.variant == "cifar10-search" and test.split == "test"
+
+
 def test_channels_that_come_first_are_named(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((4, 3, 32, 32), np.uint8))
     with pytest.raises(DataError, match=r"shape \(4, 3, 32, 32\): channels come last"):
