@@ -32,11 +32,13 @@ from recipe import TrainConfig
 
 SIZES = {"S": dict(image_size=32, num_couplings=8, block_depth=1, emb_dim=64, num_heads=4),
          "M": dict(image_size=32, num_couplings=16, block_depth=2, emb_dim=128, num_heads=4),
+         "256-tokens": dict(image_size=32, patch_size=2, num_couplings=8, block_depth=1,
+                            emb_dim=128, num_heads=4),
          # the ablations' at medium scale
          "medium": dict(image_size=32, num_couplings=32, block_depth=1, emb_dim=256, num_heads=4),
          # the paper's: 64 px, width 512, 8 heads
          "32x2": {}, "64x5": dict(num_couplings=64, block_depth=5)}
-BATCH_SIZES = {"S": 64, "M": 64, "medium": 256, "32x2": 4, "64x5": 4}
+BATCH_SIZES = {"S": 64, "M": 64, "256-tokens": 16, "medium": 256, "32x2": 4, "64x5": 4}
 MODES = {"eager": (False, False), "compile": (True, False), "graph": (False, True),
          "both": (True, True)}  # whether compiled, whether a graph
 

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import re
@@ -91,28 +92,40 @@ def _open(path):
     """The kernels in a file, declared, and held against PyTorch's once."""
     library = ctypes.CDLL(str(path))
     pointer, long, whole, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+    block = [long, whole, whole, whole]
     for name, arrays, sizes in (
-            ("attention_forward", 3, [long, whole, whole, whole]),
-            ("attention_backward", 5, [long, whole, whole, whole]),
-            ("norm_forward", 4, [long, whole, real]), ("add_and_norm", 6, [long, whole, real]),
-            ("norm_backward", 6, [long, whole, real]), ("gelu_forward", 3, [long, whole]),
-            ("gelu_backward", 5, [long, whole]),
+            ("block_room", 0, block), ("block_forward", 5, [*block, real]),
+            ("block_backward", 7, [*block, real]), ("norm_forward", 4, [long, whole, real]),
+            ("norm_backward", 5, [long, whole, real]),
             ("affine_forward", 5, [long, whole, whole, whole, whole, real]),
             ("affine_backward", 7, [long, whole, whole, whole, real])):
         function = getattr(library, name)
-        function.argtypes, function.restype = [pointer] * arrays + sizes + [whole], whole
+        function.argtypes = [pointer] * arrays + sizes + [whole]
+        function.restype = long if name == "block_room" else None
     _check(library)
     return library
 
 
 def _check(library):
-    """Raise RuntimeError where the compiler made something else of it than PyTorch has."""
-    x = torch.linspace(-3, 3, 2 * 10 * 48).sin().view(2, 10, 48) * 3
-    none, attended, activation = torch.zeros(48), torch.empty(2, 10, 16), torch.empty_like(x)
-    library.attention_forward(x.data_ptr(), none.data_ptr(), attended.data_ptr(), 2, 10, 2, 8, 1)
-    library.gelu_forward(x.data_ptr(), none.data_ptr(), activation.data_ptr(), 20, 48, 1)
-    q, k, v = x.view(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 10, 16)
-    if not (torch.allclose(attended, expected, atol=1e-5)
-            and torch.allclose(activation, F.gelu(x, approximate="tanh"), atol=1e-5)):
+    """Raise RuntimeError where the compiler made something else of a block than PyTorch has."""
+    B, N, E, heads, eps = 2, 10, 16, 2, 1e-6
+    shapes = [(E,), (E,), (3 * E, E), (3 * E,), (E, E), (E,), (E,), (E,), (4 * E, E), (4 * E,),
+              (E, 4 * E), (E,)]
+    h, *weights = (torch.arange(math.prod(shape)).add(number).sin().view(shape)
+                   for number, shape in enumerate([(B, N, E), *shapes]))
+    out, room = torch.empty_like(h), torch.empty(library.block_room(B, N, E, heads, 1))
+    library.block_forward(h.data_ptr(), pointers(weights), None, out.data_ptr(), room.data_ptr(),
+                          B, N, E, heads, eps, 1)
+    norm1, norm1_bias, qkv, qkv_bias, project, project_bias, norm2, norm2_bias, *fcs = weights
+    x = F.linear(F.layer_norm(h, (E,), norm1, norm1_bias, eps), qkv, qkv_bias)
+    q, k, v = x.view(B, N, 3, heads, E // heads).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, E)
+    h = h + F.linear(attended, project, project_bias)
+    x = F.gelu(F.linear(F.layer_norm(h, (E,), norm2, norm2_bias, eps), *fcs[:2]), approximate="tanh")
+    if not torch.allclose(out, h + F.linear(x, *fcs[2:]), atol=1e-4):
         raise RuntimeError("its results differ from PyTorch's")
+
+
+def pointers(tensors):
+    """A C array of the addresses of contiguous tensors; whoever calls keeps them alive."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -78,6 +78,19 @@ def test_a_block_and_its_gradients_are_the_formulas(images, tokens, width, heads
         assert torch.equal(block.float()(h), ours[0])  # without autograd: the same bits
 
 
+@pytest.mark.parametrize("width, tokens", [(48, 50), (64, 64)])
+def test_an_images_bits_depend_neither_on_the_others_nor_on_threads(width, tokens):
+    torch.manual_seed(0)
+    block = accelerate(randomized(ViTBlock(dataclasses.replace(CONFIG, emb_dim=width), None)))
+    h = torch.randn(13, tokens, width)
+    with torch.no_grad():
+        together = block(h)
+        torch.set_num_threads(2)
+        assert torch.equal(block(h), together)
+        torch.set_num_threads(1)
+        assert torch.equal(torch.cat([block(h[:1]), block(h[1:4]), block(h[4:])]), together)
+
+
 @pytest.mark.parametrize("kind, split", [("channels", None), ("spatial", "checkerboard"),
                                          ("spatial", "hstripes-inv")])
 @pytest.mark.parametrize("config", [
