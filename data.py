@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,12 +51,12 @@ class ImageSet:
     known_fingerprint: str | None = None  # where it was verified or recorded when the set was made
 
     @functools.cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Hex SHA-256 of the line "N,H,W,C" and the pixels."""
         return self.known_fingerprint or fingerprint(self.array)
 
 
-def data_id(name_or_path):
+def data_id(name_or_path: str | Path) -> str:
     """Which images a run sees: name and variant ("cifar10/cifar10"), or both splits' fingerprints.
 
     Raises DataError for a path that holds no images.
@@ -66,14 +67,14 @@ def data_id(name_or_path):
     return "-".join(dict.fromkeys(prints))
 
 
-def image_shape(name_or_path, root=None):
+def image_shape(name_or_path: str | Path, root: str | Path | None = None) -> tuple[int, ...]:
     """(H, W, C) of a set; for the sets in SETS the images need not be there."""
     if name_or_path in SETS:
         return SETS[name_or_path].shape
     return load_images(name_or_path, "train", root).array.shape[1:]
 
 
-def load_images(name_or_path, split, root=None):
+def load_images(name_or_path: str | Path, split: str, root: str | Path | None = None) -> ImageSet:
     """One split ("train" or "test") of a set in SETS, of a prepared folder, or a .npy file.
 
     A prepared folder holds train.npy, test.npy and manifest.json. A bare .npy serves whichever
@@ -155,9 +156,9 @@ def _load_cifar10(folder, split):
             raise DataError(f"cifar10: {path} is altered (its SHA-256 is not the official file's): "
                             "unpack the archive again")
         records.append(np.frombuffer(content, np.uint8).reshape(10_000, 3073))
-    records = np.concatenate(records)
-    array = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return ImageSet(array=array, labels=records[:, 0].astype(np.int64), name="cifar10",
+    table = np.concatenate(records)
+    array = np.ascontiguousarray(table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return ImageSet(array=array, labels=table[:, 0].astype(np.int64), name="cifar10",
                     variant="cifar10", split=split,
                     known_fingerprint=FINGERPRINTS["cifar10", split])
 
@@ -249,7 +250,7 @@ def _epoch_order(num_images, seed, epoch):
     return np.random.default_rng([seed, _ORDER, epoch]).permutation(num_images)
 
 
-def batch_indices(num_images, batch_size, seed, step):
+def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Image indices (batch_size,) of the global batch of a step.
 
     Batches cut the endless row of shuffled epochs into equal pieces: every image is seen once in
@@ -262,7 +263,8 @@ def batch_indices(num_images, batch_size, seed, step):
         for epoch in np.unique(epochs)])
 
 
-def training_batch(images, batch_size, seed, step, device="cpu"):
+def training_batch(images: ImageSet, batch_size: int, seed: int, step: int,
+                   device: str | torch.device = "cpu") -> torch.Tensor:
     """The dequantized global batch of a step: float32 (B, C, H, W) on the device.
 
     The noise is drawn on the device: equal for equal (seed, step) on the same kind of device.
@@ -270,7 +272,10 @@ def training_batch(images, batch_size, seed, step, device="cpu"):
     return next(training_batches(images, batch_size, seed, [step], device, "array"))
 
 
-def training_batches(images, batch_size, seed, steps, device="cpu", source=None, part=slice(None)):
+def training_batches(
+        images: ImageSet, batch_size: int, seed: int, steps: Iterable[int],
+        device: str | torch.device = "cpu", source: str | None = None,
+        part: slice = slice(None)) -> Generator[torch.Tensor, None, None]:
     """Yield training_batch of each of the steps, or a part (slice) of it.
 
     On a GPU, steps do not wait for the images. source: what batches are gathered from. "array": the
@@ -301,7 +306,7 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None,
             yield dequantize(pixels, noise).permute(0, 3, 1, 2)
 
 
-def gather_rows(array, indices):
+def gather_rows(array: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """array[indices] as a tensor (B, H, W, C), copied by as many threads as torch has."""
     if not (isinstance(array, np.ndarray) and array.flags.c_contiguous):
         return torch.from_numpy(array[indices])
@@ -311,7 +316,7 @@ def gather_rows(array, indices):
     return whole.index_select(0, torch.from_numpy(indices))
 
 
-def prefetch(function, items, ahead):
+def prefetch(function: Callable, items: Iterable, ahead: int) -> Generator:
     """Yield function(item) of each item in order, computed by a thread up to `ahead` items ahead.
 
     0: no thread. Raises what the function raised; the thread ends when the generator is closed.
@@ -326,20 +331,21 @@ def prefetch(function, items, ahead):
         thread.shutdown(cancel_futures=True)
 
 
-def pinned(array, device):
+def pinned(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """The array as a CPU tensor; for a GPU in pinned memory, from where a copy need not wait."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def evaluation_noise(indices, shape, seed, draw):
+def evaluation_noise(indices: Iterable[int], shape: Sequence[int], seed: int,
+                     draw: int) -> torch.Tensor:
     """Uniform noise (len(indices), *shape), float32, from the CPU: keyed by (seed, draw, image)."""
     return torch.from_numpy(np.stack([
         np.random.default_rng([seed, _EVALUATION, draw, int(index)]).random(shape, dtype=np.float32)
         for index in indices]))
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """python data.py prepare | verify | show | list"""
     from images import command  # Pillow is needed for these alone
     command.main(load_images, arguments)

@@ -8,7 +8,10 @@ Every image counts once, in nats that are summed and divided once; the noise is 
 import contextlib
 import math
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import harness  # noqa: F401 (first: it says what is not installed)
 
@@ -17,7 +20,7 @@ import torch
 
 import kernels
 from convert import load_jet
-from data import SPLITS, evaluation_noise, load_images, pinned, prefetch
+from data import SPLITS, ImageSet, evaluation_noise, load_images, pinned, prefetch
 from harness import distributed
 from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
@@ -31,8 +34,9 @@ LIMITS = {"draws": 10_000, "threads": MAX_THREADS, "num_images": math.inf, "batc
 
 @torch.no_grad()
 @full_float32()
-def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, precision="float32",
-             each_batch=None):
+def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0, draws: int = 1,
+             batch_size: int | None = None, per_image: bool = False, precision: str = "float32",
+             each_batch: Callable[[int], object] | None = None) -> dict[str, Any]:
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
     images: an ImageSet or a uint8 array (N, H, W, C). The noise is keyed by (seed, draw, image
@@ -85,7 +89,8 @@ def evaluate(jet, images, seed=0, draws=1, batch_size=None, per_image=False, pre
     parts = torch.cat(results, 1).cpu().split(sizes, 1) if results else ()
     for (draw, start), part in zip(ours, parts):
         table[:, draw, start:start + batch_size] = part
-    return _summary(*(distributed.add_up(table).numpy() / draws).sum(1), per_image)
+    bits, logdets = (distributed.add_up(table).numpy() / draws).sum(1)
+    return _summary(bits, logdets, per_image)
 
 
 def _check(array, draws, batch_size, precision):
@@ -122,7 +127,7 @@ def _summary(bits, logdets, per_image):
     return {**result, "bits_per_dim_per_image": bits} if per_image else result
 
 
-def measure(jet, pixels, noise):
+def measure(jet: torch.nn.Module, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Bits/dim and log-det (2, B), float64, of uint8 pixels with their noise in [0, 1).
 
     Both are (B, H, W, C), and all of it happens on their device.
@@ -153,7 +158,7 @@ def _batch_that_fits(jet, shape, weight):
     return 2 ** min(10, int(math.log2(max(1, free_bytes(weight.device) / 2 / need))))
 
 
-def add_evaluation_flags(parser):
+def add_evaluation_flags(parser: ArgumentParser) -> None:
     """Flags that say which images are measured, and how; draws are of evaluate.py alone."""
     parser.add_argument("--data", required=True, metavar="NAME",
                         help="image set: a known name, a prepared folder or a .npy file")
@@ -175,7 +180,7 @@ def add_evaluation_flags(parser):
         "model.")
 
 
-def make_parser():
+def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="evaluate.py", description=__doc__)
     parser.add_argument("weights", metavar="WEIGHTS", help="the Jet: a run folder, a checkpoint, "
                         "an official .npz or a jet-pytorch .pt")
@@ -185,7 +190,7 @@ def make_parser():
     return parser
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog):
@@ -197,7 +202,7 @@ def main(arguments=None):
         print(f"{flags.weights} in {flags.precision} on {what_ran(jet)}, {seconds:.0f} s")
 
 
-def images_of_flags(flags):
+def images_of_flags(flags: Namespace) -> ImageSet:
     """The ImageSet that flags ask for. Raises DataError, also for numbers that cannot be."""
     for name, most in LIMITS.items():
         value = getattr(flags, name, None)
@@ -207,7 +212,8 @@ def images_of_flags(flags):
     return load_images(flags.data, flags.split, flags.data_root)
 
 
-def evaluate_weights(weights, images, flags, **settings):
+def evaluate_weights(weights: str | Path, images: ImageSet, flags: Namespace,
+                     **settings) -> tuple[dict[str, Any], Jet]:
     """What evaluate() returns for a run folder or weight file as flags ask, and the Jet."""
     torch.set_num_threads(flags.threads)
     jet = load_jet(weights, **model_fields(vars(flags))).to(pick_device(flags.device))
@@ -225,7 +231,7 @@ def evaluate_weights(weights, images, flags, **settings):
     return numbers, jet
 
 
-def check_images(jet, images, num_images=None):
+def check_images(jet: Jet, images: ImageSet, num_images: int | None = None) -> None:
     """Raise DataError for an image set that a Jet does not take, or that has fewer images."""
     height, width, channels = images.array.shape[1:]
     if (channels, height, width) != jet.config.image_shape:
@@ -237,7 +243,7 @@ def check_images(jet, images, num_images=None):
                         f"{len(images.array):,}")
 
 
-def print_result(flags, images, numbers):
+def print_result(flags: Namespace, images: ImageSet, numbers: dict[str, Any]) -> None:
     """The line with the number and what it is of."""
     count, total = numbers["num_images"], len(images.array)
     which = f"{count:,}" if count == total else f"a part, the first {count:,} of {total:,}"
@@ -247,7 +253,7 @@ def print_result(flags, images, numbers):
           f"{images.fingerprint[:12]}, {draws} each")
 
 
-def what_ran(jet):
+def what_ran(jet: Jet) -> str:
     """"AMD EPYC, 1 thread, C kernels, torch 2.13.0, commit 0123456789ab (clean)"."""
     device, version = next(jet.parameters()).device, code_version()
     parts = [hardware(device)]

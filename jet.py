@@ -19,7 +19,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SPATIAL_SPLITS = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes",
@@ -89,7 +89,7 @@ class JetConfig:
     gelu: str = setting("tanh", "GELU: tanh approximation (official) or exact", (*GELU,))
     norm_eps: float = setting(1e-6, "epsilon of LayerNorm")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self)
         sides = self.image_shape[1:]
         if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -115,13 +115,13 @@ class JetConfig:
                                  "even number to be halved (kinds=('channels',) needs none)")
 
     @property
-    def image_shape(self):
+    def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         size = self.image_size
         return (self.channels, *(size if isinstance(size, tuple) else (size, size)))
 
     @property
-    def grid(self):
+    def grid(self) -> tuple[int, int]:
         """Token rows and columns, (H/p, W/p)."""
         return self.image_shape[1] // self.patch_size, self.image_shape[2] // self.patch_size
 
@@ -129,7 +129,7 @@ class JetConfig:
     token_dim = property(lambda self: self.channels * self.patch_size ** 2)
 
     @property
-    def coupling_splits(self):
+    def coupling_splits(self) -> tuple[tuple[str, str | None], ...]:
         """(kind, spatial split or None) of each coupling: splits cycle over spatial ones."""
         splits = itertools.cycle(self.spatial_splits)
         period = [(kind, next(splits) if kind == "spatial" else None)
@@ -356,7 +356,7 @@ class Jet(nn.Module):
     """The flow x <-> z between images and standard-normal noise of the same shape. Fresh, without
     switches and with m = 2, it is the identity. torch's global random numbers initialise it."""
 
-    def __init__(self, config):
+    def __init__(self, config: JetConfig) -> None:
         super().__init__()
         self.config, self.checkpoint_activations = config, False  # True: backward recomputes them
         D, each = config.token_dim, range(config.num_couplings)
@@ -364,12 +364,12 @@ class Jet(nn.Module):
         self.actnorms = nn.ModuleList(ActNorm(D) for _ in each if config.actnorm)
         self.denses = nn.ModuleList(InvertibleDense(D) for _ in each if config.invertible_dense)
 
-    def layers(self):
+    def layers(self) -> list:
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
         groups = [layers for layers in (self.actnorms, self.denses, self.couplings) if len(layers)]
         return [layer for step in zip(*groups) for layer in step]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx|, nats.
         Raises ValueError for another shape or an integer type."""
         tokens, logdet = self.patchify(x), x.new_zeros(len(x))
@@ -382,7 +382,7 @@ class Jet(nn.Module):
             logdet = logdet + layer_logdet
         return self.unpatchify(tokens), logdet
 
-    def inverse(self, z):
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, C, H, W) float -> x of z's shape, logdet (B,) = log|det dx/dz|: minus forward's."""
         tokens, logdet = self.patchify(z), z.new_zeros(len(z))
         for layer in reversed(self.layers()):
@@ -391,7 +391,7 @@ class Jet(nn.Module):
         return self.unpatchify(tokens), logdet
 
     @torch.no_grad()
-    def initialize(self, x):
+    def initialize(self, x: Tensor) -> None:
         """Set every ActNorm from the images x (B, C, H, W), first layer first; else do nothing."""
         tokens = self.patchify(x)
         for layer in self.layers() if self.config.actnorm else ():
@@ -400,16 +400,17 @@ class Jet(nn.Module):
             tokens, _ = layer(tokens)
 
     @torch.no_grad()
-    def sample(self, n, generator=None, temperature=1.0):
+    def sample(self, n: int, generator: torch.Generator | None = None,
+               temperature: float = 1.0) -> Tensor:
         """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I), drawn on the generator's
         device. Raises ValueError when the inverse overflows: a scale near 0 makes it explode."""
-        weight = self.couplings[0].net.posemb
+        weight = self.couplings[0].get_parameter("net.posemb")
         z = torch.randn(n, *self.config.image_shape, generator=generator, dtype=weight.dtype,
                         device=generator.device if generator else weight.device)
         x, _ = self.inverse(temperature * z.to(weight.device))
         return quantize(x).permute(0, 2, 3, 1).contiguous()
 
-    def patchify(self, x):
+    def patchify(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D): tokens row by row, values by (row, column, channel)."""
         (C, H, W), p = self.config.image_shape, self.config.patch_size
         if x.shape[1:] != (C, H, W) or not x.is_floating_point():
@@ -418,23 +419,22 @@ class Jet(nn.Module):
         x = x.reshape(len(x), C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
         return x.reshape(len(x), self.config.num_tokens, self.config.token_dim)
 
-    def unpatchify(self, tokens):
+    def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, C, H, W)."""
         (C, H, W), p = self.config.image_shape, self.config.patch_size
         x = tokens.reshape(len(tokens), H // p, W // p, p, p, C).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(tokens), C, H, W)
 
 
-def dequantize(images_u8, noise_u):
+def dequantize(images_u8: object, noise_u: object) -> Tensor:
     """x = -1 + u8/255*2 + noise/127.5, in [-1, 1 + 1/127.5): the 256 bins tile it exactly.
-
     images_u8: uint8, any shape; noise_u: floats of that shape in [0, 1), whose type x has.
     Source: value_range(-1, 1) and the evaluator's noise in big_vision, bit for bit."""
     noise_u = torch.as_tensor(noise_u)
     return torch.as_tensor(images_u8).to(noise_u.dtype) / 255 * 2 - 1 + noise_u / 127.5
 
 
-def quantize(x):
+def quantize(x: object) -> Tensor:
     """floor((x + 1) * 127.5) clipped to 0..255 as uint8: undoes dequantize (float32: for noise in
     [1e-3, 1 - 1e-3]; nearer an edge it may round into the next bin). ValueError if not finite."""
     x = torch.as_tensor(x)
@@ -444,7 +444,7 @@ def quantize(x):
     return ((x + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)
 
 
-def bits_per_dim(z, logdet):
+def bits_per_dim(z: Tensor, logdet: Tensor) -> Tensor:
     """Negative log-likelihood in bits per dimension (B,) of 8-bit images, from Jet's (z, logdet).
 
     z (B, ...) under N(0, I); logdet (B,) in nats. x spans 1/127.5 per grey level, so log(127.5) a

@@ -44,7 +44,7 @@ FINGERPRINTS = {  # of the sets that cannot differ from one machine to the next
     for row in _ROWS for split in SPLITS if row[f"{split}_fingerprint"]}
 
 
-def fingerprint(array):
+def fingerprint(array: np.ndarray) -> str:
     """Hex SHA-256 of the ASCII line "N,H,W,C\\n" followed by the uint8 pixels in C order."""
     digest = hashlib.sha256(",".join(map(str, array.shape)).encode() + b"\n")
     for start in range(0, len(array), 4096):

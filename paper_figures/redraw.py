@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from harness.flags import ArgumentParser, one_line_errors
-from paper_figures import (figure2, figure3, figure4, figure5, results_page, style, tables,
-                           throughput)
+from paper_figures import (figure1, figure2, figure3, figure4, figure5, results_page, style,
+                           tables, throughput)
 from paper_figures.results_csv import ResultsError
 
 DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
@@ -23,7 +23,7 @@ DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
 
 
 def redraw(results_dir, out_dir):
-    """Draw everything but smoke runs; yields the paths.
+    """Draw everything but smoke runs, and what is drawn from nothing; yields the paths.
 
     Raises ResultsError for a file that is of no experiment.
     """
@@ -40,6 +40,7 @@ def redraw(results_dir, out_dir):
     for path in sorted(results_dir.glob("samples/*.npz")):
         if path.name.split("_")[0] not in style.SCALES:
             yield from figure5.draw_file(path, out_dir)
+    yield from figure1.draw(out_dir)
 
 
 def check(results_dir, out_dir):

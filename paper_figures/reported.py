@@ -10,14 +10,15 @@ from paper_figures.results_csv import MAX_BYTES, ResultsError, is_cell
 
 REPORTED = Path(__file__).resolve().parents[1] / "results/reported.csv"
 COLUMNS = ["model", "year", "dataset", "variant", "bits_per_dim", "dequantization", "bound",
-           "source", "note"]
+           "iw_samples", "augmentation", "conditional", "source", "note"]
 DATASETS = {"imagenet64": "ImageNet-1k 64x64", "imagenet32": "ImageNet-1k 32x32",
             "cifar10": "CIFAR-10"}
 KNOWN = {  # values, in the order of the main table
     "dataset": (*DATASETS,),
     "variant": ("oord", "oord?", "chrabaszcz", "cifar10", "unknown"),
-    "bound": ("elbo", "exact", "importance-weighted", "ode"),
-    "dequantization": ("uniform", "variational", "truncated-normal", "none", "")}
+    "bound": ("elbo", "exact", "importance-weighted", "ode", "estimate", "unknown"),
+    "dequantization": ("uniform", "variational", "truncated-normal", "none", ""),
+    "augmentation": ("yes", "no", ""), "conditional": ("class", "no", "")}
 
 
 def read_reported(path):
@@ -54,6 +55,10 @@ def fault_of(row):
             return f"{name} {row[name] or 'empty'} is none of {', '.join(known)}"
     if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?", row["bits_per_dim"]):
         return f"bits_per_dim {row['bits_per_dim'] or 'empty'} is no number like 3.72"
+    if not re.fullmatch(r"([1-9][0-9]{0,5})?", row["iw_samples"]):
+        return f"iw_samples {row['iw_samples']} is no number like 4096"
+    if row["iw_samples"] and row["bound"] not in ("importance-weighted", "ode"):
+        return f"bound {row['bound']} has no iw_samples"
     if row["year"] and not re.fullmatch(r"\d{4}", row["year"]):
         return f"year {row['year']} is no year"
     if (row["dataset"] == "cifar10") != (row["variant"] == "cifar10"):

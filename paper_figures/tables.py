@@ -34,8 +34,11 @@ TRAININGS = {"pretrained": "pretrained", "scratch": "from scratch",
 MAIN_ORDER = {"training": TRAININGS, "dataset": style.DATASET_TITLES}
 H100_RATE = 0.4 * 989e12  # FLOP/s: 40 % of its bfloat16 peak, assumed as in sweeps/plan.py
 SHIPPED = style.ROOT / "assets/jet_cifar10"
-MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "Dequantization", "Parameters", "Training FLOPs",
-                "Seconds", "logdet/cap", "Images", "Source", "Note")
+MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "Dequantization", "IW", "Augm.", "Cond.",
+                "Parameters", "Training FLOPs", "Seconds", "logdet/cap", "Images", "Source", "Note")
+SHORT = {"bits_per_dim": "bits/dim", "iw_samples": "IW", "augmentation": "Augm.",
+         "conditional": "Cond."}  # heads of reported.csv's columns
+OUR_SETTING = {"Dequantization": "uniform", "Augm.": "no", "Cond.": "no"}
 NOTHING, SATURATED = "–", 0.9
 UNKNOWN = "the paper's values are not known here (results/reported.csv has none)"
 
@@ -210,7 +213,7 @@ def our_line(size, training, dataset, variant, scale="", **cells):
     couplings, depth = size_of(size)
     model = (f"{OURS}Jet {couplings} couplings x depth {depth}, {TRAININGS.get(training, training)}"
              f"{scale}")
-    row = {"Model": model, "Dequantization": "uniform", **cells}
+    row = {"Model": model, **OUR_SETTING, **cells}
     return (dataset.removesuffix(f"-{variant}"), variant), row
 
 
@@ -281,8 +284,7 @@ def shipped_lines():
                                    "train_flops": math.nan, "logdet_cap_share": share}]))
     steps = f"{config['total_steps']:,} steps of {config['batch_size']}, seed {config['seed']}"
     notes = [note for note in (cells["Note"], steps) if note != NOTHING]
-    cells |= {"Training FLOPs": "not in done.json", "Dequantization": "uniform",
-              "Note": "; ".join(notes),
+    cells |= {**OUR_SETTING, "Training FLOPs": "not in done.json", "Note": "; ".join(notes),
               "Model": f"{OURS}Jet small, {model.num_couplings} couplings x depth "
                        f"{model.block_depth}, width {model.emb_dim} (assets/{SHIPPED.name})"}
     return [((done["dataset"].removesuffix(f"-{variant}"), variant), cells)]
@@ -294,9 +296,8 @@ def main_parts(ours, reported):
     """
     groups, unknown = {}, []
     for row in reported:
-        cells = {name.capitalize(): text for name, text in row.items()}
-        cells["bits/dim"] = row["bits_per_dim"]
-        if row["variant"] == "unknown":
+        cells = {SHORT.get(name, name.capitalize()): text for name, text in row.items()}
+        if "unknown" in (row["variant"], row["bound"]):
             cells["Model"] += f", on {DATASETS[row['dataset']]} ({row['bound']})"
             unknown.append(cells)
         else:
@@ -319,7 +320,8 @@ def main_parts(ours, reported):
         parts.append(section(" / ".join(names), sorted(groups[group], key=bits_per_dim), note))
     if unknown:
         unknown.sort(key=lambda row: row["Model"])
-        parts.append(section("Variant unknown: never compared", unknown, "In alphabetical order."))
+        parts.append(section("Variant or bound unknown: never compared", unknown,
+                             "In alphabetical order."))
     return parts
 
 
@@ -346,7 +348,8 @@ def draw_main(path, out_dir=style.OUT):
     caption = (
         f"Main table, our runs of {scale} scale beside published numbers. A section is one image "
         "set, variant and kind of bound, by bits/dim; numbers of two sections are never "
-        "comparable, and within one the dequantization matters. Ours: "
+        "comparable, and within one the dequantization matters, and IW: importance samples, "
+        "Augm.: trained on augmented images, Cond.: class, where it is told the class. Ours: "
         f"{setting(rows)} {NOTHING}: nothing to say, not run, or not in results/reported.csv, "
         "where the published digits come from. Training FLOPs of ours are of the run alone; "
         "GPU-hours are computed for 40 % of an H100's bfloat16 peak.")

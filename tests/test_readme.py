@@ -58,7 +58,7 @@ def test_the_readme_is_one_page():
     assert len(content) <= 12_000 and content.count(b"\n") <= 150
 
 
-@pages
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_relative_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not re.match("https?:", target):

@@ -23,7 +23,7 @@ TABLES = {
 RATIOS = {"smoke": ("channel-only", "4:1", "1:1", "spatial-only"),  # of Figure 4
           "small": ("channel-only", "8:1", "4:1", "2:1", "1:1", "spatial-only")}
 TARGETS = "ImageNet-1k 64x64 / oord / elbo"
-UNKNOWN = "Variant unknown: never compared"
+UNKNOWN = "Variant or bound unknown: never compared"
 
 
 def fixture_rows(experiment, scale="smoke", seeds=(0,)):
@@ -157,9 +157,36 @@ def place(title):
 
 
 def place_of(row):
-    if row["variant"] == "unknown":
+    if "unknown" in (row["variant"], row["bound"]):
         return "unknown", ""
     return row["variant"] + (" (unconfirmed variant)" if row["variant"] == "oord?" else ""), row["bound"]
+
+
+BOUNDS = {  # of a model on all its images: bound, draws (on CIFAR-10), as its evaluation code has it
+    "Flow++": ("importance-weighted", "4096"), "VFlow": ("importance-weighted", "4096"), "MuLAN": ("ode", "20"),
+    "FFJORD": ("ode", ""), "MRCNF": ("ode", ""), "ScoreFlow (CNF, no aug.)": ("ode", ""), "Flow Matching (OT)": ("ode", "50"),
+    "i-ResNet": ("estimate", ""), "Residual Flow": ("estimate", ""), "i-DenseNet": ("estimate", ""),
+    "DenseFlow-74-10": ("importance-weighted", "1000"), "Glow": ("elbo", ""), "RealNVP": ("elbo", "")}
+
+
+def test_published_numbers_have_the_bound_that_their_evaluation_computes():
+    published = tables.read_reported(tables.REPORTED)
+    for model, (bound, draws) in BOUNDS.items():
+        rows = [row for row in published if row["model"] == model]
+        assert {row["bound"] for row in rows} == {bound}
+        assert [row["iw_samples"] for row in rows if row["dataset"] == "cifar10"] == [draws]
+    cells = {(row["model"], row["dataset"]): row for row in published}
+    assert cells["TarFlow [2-768-8-8]", "imagenet64"]["variant"] == "oord"
+    assert cells["MuLAN", "cifar10"]["dequantization"] == "truncated-normal"
+    assert cells["CDFlow", "cifar10"]["augmentation"] == "yes" and "2,000" in cells["JetFormer PyTorch port, 8 couplings", "cifar10"]["note"]
+
+
+def test_draws_augmentation_and_classes_are_columns_of_the_main_table(write):
+    found = sections(write(fixture_rows("main_results", "small"))[0])
+    flow, = [row for row in found["CIFAR-10 / cifar10 / importance-weighted"] if row["Model"] == "DenseFlow-74-10"]
+    port, *_ = [row for row in found["CIFAR-10 / cifar10 / elbo"] if row["Model"].startswith("JetFormer")]
+    assert (flow["IW"], flow["Augm."], port["Cond."]) == ("1000", "yes", "class")
+    assert {(row["Augm."], row["Cond."]) for row in found[TARGETS] if "ours" in row["Model"]} == {("no", "no")}
 
 
 def test_our_rows_are_beside_the_same_images_only(write):
@@ -252,15 +279,19 @@ def test_a_csv_that_must_not_be_drawn_is_refused_in_one_line(tmp_path, experimen
 @pytest.mark.parametrize("text, message", [
     (reported(variant="oord!"), r"row 1 \(M\): variant oord! is none of oord, oord\?"),
     (reported(variant=""), "variant empty is none of"), (reported(bound="upper"), "bound upper is none of elbo"),
+    (reported(augmentation="flips"), "augmentation flips is none of yes, no"),
+    (reported(conditional="yes"), "conditional yes is none of class, no"),
+    (reported(bound="ode", iw_samples="0"), "iw_samples 0 is no number like 4096"),
+    (reported(iw_samples="2"), "bound elbo has no iw_samples"),
     (reported(dequantization="normal"), "dequantization normal is none of"),
     (reported(dataset="mnist"), "dataset mnist is none of"), (reported(bits_per_dim="nan"), "bits_per_dim nan is no number"),
     (reported(bits_per_dim="-3.1"), "bits_per_dim -3.1 is no number"), (reported(bits_per_dim=" 3.1 "), "is no number like 3.72"),
     (reported(year="soon"), "year soon is no year"), (reported(variant="oord"), "cifar10 has no variant oord"),
     (reported(model="ours: Foo"), "its model is not ours"), (reported(note='"two\nlines"'), "a published row is one line"),
-    (reported(bits_per_dim=""), "bits_per_dim empty is no number"), (reported(bits_per_dim="3,1"), "has not 9 fields"),
+    (reported(bits_per_dim=""), "bits_per_dim empty is no number"), (reported(bits_per_dim="3,1"), "has not 12 fields"),
     (reported(source=" "), r"row 1 \(M\): has no source"), (reported(model=""), "has no model"),
     (reported() + reported(bits_per_dim="3.2").split("\n", 1)[1], r"row 2 \(M\): cifar10 cifar10 elbo is there twice"),
-    (reported().replace("bound", "bounds"), "has not the columns model, year"), (reported().rsplit(",", 2)[0], "has not 9 fields"),
+    (reported().replace("bound", "bounds"), "has not the columns model, year"), (reported().rsplit(",", 2)[0], "has not 12 fields"),
     ("", "has not the columns"), ("\xff", "not readable")])
 def test_a_wrong_table_of_published_numbers_is_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "reported.csv").write_bytes(text.encode("latin-1"))
@@ -290,7 +321,7 @@ def test_the_shipped_model_is_a_row_beside_the_published_numbers(write):
     text, _ = write(fixture_rows("main_results"))
     row, = [row for row in sections(text)["CIFAR-10 / cifar10 / elbo"] if "ours" in row["Model"]]
     assert row == {"Model": "**ours: Jet small, 20 couplings x depth 1, width 64 (assets/jet_cifar10)**", "Year": "–",
-                   "bits/dim": "3.9876", "±": "0.0061 s.e.", "Dequantization": "uniform", "Parameters": "1.235 M",
+                   "bits/dim": "3.9876", "±": "0.0061 s.e.", "Dequantization": "uniform", "Augm.": "no", "Cond.": "no", "Parameters": "1.235 M",
                    "Training FLOPs": "not in done.json", "Seconds": "3,600.0", "logdet/cap": "93.0%", "Images": "10,000",
                    "Source": "jet_cifar10, commit fedcba9 with changes",
                    "Note": "saturated: the number says little; 20,000 steps of 128, seed 3"}
