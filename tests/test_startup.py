@@ -45,10 +45,11 @@ def test_what_data_takes_from_jet_is_there_when_it_is_asked_for(name):
         data.other
 
 
-def test_a_grid_is_planned_and_a_run_trained_with_nothing_heavy_but_torch(tmp_path):
+def test_a_grid_is_planned_and_a_run_trained_and_read_with_nothing_heavy_but_torch(tmp_path):
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(256, size=(4, 8, 8, 3), dtype=np.uint8))
     grid = f"experiments/ablate_coupling.py --runs-dir {tmp_path}"
     train = (f"train.py --data {tmp_path}/images.npy --run-dir {tmp_path}/run --model.num_couplings 7 "
              "--model.block_depth 1 --model.emb_dim 8 --model.num_heads 1 --batch_size 2 --total_steps 2")
-    imported = imports_of([f"{grid} --help", f"{grid} --dry-run", f"{grid} --status", train, train.replace("/run ", "/other ") + " --eval_every 1"])
-    assert "torch" in imported and (tmp_path / "other/done.json").exists() and not imported & HEAVY
+    read = f"evaluate.py {tmp_path}/run --data {tmp_path}/images.npy"
+    imported = imports_of([f"{grid} --help", f"{grid} --dry-run", f"{grid} --status", train, read])
+    assert "torch" in imported and (tmp_path / "run/done.json").exists() and not imported & HEAVY
