@@ -23,21 +23,27 @@ from pathlib import Path
 import harness  # noqa: F401 (first: it says what is not installed)
 
 import numpy as np
-import torch
 
 from harness.errors import DataError
 from harness.in_order import in_order
-from harness.machine import free_bytes
 from images.folder import map_array, read_manifest
 from images.sets import (  # noqa: F401 (some are only part of this module's interface)
     CIFAR10_CLASSES, CIFAR10_FILES, CIFAR10_FOLDER, CIFAR10_PARTS, FINGERPRINTS, MANIFEST, PARTIAL,
     SETS, SPLITS, KnownSet, find_set, fingerprint, sets_root)
-from jet import dequantize, quantize  # noqa: F401
 
 VERIFY_BYTES = 2 ** 30  # sets up to this size are hashed whenever they are opened: seconds
 RESIDENT_BYTES = 4 * 2 ** 30  # training sets up to this size are copied to the GPU
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUBSET_FILE = ASSETS / "cifar10_subset.npz"
+
+
+def __getattr__(name):
+    """jet's dequantize and quantize are part of this module, too: torch, which takes seconds to
+    import, is imported when they are asked for, and in the functions that need it."""
+    if name not in ("dequantize", "quantize"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import jet
+    return getattr(jet, name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +288,10 @@ def training_batches(
     set's array; "device": a copy on the device; "stream": the array, by a thread that works ahead.
     None: array on a CPU, else device where the set fits, else stream.
     """
+    import torch
+
+    from harness.machine import free_bytes
+    from jet import dequantize
     device, array = torch.device(device), images.array
     if source is None and device.type == "cpu":
         source = "array"
@@ -308,6 +318,7 @@ def training_batches(
 
 def gather_rows(array: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """array[indices] as a tensor (B, H, W, C), copied by as many threads as torch has."""
+    import torch
     if not (isinstance(array, np.ndarray) and array.flags.c_contiguous):
         return torch.from_numpy(array[indices])
     with warnings.catch_warnings():
@@ -333,6 +344,7 @@ def prefetch(function: Callable, items: Iterable, ahead: int) -> Generator:
 
 def pinned(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """The array as a CPU tensor; for a GPU in pinned memory, from where a copy need not wait."""
+    import torch
     tensor = torch.as_tensor(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -340,6 +352,7 @@ def pinned(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
 def evaluation_noise(indices: Iterable[int], shape: Sequence[int], seed: int,
                      draw: int) -> torch.Tensor:
     """Uniform noise (len(indices), *shape), float32, from the CPU: keyed by (seed, draw, image)."""
+    import torch
     return torch.from_numpy(np.stack([
         np.random.default_rng([seed, _EVALUATION, draw, int(index)]).random(shape, dtype=np.float32)
         for index in indices]))

@@ -24,8 +24,9 @@ from data import SPLITS, ImageSet, evaluation_noise, load_images, pinned, prefet
 from harness import distributed
 from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
+from harness.host import code_version
 from harness.machine import (
-    MAX_THREADS, code_version, free_bytes, full_float32, hardware, networks_in, pick_device)
+    MAX_THREADS, free_bytes, full_float32, hardware, networks_in, pick_device)
 from harness.progress import progress
 from jet import Jet, JetConfig, bits_per_dim, dequantize
 

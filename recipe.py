@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 
@@ -145,6 +146,15 @@ def learning_rate(step, config):
     return config.lr * schedule(step, config.total_steps, config.warmup_fraction)
 
 
+class Adam(torch.optim.AdamW):
+    """torch's, without the wrappers that import torch's compiler, which takes seconds."""
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
 def make_optimizer(parameters, config, graph=False):
     """Adam with decoupled weight decay on every parameter.
 
@@ -154,7 +164,7 @@ def make_optimizer(parameters, config, graph=False):
     """
     parameters = list(parameters)
     lr = torch.tensor(config.lr, device=parameters[0].device) if graph else config.lr
-    optimizer = torch.optim.AdamW(
+    optimizer = Adam(
         parameters, lr=lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
         weight_decay=config.weight_decay / config.lr, fused=True, capturable=graph)
     # the first steps run as they are, on purpose

@@ -26,8 +26,9 @@ from harness.advice import advice
 from harness.checkpoint import CHECKPOINT_FORMAT, load_weights, read_weights, weights_checksum
 from harness.errors import CheckpointError, TrainingError, UserError, one_line
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
-from harness.machine import (ROOT, code_version, compile_couplings, compile_limits, free_bytes,
-                             full_float32, hardware, outside_errors, pick_device, versions, where)
+from harness.host import ROOT, code_version
+from harness.machine import (compile_couplings, compile_limits, free_bytes, full_float32, hardware,
+                             outside_errors, pick_device, versions, where)
 from harness.memory import fit_memory, refuse_too_large, watch_memory
 from harness.pace import Pace
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
@@ -259,7 +260,10 @@ class Session:
         No training time, and eager: else each of its batch sizes would be compiled.
         """
         num_train, rows = min(TRAIN_ROW_IMAGES, len(self.images["test"].array)), []
-        with clock.paused(), torch.compiler.set_stance("force_eager"):
+        eager = contextlib.nullcontext()
+        if self.compiled:  # imports the compiler, which takes seconds
+            eager = torch.compiler.set_stance("force_eager")
+        with clock.paused(), eager:
             for split, array in (("train", self.images["train"].array[:num_train]),
                                  ("test", self.images["test"].array)):
                 numbers = evaluate(self.jet, array, per_image=True, each_batch=functools.partial(

@@ -233,5 +233,6 @@ def provenance():
     """The versions of what ran it."""
     import torch
 
-    from harness.machine import code_version, versions
+    from harness.host import code_version
+    from harness.machine import versions
     return {**code_version(), **versions(), "cuda_version": torch.version.cuda}

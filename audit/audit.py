@@ -25,7 +25,8 @@ from audit.images import check_data
 from data import SPLITS, load_images
 from harness.errors import DataError, NonFiniteError
 from harness.flops import forward_flops
-from harness.machine import ROOT, code_version, hardware, pick_device
+from harness.host import ROOT, code_version
+from harness.machine import hardware, pick_device
 from jet import Jet
 
 CODELENGTH_FLOPS = 1e13  # by default as many images (8 to 512) as this allows

@@ -5,8 +5,6 @@ import math
 import re
 from pathlib import Path
 
-import pandas as pd
-
 from audit.checks import FAIL, NOT_APPLICABLE, PASS, AuditError, counted
 from audit.fields import CERTIFICATE, fault_in
 from harness.errors import one_line, short
@@ -43,6 +41,7 @@ def write(certificate, measured, out_dir):
 
 def per_image_csv(measured):
     """The values of every image, mean over the draws."""
+    import pandas as pd
     rows, draws = measured["rows"], measured["draws"]
     values = zip(measured["ours"]["bits_per_dim_per_image"],  # as many as both computations have
                  *(rows[name][:draws].mean(0) for name in ("bits", "square", "logdet")))

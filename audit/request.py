@@ -5,7 +5,8 @@ from pathlib import Path
 from audit.checks import AuditError
 from data import SPLITS
 from harness.flags import ArgumentParser, add_setting_flags, model_fields
-from harness.machine import MAX_THREADS, ROOT
+from harness.host import ROOT
+from harness.machine import MAX_THREADS
 from jet import JetConfig, check_settings, setting
 
 NUM_JACOBIANS = 16  # images, at most

@@ -27,7 +27,7 @@ from audit.checks import AuditError
 from audit.request import PLACES, RECORDED, Request
 from harness.errors import printable
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
-from harness.machine import ROOT
+from harness.host import ROOT
 from jet import JetConfig
 from paper_figures.tables import REPORTED, read_reported
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from experiments.throughput_cases import SIZES
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters, train_flops
-from harness.machine import ROOT
+from harness.host import ROOT
 from harness.memory import activation_bytes, fixed_bytes, image_bytes
 from jet import Jet, JetConfig
 from paper_figures import throughput as figure

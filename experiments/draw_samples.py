@@ -28,7 +28,8 @@ from experiments import main_results
 from harness.errors import DataError, TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
-from harness.machine import ROOT, code_version, pick_device
+from harness.host import ROOT, code_version
+from harness.machine import pick_device
 from jet import JetConfig, dequantize, quantize
 from paper_figures import figure5
 from sweeps import sweep

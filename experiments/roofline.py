@@ -23,7 +23,7 @@ from experiments.throughput_cases import SIZES
 from harness.errors import TrainingError
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters
-from harness.machine import ROOT
+from harness.host import ROOT
 from jet import Coupling, Jet, JetConfig, ViTBlock
 from recipe import TrainConfig, make_optimizer, training_step
 from sweeps.plan import GPU_PEAKS, number

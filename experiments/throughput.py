@@ -40,7 +40,8 @@ from harness.errors import TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from harness.flops import forward_flops, num_parameters
-from harness.machine import (MAX_THREADS, ROOT, compile_limits, free_bytes, full_float32, hardware,
+from harness.host import ROOT
+from harness.machine import (MAX_THREADS, compile_limits, free_bytes, full_float32, hardware,
                              pick_device, versions)
 from harness.memory import activation_bytes, image_bytes, watch_memory
 from jet import Jet, JetConfig

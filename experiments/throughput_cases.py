@@ -26,7 +26,8 @@ from data import ImageSet, load_images, quantize, training_batches
 from evaluate import evaluate
 from harness.errors import TrainingError
 from harness.flops import forward_flops
-from harness.machine import ROOT, code_version, compile_couplings, hardware, networks_in
+from harness.host import ROOT, code_version
+from harness.machine import compile_couplings, hardware, networks_in
 from paper_figures.throughput import PORT
 from recipe import TrainConfig
 

@@ -1,11 +1,5 @@
 """What is computed from a configuration: FLOPs, parameters, the share of the log-det's cap."""
-import dataclasses
-import functools
 import math
-
-import torch
-
-from jet import Jet
 
 
 def forward_flops(config):
@@ -33,15 +27,18 @@ def logdet_cap_share(model, logdet_nats):
     return logdet_nats / logdet_cap_nats(model)
 
 
-def num_parameters(model):
-    """Trainable parameters of a JetConfig: all couplings have equally many."""
-    return model.num_couplings * _coupling_parameters(dataclasses.replace(model, num_couplings=1))
-
-
-@functools.cache
-def _coupling_parameters(model):
-    with torch.device("meta"):  # without memory
-        return sum(parameter.numel() for parameter in Jet(model).parameters())
+def num_parameters(config):
+    """Trainable parameters of a JetConfig."""
+    N, D, E = config.num_tokens, config.token_dim, config.emb_dim
+    in_dim, out_dim = (D, 2 * D) if config.split_mode == "masking" else (D // 2, D)
+    if config.block == "vit":  # two norms; qkv, out, MLP with their biases
+        block = 4 * E + 12 * E * E + 9 * E
+    else:  # two norms, two convolutions
+        block = 4 * E + 2 * (9 * E * E + E)
+    ends = (in_dim + 1) * E + N * E + 2 * E + (E + 1) * out_dim  # what is before and after them
+    actnorm = 2 * D if config.actnorm else 0
+    dense = D + 2 * D * D if config.invertible_dense else 0
+    return config.num_couplings * (ends + config.block_depth * block + actnorm + dense)
 
 
 def logdet_cap_nats(model):

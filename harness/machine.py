@@ -1,11 +1,8 @@
-"""The machine that a run is on: its device, name and free memory, and the code's own version."""
+"""The machine that a run is on, as torch sees it: its device, name, free memory and idle cores."""
 import contextlib
-import json
-import math
 import os
 import platform
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,10 +11,9 @@ import torch
 
 from harness import distributed
 from harness.errors import TrainingError
+from harness.host import free_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_THREADS = 1024  # of a run: many more end a process without a word
-COMMIT_FILE = ROOT / ".commit.json"  # in a copy of the code, which is no git checkout
 
 
 def pick_device(device, graph=False):
@@ -65,18 +61,7 @@ def free_bytes(device, root=Path("/")):
     if device.type == "cuda":  # torch's own reserve is free, too
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
-    free = math.inf
-    with contextlib.suppress(OSError, TypeError):  # no Linux
-        available = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
-        free = 1024 * int(available[1])
-        name = re.search("^0::/(.*)", (root / "proc/self/cgroup").read_text(), re.M)[1]
-        group = root / "sys/fs/cgroup" / name
-        for folder in (group, *group.parents):  # a limit holds for all groups inside
-            with contextlib.suppress(OSError, ValueError):  # no limit here, or "max"
-                limit = int((folder / "memory.max").read_text())
-                used = re.search(r"^anon (\d+)", (folder / "memory.stat").read_text(), re.M)[1]
-                free = min(free, limit - int(used))
-    return free
+    return free_memory(root)
 
 
 def idle_cores(window_s=0.2, root=Path("/")):
@@ -114,29 +99,6 @@ def where(processes, threads, hosts):
         text += f", job {os.environ['SLURM_JOB_ID']}"
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return text if restarts == "0" else f"{text} (restart {restarts})"
-
-
-def code_version(root=ROOT):
-    """{"git_commit": ..., "git_dirty": ...} of this code; "" and None where it is no git checkout.
-
-    Results do not count as changes.
-    """
-    if (root / COMMIT_FILE.name).exists():
-        commit, tree = json.loads((root / COMMIT_FILE.name).read_text())
-        return {"git_commit": commit, "git_dirty": tree == "dirty"}
-
-    def git(*arguments):  # a checkout that belongs to another user is read all the same
-        command = ["git", "-C", str(root), "-c", f"safe.directory={root}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    unknown = {"git_commit": "", "git_dirty": None}
-    try:
-        top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--", ".", ":!results", ":!paper_figures/out")
-    except OSError:  # no git
-        return unknown
-    if not commit or Path(top).resolve() != root.resolve():  # a copy inside another repository
-        return unknown
-    return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
 def versions():

@@ -1,17 +1,18 @@
 """The memory of training: what a step needs, how to make it fit, and what it took."""
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
-import math
 from pathlib import Path
 
 import torch
 
 from harness.errors import TrainingError
 from harness.flops import num_parameters
-from harness.machine import free_bytes, networks_in
-from jet import Jet, bits_per_dim
+from harness.host import free_memory
+from harness.machine import networks_in
+from jet import bits_per_dim
 
 PARAMETER_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}
 BLOCK_BYTES = 20_000  # of Python's objects
@@ -34,11 +35,11 @@ def _first_couplings(jet, count):
     """A Jet of the first couplings of another, without copies."""
     if count == len(jet.couplings):
         return jet
-    with torch.device("meta"):  # its layers are replaced by the Jet's own first ones
-        few = Jet(dataclasses.replace(jet.config, num_couplings=count))
+    few = copy.copy(jet)
+    few._modules = dict(jet._modules)
+    few.config = dataclasses.replace(jet.config, num_couplings=count)
     for name in ("couplings", "actnorms", "denses"):
         setattr(few, name, getattr(jet, name)[:count])
-    few.checkpoint_activations = jet.checkpoint_activations
     return few
 
 
@@ -85,13 +86,8 @@ def image_bytes(model, precision, recompute, coupling):
 
 def refuse_too_large(model):
     """Raise TrainingError for a JetConfig whose weights alone exceed this machine's free memory."""
-    free, blocks = free_bytes(torch.device("cpu")), model.num_couplings * (1 + model.block_depth)
-    needed = BLOCK_BYTES * blocks
-    if needed <= free:  # or counting its parameters would take as long
-        try:
-            needed += 4 * num_parameters(model)
-        except RuntimeError:  # more than can be counted
-            needed = math.inf
+    free, blocks = free_memory(), model.num_couplings * (1 + model.block_depth)
+    needed = BLOCK_BYTES * blocks + 4 * num_parameters(model)
     if needed > free:
         raise TrainingError(f"num_couplings={model.num_couplings}, block_depth={model.block_depth}"
                             f", emb_dim={model.emb_dim}: its weights need {needed / 2 ** 30:,.0f} "

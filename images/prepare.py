@@ -29,7 +29,7 @@ from harness.download import download
 from harness.errors import DataError, printable
 from harness.files import file_sha256, write_atomically
 from harness.in_order import in_order
-from harness.machine import code_version
+from harness.host import code_version
 from harness.progress import progress
 from harness.signals import Signals
 from images.again import (

@@ -12,11 +12,10 @@ import typing
 import zipfile
 
 import numpy as np
-import torch
 
 from harness.errors import DataError, printable
 from harness.files import write_atomically
-from harness.machine import free_bytes
+from harness.host import free_memory
 from harness.progress import progress
 from images.decode import BadImage, channels_of, decode
 from images.members import (
@@ -287,7 +286,7 @@ def _unpack(member, size, paths):
         file.seek(0)
         if is_npz:
             return _unpack_npz(file, paths)
-        needed, free = 2 * member.size, free_bytes(torch.device("cpu"))
+        needed, free = 2 * member.size, free_memory()
         if needed > free:
             raise DataError(f"{printable(member.name)}: needs {needed:,} bytes of memory; "
                             f"{free:,} are free")

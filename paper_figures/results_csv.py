@@ -8,8 +8,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from pandas.api.types import is_numeric_dtype
 
 from harness.errors import UserError
 from harness.files import read_bytes
@@ -64,6 +62,8 @@ def read_experiment(path, known):
 
 def read_csv(path, experiment, **options):
     """What pandas makes of a CSV of an experiment. Raises ResultsError in one line."""
+    import pandas as pd  # takes half a second: imported where it is used
+    from pandas.api.types import is_numeric_dtype
     try:
         content = read_bytes(path, MAX_BYTES)
         _check_shape(content.decode())
@@ -152,6 +152,7 @@ def _read_rows(path, experiment, swept):
 
 def _check_values(path, rows, swept):
     """Make numbers of the columns that hold some; raise ResultsError for an impossible value."""
+    from pandas.api.types import is_numeric_dtype
     for name, (low, high) in {**LIMITS, **MAYBE}.items():
         given = rows[name]
         numbers = given if is_numeric_dtype(given) else given.map(_number)

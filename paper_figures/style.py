@@ -4,11 +4,6 @@ import math
 import re
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from paper_figures.results_csv import SCALES, ResultsError, read_experiment
@@ -43,15 +38,31 @@ DATASET_TITLES = {
     "imagenet21k-32-box": "ImageNet-21k 32x32 (box)",
     "imagenet64-oord": "ImageNet-1k 64x64 (oord)",
     "imagenet21k-64-box": "ImageNet-21k 64x64 (box)"}
-
-matplotlib.rcdefaults()  # not what the user's matplotlibrc says
-plt.rcParams.update({
+LOOK = {
     "font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 6.5,
     "ytick.labelsize": 6.5, "legend.fontsize": 6.5, "lines.linewidth": 1.1, "lines.markersize": 4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.3,
     "grid.color": "#cccccc", "hatch.linewidth": 0.4, "legend.frameon": False, "pdf.fonttype": 42,
     "savefig.dpi": 300, "figure.constrained_layout.use": True,
-})
+}
+
+
+@functools.cache
+def pyplot():
+    """matplotlib.pyplot in the look of all figures; importing it takes a second."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    matplotlib.rcdefaults()  # not what the user's matplotlibrc says
+    matplotlib.rcParams.update(LOOK)
+    return matplotlib.pyplot
+
+
+def __getattr__(name):
+    """style.plt and style.matplotlib, which are imported when they are asked for."""
+    if name not in ("plt", "matplotlib"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pyplot() if name == "plt" else pyplot().matplotlib
 
 
 def ordered(values, known=()):
@@ -100,7 +111,7 @@ def counted(number, noun):
 def new_figure(rows, title, height, note=""):
     """(figure, axes) of bits/dim upwards, with a title of three lines and the smoke mark."""
     first = rows.iloc[0]
-    figure, axes = plt.subplots(figsize=(COLUMN_WIDTH, height))
+    figure, axes = pyplot().subplots(figsize=(COLUMN_WIDTH, height))
     axes.set_ylabel("bits/dim, test (lower is better)")
     images = f"{dataset_title(first['dataset'])}, {first['num_images']:,} test images"
     figure.suptitle(f"{title}, {first['scale']} scale\n{images}{note}", fontsize=7.5)
@@ -111,7 +122,7 @@ def new_figure(rows, title, height, note=""):
 
 def line(label, **look):
     """What a legend shows of a line, or with ls="" of a marker."""
-    return plt.Line2D([], [], label=label, **look)
+    return pyplot().Line2D([], [], label=label, **look)
 
 
 def over_seeds(rows, by):
@@ -161,16 +172,16 @@ def parameter_legend(figure, num_params, area, **place):
 
 def compute_axis(axes, flops):
     """Training compute as a logarithmic x axis, with the room that large markers need."""
-    low, high = flops.min(), flops.max()
+    ticker, low, high = pyplot().matplotlib.ticker, flops.min(), flops.max()
     axes.set_xscale("log")
     digits = (1,)
     if high < 10 * low:
         digits = (1, 2, 5)
     elif high < 50 * low:
         digits = (1, 3)
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=digits))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=digits))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     room = max(high / low, 2) ** 0.12
     axes.set_xlim(low / room, high * room)
 
@@ -187,7 +198,7 @@ def save(figure, name, out_dir=OUT):
     paths = write_files({f"{name}.{kind}": functools.partial(
         figure.savefig, format=kind, metadata=dict.fromkeys(left_out))
         for kind, left_out in METADATA.items()}, out_dir)
-    plt.close(figure)
+    pyplot().close(figure)
     return paths
 
 

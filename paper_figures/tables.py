@@ -11,12 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 
-import pandas as pd
-
 from data import SETS
 from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
-from jet import JetConfig
 from paper_figures import style
 from paper_figures.reported import DATASETS, KNOWN, REPORTED, read_reported
 from paper_figures.results_csv import ResultsError, final_test_rows
@@ -53,12 +50,16 @@ def size_of(size):
 def paper_flops(size, epochs=200):
     """Training FLOPs of one of the paper's own targets, from scratch on ImageNet-1k 64 x 64."""
     couplings, depth = size_of(size)
+    from jet import JetConfig
     model = JetConfig(num_couplings=couplings, block_depth=depth)
     return 3 * forward_flops(model) * epochs * SETS["imagenet64-oord"].counts["train"]
 
 
-PAPER_COST = {(size, "scratch", "imagenet64-oord"): (
-    paper_flops(size), round(paper_flops(size) / H100_RATE / 3600)) for size in ("32x2", "64x5")}
+def paper_costs():
+    """{point of the main table: (training FLOPs, GPU-hours)} of the paper's own targets."""
+    flops = {size: paper_flops(size) for size in ("32x2", "64x5")}
+    return {(size, "scratch", "imagenet64-oord"): (value, round(value / H100_RATE / 3600))
+            for size, value in flops.items()}
 
 
 # ---- what was measured
@@ -83,7 +84,7 @@ def summary(runs):
 
 
 def commit_of(commit, dirty):
-    text = "not recorded" if pd.isna(commit) else commit[:7]
+    text = commit[:7] if isinstance(commit, str) else "not recorded"
     return f"{text} with changes" if str(dirty) == "True" else text
 
 
@@ -219,7 +220,7 @@ def our_line(size, training, dataset, variant, scale="", **cells):
 
 def our_lines(rows):
     """What our_line makes of a CSV's runs, and of the paper's targets that it has not."""
-    scale, lines, targets = f" ({rows['scale'].iloc[0]} scale)", [], dict(PAPER_COST)
+    scale, lines, targets = f" ({rows['scale'].iloc[0]} scale)", [], paper_costs()
     for of_run, points in by_run(rows, MAIN_SWEPT, MAIN_ORDER):
         cells, variant = summary(of_run), of_run["variant"].iloc[0]
         notes = [note for note in (cells["Note"], beginning(of_run, rows)) if note != NOTHING]
@@ -251,6 +252,7 @@ def read_shipped(folder):
     """(done.json's content, JetConfig, logdet_cap_share or nan) of the model that is part of this
     repository, or None where there is none. Raises ResultsError if it is damaged.
     """
+    from jet import JetConfig
     path = Path(folder) / "done.json"
     if not path.exists():
         return None
@@ -276,6 +278,7 @@ def read_shipped(folder):
 
 def shipped_lines():
     """As our_lines() for the model that is part of this repository, if there is one."""
+    import pandas as pd
     if (shipped := read_shipped(SHIPPED)) is None:
         return []
     done, model, share = shipped
@@ -305,6 +308,7 @@ def main_parts(ours, reported):
     published = set(groups)
     for (dataset, variant), cells in ours:
         groups.setdefault((dataset, variant, "elbo"), []).append(cells)
+    import pandas as pd
     keys, parts = ("dataset", "variant", "bound"), []
     for group in style.points(pd.DataFrame(list(groups), columns=keys), keys, KNOWN):
         dataset, variant, bound = group

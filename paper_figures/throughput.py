@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 
 import numpy as np
-import pandas as pd
 
 from paper_figures import style
 from paper_figures.results_csv import ResultsError, read_csv
@@ -66,6 +65,7 @@ def read(path):
     alone |= of_modes & ~eager.groupby(modes).transform("any")
     faults = {"is there twice": rows.duplicated(KEY),
               f"is none of {', '.join(WHATS)}": ~rows["what"].isin(WHATS)}
+    import pandas as pd
     for column in (*NUMBERS, *MAYBE):
         rows[column] = pd.to_numeric(rows[column], errors="coerce")
         needed = compared if column.startswith("ratio") else column in NUMBERS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.errors import ClusterError, TrainingError
 from harness.files import named_in_errors
-from harness.machine import COMMIT_FILE, ROOT, code_version
+from harness.host import COMMIT_FILE, ROOT, code_version
 
 MADE_THERE = ("__pycache__", "build")  # folders that Python and kernels/ write to in a copy
 NO_CODE = ("results/", "paper_figures/out/", "tests/")  # what jobs do not need

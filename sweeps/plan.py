@@ -5,8 +5,6 @@ import math
 import statistics
 import textwrap
 
-import pandas as pd
-
 from harness.errors import TrainingError
 from harness.flops import forward_flops, num_parameters, train_flops
 from harness.machine import hardware
@@ -87,7 +85,7 @@ def print_plan(runs, finished, device, images_per_s, processes):
     configs = [run.config for run in runs]
     images = len({(config.data, config.total_steps, config.batch_size) for config in configs})
     table = plan_table(runs, statuses, with_images=images > 1)
-    seed = ["seed"] if table["seed"].nunique() == 1 else []
+    seed = ["seed"] if len(set(table["seed"])) == 1 else []
     print(watch.fit(table, ["images", "channel share", "GPU-hours", *seed, "FLOPs"]))
     config, flops = configs[0], sum(map(train_flops, configs))
     each = (f"each {config.total_steps:,} steps of {config.batch_size:,} images of {config.data}; "
@@ -114,7 +112,7 @@ def plan_table(runs, statuses, with_images):
     flops = [train_flops(config) for config in configs]
     images = {"images": [config.data for config in configs],
               "steps": [f"{config.total_steps:,}" for config in configs]}
-    return pd.DataFrame({
+    return {
         "run": [run.name for run in runs], "seed": [config.seed for config in configs],
         **(images if with_images else {}),
         "channel share": [f"{channel_share(config.model):.3f}" for config in configs],
@@ -122,7 +120,7 @@ def plan_table(runs, statuses, with_images):
         "FLOPs": [f"{value:.3g}" for value in flops],
         "GPU-hours": [number(gpu_hours(value, config.precision))
                       for value, config in zip(flops, configs)],
-        "state": [status.state for status in statuses]})
+        "state": [status.state for status in statuses]}
 
 
 def hours_to_go(left, finished, device, images_per_s):

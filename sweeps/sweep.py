@@ -12,14 +12,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from data import sets_root
 from harness.errors import TrainingError
 from harness.files import locked, remove_leftovers, write_atomically
 from harness.flags import ArgumentParser, one_line_errors
-from harness.machine import ROOT
+from harness.host import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
 from harness.run_folder import has_checkpoint
 from paper_figures.per_image import paired_difference, read_per_image, write_per_image
@@ -342,6 +341,7 @@ def collect(experiment, scale, runs, csv, pieces=()):
     pieces: CSVs of shards, whose rows of other runs of the grid are added. Returns the rows, and
     {run id: bits/dim (N,)} of the runs that have them.
     """
+    import pandas as pd  # takes half a second: imported where it is used
     swept, varying, points = experiment.swept, experiment.varying, experiment.configs(scale)
     shared = {"experiment": experiment.name, "scale": scale, "grid_points": len(points)}
     rows, per_image = [], {}
@@ -395,8 +395,8 @@ def print_table(rows, swept, per_image):
         "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
         "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
         "train": [f"{train_bits.get(key, math.nan):.4f}" for key in keys],
-        "logdet/cap": ["" if pd.isna(share) else f"{share:.1%}"
-                       for share in test["logdet_cap_share"]],
+        "logdet/cap": ["" if math.isnan(share) else f"{share:.1%}"
+                       for share in test["logdet_cap_share"].astype(float)],
         "seconds": test["train_seconds"].map("{:.1f}".format)})
     best = test.groupby(["dataset", "seed", "step"])["run_id"].transform("first")
     if set(test["run_id"]) <= per_image.keys():

@@ -7,8 +7,6 @@ import functools
 import threading
 import time
 
-import pandas as pd
-
 from harness.errors import TrainingError, UserError, printable
 from harness.files import read_end, time_there
 from harness.flops import forward_flops, train_flops
@@ -103,15 +101,15 @@ def count(found):
 def print_statuses(runs, found):
     """A line for each run, and one for all. found: their statuses."""
     configs = [run.config for run in runs]
-    table = pd.DataFrame({
+    print(fit({
         "run": [run.name for run in runs], "seed": [config.seed for config in configs],
         "state": [status.state for status in found],
         "steps": [f"{status.step:,}/{config.total_steps:,}"
                   for config, status in zip(configs, found)],
         "bits/dim": [status.bits_per_dim for status in found],
         "left": [_duration(status.left_s) for status in found],
-        "": ["see below" if status.state == "failed" else status.note for status in found]})
-    print(fit(table, ("seed", "")))
+        "": ["see below" if status.state == "failed" else status.note for status in found]},
+        ("seed", "")))
     for run, status in zip(runs, found):
         if status.state == "failed":
             print(f"failed: {run.label}: {status.note}")
@@ -119,12 +117,18 @@ def print_statuses(runs, found):
 
 
 def fit(table, less):
-    """The text of a table, without empty columns, and of these less where it is too wide."""
-    table = table.loc[:, (table != "").any()]
+    """The text of a table, {column: its cells}, without empty columns.
+
+    less: the columns to leave out one by one where it is too wide.
+    """
+    columns = {name: [name, *map(str, cells)] for name, cells in table.items() if any(
+        cell != "" for cell in cells)}
+    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
     for name in less:
-        if len(table.to_string(index=False).splitlines()[0]) > COLUMNS and name in table:
-            table = table.drop(columns=name)
-    return table.to_string(index=False)
+        if sum(widths.values()) + len(widths) - 1 > COLUMNS:
+            widths.pop(name, None)
+    lines = zip(*([cell.rjust(width) for cell in columns[name]] for name, width in widths.items()))
+    return "\n".join(map(" ".join, lines))
 
 
 def _duration(seconds):

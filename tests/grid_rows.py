@@ -8,7 +8,7 @@ import pandas as pd
 
 from data import SETS
 from harness.flops import logdet_cap_nats, num_parameters, train_flops
-from harness.machine import ROOT
+from harness.host import ROOT
 from paper_figures.results_csv import columns
 from sweeps.grid import channel_share, logdet_cap_share, make_runs
 

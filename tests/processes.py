@@ -1,5 +1,11 @@
-"""What each of several processes does in test_distributed.py: torchrun starts it."""
+"""What each of several processes does in test_distributed.py.
+
+torchrun starts it, or with a third argument it starts so many of itself.
+"""
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -37,5 +43,26 @@ def main(jobs):
     distributed.leave()
 
 
-if __name__ == "__main__":
+def become(rank, processes, port):
+    """One of the processes, as torchrun would have it."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE":
+                   f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     main(sys.argv[1])
+
+
+def start(processes):
+    import torch._dynamo  # DistributedDataParallel does, for seconds: here once for all
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=become, args=(rank, processes, port)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    sys.exit(any(process.exitcode for process in started))
+
+
+if __name__ == "__main__":
+    start(int(sys.argv[3])) if sys.argv[3:] else main(sys.argv[1])

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.flags import add_setting_flags
-from harness.flops import forward_flops
+from harness.flops import forward_flops, num_parameters
 from harness.place import Place
 from jet import Jet, JetConfig, bits_per_dim
 from kernels import accelerate
@@ -50,6 +50,14 @@ def test_flops_of_every_block_are_those_that_pytorch_counts(block, mode):
     with math_alone, FlopCounterMode(display=False) as counter:
         jet(torch.zeros(8, 3, 16, 16))
     assert abs(counter.get_total_flops() / 8 / forward_flops(jet.config) - 1) < 0.01
+
+
+@blocks
+@modes
+@pytest.mark.parametrize("switches", [{}, {"actnorm": True, "invertible_dense": True}])
+def test_parameters_of_every_block_are_those_that_it_has(block, mode, switches):
+    jet = random_jet(block, mode, image_size=(16, 32), block_depth=3, **switches)
+    assert num_parameters(jet.config) == sum(parameter.numel() for parameter in jet.parameters())
 
 
 @blocks

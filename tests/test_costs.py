@@ -5,7 +5,7 @@ import pytest
 
 from experiments import cost_table
 from harness.flops import train_flops
-from harness.machine import ROOT
+from harness.host import ROOT
 from sweeps import sweep
 from sweeps.grid import make_runs
 

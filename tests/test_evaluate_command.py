@@ -10,7 +10,7 @@ import evaluate as command
 from convert import load_jet
 from data import fingerprint, load_images
 from evaluate import evaluate
-from harness.machine import code_version
+from harness.host import code_version
 from jet import Jet, JetConfig
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import SETS
 from harness.flops import forward_flops, logdet_cap_nats, num_parameters, train_flops
-from harness.machine import ROOT
+from harness.host import ROOT
 from jet import Jet, JetConfig
 from paper_figures import style
 from paper_figures.results_csv import ResultsError, read_results

@@ -9,7 +9,7 @@ import torch
 from harness import machine, place
 from harness.errors import TrainingError, UserError, short
 from harness.flags import ArgumentParser, one_line_errors
-from harness.machine import ROOT, code_version
+from harness.host import ROOT, code_version
 from harness.place import Place, add_place_flags, place_from_flags, step_mode
 from jet import JetConfig
 from recipe import TrainConfig

@@ -42,14 +42,16 @@ def contents(folder):
 
 def test_bytes_do_not_depend_on_workers_or_kills(photos, tmp_path):
     """Killed at random moments, with another number of workers each time; JET_KILLS=20 kills more often."""
+    begun = time.monotonic()
     subprocess.run(command(photos, tmp_path / "whole", 1), check=True, capture_output=True)
+    took = time.monotonic() - begun
     wanted = contents(tmp_path / "whole")
     assert len(json.loads(wanted["manifest.json"])["skipped"]) == 3
     rng, kills, workers = random.Random(0), 0, [1, 2, 4]
     while kills < int(os.environ.get("JET_KILLS", 2)):
         process = subprocess.Popen(command(photos, tmp_path / "set", workers[kills % 3]), stdout=subprocess.DEVNULL)
         try:
-            assert process.wait(rng.uniform(1, 2.5)) == 0
+            assert process.wait(took * rng.uniform(0.2, 0.6)) == 0
             assert contents(tmp_path / "set") == wanted
             (tmp_path / "set").rename(tmp_path / f"done{kills}-{time.monotonic()}")
         except subprocess.TimeoutExpired:

@@ -8,7 +8,7 @@ import pytest
 
 from harness import missing
 from harness.advice import advice
-from harness.machine import ROOT
+from harness.host import ROOT
 from harness.progress import LINE, Bar, progress
 from recipe import TrainConfig
 from sweeps.watch import Speed, Status, finished

@@ -1,8 +1,8 @@
 """The pages: README within its bounds, links that lead somewhere, and commands that exist."""
 import ast
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -98,13 +98,16 @@ def flags_of_commands():
 
 
 @pytest.mark.parametrize("script, subcommand", flags_of_commands())
-def test_flags_are_those_that_help_shows(script, subcommand):
+def test_flags_are_those_that_help_shows(script, subcommand, monkeypatch, capsys):
     flags = flags_of_commands()[script, subcommand]
-    command = [sys.executable, ROOT / script, *[subcommand][:len(subcommand)], "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    commands = [[*[subcommand][:len(subcommand)], "--help"]]
     if script == "experiments/draw_samples.py":  # has a command line of its own for one file
-        command[-1:] = ["--checkpoint", "FILE", "--help"]
-        shown += subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        commands.append(["--checkpoint", "FILE", "--help"])
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", [script, *command])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    shown = capsys.readouterr().out
     known = set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", shown))
     assert not {flag: pages for flag, pages in flags.items() if flag not in known}
 

@@ -27,7 +27,7 @@ from harness.claim import Claim, process_started, read_claim, this_machine
 from harness.errors import (BusyError, CheckpointError, TrainingError, UserError, one_line,
                             printable)
 from harness.files import locked, remove_leftovers, write_atomically
-from harness.machine import ROOT
+from harness.host import ROOT
 from harness.place import Place
 from harness.run_folder import RunLog, is_running, read_done, read_error, read_progress
 from harness.signals import Signals

@@ -14,7 +14,7 @@ from convert import weights_id
 from data import load_images
 from experiments import draw_samples, main_results
 from harness.errors import TrainingError
-from harness.machine import ROOT
+from harness.host import ROOT
 from jet import Jet, JetConfig
 from paper_figures import figure5, style
 from paper_figures.results_csv import ResultsError

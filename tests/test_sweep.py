@@ -19,8 +19,8 @@ from harness.claim import Claim
 from harness.errors import NonFiniteError, TrainingError
 from harness.flags import one_line_errors
 from harness.flops import num_parameters, train_flops
-from harness.machine import ROOT, code_version
-from jet import SPATIAL_SPLITS, Jet, JetConfig
+from harness.host import ROOT, code_version
+from jet import SPATIAL_SPLITS, JetConfig
 from paper_figures import style
 from paper_figures.results_csv import ResultsError, columns, final_rows
 from recipe import TrainConfig
@@ -119,14 +119,6 @@ def test_paper_scale_is_the_official_model_and_recipe():
     assert abs(train_flops(config) / 9e19 - 1) < 0.1
     large = dataclasses.replace(config.model, num_couplings=64, block_depth=5)
     assert round(num_parameters(large) / 1e6, 1) == 1019.6
-
-
-@pytest.mark.parametrize("changes", [{}, {"block": "cnn"}, {"split_mode": "masking"},
-                                     {"actnorm": True, "invertible_dense": True}])
-def test_parameters_are_counted_without_building_the_model(changes):
-    model = JetConfig(image_size=(16, 32), num_couplings=7, block_depth=1, emb_dim=16, num_heads=2,
-                      **changes)
-    assert num_parameters(model) == sum(parameter.numel() for parameter in Jet(model).parameters())
 
 
 @pytest.mark.parametrize("scale", style.SCALES)
@@ -266,7 +258,7 @@ def test_jobs_at_the_same_time_give_the_same_rows(finished, tmp_path):
 
 def test_sweeps_started_at_the_same_moment_share_the_runs(finished, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    sweeps = [subprocess.Popen(command(tmp_path, "--seeds", "2"), **pipes) for _ in range(3)]
+    sweeps = [subprocess.Popen(command(tmp_path, "--seeds", "2"), **pipes) for _ in range(2)]
     for one in sweeps:
         out, error = one.communicate(timeout=120)
         assert one.returncode == 0, error
@@ -431,9 +423,9 @@ def test_debug_runs_one_in_the_foreground_with_its_log(tmp_path, capsys):
 
 def test_jobs_run_a_copy_of_the_code_that_knows_its_commit(tmp_path):
     copy = cluster.copy_code(tmp_path, allow_dirty=True).folder
-    said = subprocess.run([sys.executable, "-c", "from harness import machine\n"
-                           "from sweeps import cluster\nprint(cluster.__file__, machine.ROOT, "
-                           "*machine.code_version().values())"],
+    said = subprocess.run([sys.executable, "-c", "from harness import host\n"
+                           "from sweeps import cluster\nprint(cluster.__file__, host.ROOT, "
+                           "*host.code_version().values())"],
                           cwd=copy, capture_output=True, text=True).stdout.split()
     assert said == [str(copy / "sweeps/cluster.py"), str(copy), *map(str, code_version().values())]
     assert (copy / "train.py").read_bytes() == (TESTS.parent / "train.py").read_bytes()

@@ -216,7 +216,7 @@ def test_what_was_not_run_says_why(write):
     ours = [row for row in sections(write(fixture_rows("main_results", "small"))[0])[TARGETS] if "ours" in row["Model"]]
     assert [(row["bits/dim"], row["Training FLOPs"]) for row in ours] == [("not run here", "8.63e19"), ("not run here", "4.3e20")]
     assert "61 GPU-hours of an H100, both computed" in ours[0]["Note"]
-    for (size, training, name), (flops, hours) in tables.PAPER_COST.items():
+    for (size, training, name), (flops, hours) in tables.paper_costs().items():
         config, = [point.config for point in main_results.configs("paper")
                    if tuple(point.values(tables.MAIN_SWEPT).values()) == (size, training, name)]
         assert float(flops) == pytest.approx(train_flops(config), rel=5e-3)
