@@ -9,6 +9,8 @@ A bits-per-dimension number means something only beside the set that it was meas
 set carries a name, a variant and a fingerprint, and SETS knows the sets of the paper by shape and
 counts. `python data.py list` tells which are here; images/ makes them from what is published.
 """
+from __future__ import annotations  # types of torch are named before it is imported
+
 import contextlib
 import dataclasses
 import difflib
@@ -19,6 +21,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import harness  # noqa: F401 (first: it says what is not installed)
 
@@ -31,13 +34,16 @@ from images.sets import (  # noqa: F401 (some are only part of this module's int
     CIFAR10_CLASSES, CIFAR10_FILES, CIFAR10_FOLDER, CIFAR10_PARTS, FINGERPRINTS, MANIFEST, PARTIAL,
     SETS, SPLITS, KnownSet, find_set, fingerprint, sets_root)
 
+if TYPE_CHECKING:
+    import torch
+
 VERIFY_BYTES = 2 ** 30  # sets up to this size are hashed whenever they are opened: seconds
 RESIDENT_BYTES = 4 * 2 ** 30  # training sets up to this size are copied to the GPU
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUBSET_FILE = ASSETS / "cifar10_subset.npz"
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """jet's dequantize and quantize are part of this module, too: torch, which takes seconds to
     import, is imported when they are asked for, and in the functions that need it."""
     if name not in ("dequantize", "quantize"):

@@ -26,7 +26,7 @@ from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.host import code_version
 from harness.machine import (
-    MAX_THREADS, free_bytes, full_float32, hardware, networks_in, pick_device)
+    MAX_THREADS, free_bytes, full_float32, hardware, networks_in, of_threads, pick_device)
 from harness.progress import progress
 from jet import Jet, JetConfig, bits_per_dim, dequantize
 
@@ -259,8 +259,7 @@ def what_ran(jet: Jet) -> str:
     device, version = next(jet.parameters()).device, code_version()
     parts = [hardware(device)]
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        parts.append("1 thread" if threads == 1 else f"{threads} threads")
+        parts.append(of_threads(torch.get_num_threads()))
         parts.append(f"{kernels.used_by(jet)} kernels")
     tree = {False: "clean", True: "with changes", None: "unknown"}[version["git_dirty"]]
     return ", ".join([*parts, f"torch {torch.__version__}",

@@ -1,8 +1,11 @@
 """How things are run: files, flags, machine, memory. A command imports this before anything else.
 
-So what is not installed ends it in one line.
+So what is not installed ends it in one line, and threads wait for each other asleep: where another
+program keeps a core busy, two that wait by spinning take three times as long as one thread alone.
+OMP_WAIT_POLICY=active asks for spinning; it counts only if set before torch is imported.
 """
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ def missing(has=importlib.util.find_spec):
     return ""
 
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if said := missing():
     program = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     if Path(__file__).parents[1] in program.absolute().parents:

@@ -89,10 +89,16 @@ def idle_cores(window_s=0.2, root=Path("/")):
     return max(1, limit)
 
 
+def of_threads(threads):
+    """"1 thread", or "2 threads (waiting passive)": how they wait for each other."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "").lower() or "undefined"
+    return "1 thread" if threads == 1 else f"{threads} threads (waiting {policy})"
+
+
 def where(processes, threads, hosts):
     """"4 processes of 1 thread on node1, node2, job 12 (restart 1)"."""
     parts = [f"{processes} process" if processes == 1 else f"{processes} processes",
-             "of 1 thread" if threads == 1 else f"of {threads} threads",
+             f"of {of_threads(threads)}",
              f"on {', '.join(dict.fromkeys(hosts))}"]
     text = " ".join(parts)
     if "SLURM_JOB_ID" in os.environ:

@@ -1,5 +1,6 @@
 """Which code a number is of, and where a run is run: bad values are one line."""
 import json
+import os
 import subprocess
 import sys
 
@@ -193,3 +194,20 @@ def test_idle_cores_are_those_that_nobody_uses(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["a\x1b[2Jb\nc", "\ud800", "\x9b2J", "a" * 10 ** 6, "b " * 10 ** 6])
 def test_a_foreign_error_is_short_and_printable(text):
     assert short(ValueError(text)).isprintable() and len(short(ValueError(text))) <= 250
+
+
+@pytest.mark.parametrize("asked, policy", [(None, "passive"), ("active", "active")])
+def test_threads_wait_asleep_unless_asked_otherwise_and_records_say_how(asked, policy):
+    """It counts before torch is imported, so every command's first import does it."""
+    code = "import os, harness, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.stdout.split() == [policy, "False"]
+
+
+def test_how_threads_wait_is_told(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert machine.of_threads(1) == "1 thread"
+    assert machine.where(1, 2, ["a"]).startswith("1 process of 2 threads (waiting passive) on a")
