@@ -36,7 +36,7 @@ WHATS = ("train", "likelihood", "sampling")
 PORT = "jet-pytorch"
 EAGER = "eager"  # what our own modes are compared with
 SETTINGS = ("what", "batch_size", "precision", "checkpoint_activations")
-GROUP_GAP, MODE_GAP = 1.3, 0.4  # above a group of bars and above those of a mode, in bars
+GROUP_GAP, MODE_GAP = 1.5, 0.4  # above a group of bars and above those of a mode, in bars
 
 
 def read_table(path):
@@ -93,7 +93,7 @@ def draw(path, out_dir=style.OUT):
         axes.annotate(bar["text"], (bar["high"], bar["place"]), (3, 0), fontsize=5, va="center",
                       textcoords="offset points")
     for group, bars in rows.groupby("group", sort=False):
-        axes.annotate(group, (0, bars["place"].min() - 1), (2, 0), weight="bold", fontsize=6.5,
+        axes.annotate(group, (0, bars["place"].min() - 1.2), (2, 0), weight="bold", fontsize=6.5,
                       textcoords="offset points", va="center")
     ticks = rows.groupby(["group", "mode"], sort=False)["place"].mean()
     axes.set_yticks(ticks, ticks.index.get_level_values("mode"))
@@ -135,7 +135,7 @@ def bars_of(rows):
                     in zip(rows["images_per_s"], rows["peak_share"])]
     compared = rows["ratio"].notna() & (beside_port | (rows["against"] == EAGER))
     rows.loc[compared, "text"] += rows["ratio"].map(" · {:.2f}x".format)
-    title = f"{', '.join(same)}\nimages/s · of the matrix-multiply peak"
+    title = f"{', '.join(same)}\nimages/s · of the matrix peak"
     if compared.any():
         title += f" · times {' or '.join(dict.fromkeys(rows.loc[compared, 'against']))}"
     return rows, title
