@@ -67,7 +67,8 @@ GB by `experiments/cost_table.py`). Made by `python experiments/roofline.py > do
 A part takes the longer of compute and memory. A step takes the sum of its parts or, in eager mode,
 all its launches, if they take longer. Bound: what takes longest; "memory; launches" means memory in
 a CUDA graph, launches in eager mode. Share of peak: training FLOPs (three forward passes) a second,
-of the bfloat16 peak.
+of the bfloat16 peak. Measured ([speed.md](speed.md)), a compiled graph of 128 images of 32x2 takes
+137.8 ms on an H200 and 157.3 ms on an H100: 1.9 and 1.8 times what is computed here.
 """
 
 

@@ -20,7 +20,7 @@ class Pace:
     def __init__(self, signals, checkpoint_every_s):
         self.signals, self.every_s = signals, checkpoint_every_s
         self.save_seconds = 0.0
-        self.read_at = self.saved_at = self.told_at = time.monotonic()
+        self.read_at = self.saved_at = time.monotonic()
         self.read = self.save = self.stop = False
 
     def decide(self, taken, must_read, must_save):
@@ -52,9 +52,12 @@ class Pace:
         if distributed.agree(self.signals.stop)[0]:
             raise Stopped
         bar.say(line := f"evaluated {count:,} of {images}")
-        if log and time.monotonic() - self.told_at > EVALUATION_LINE_S:
+        now = time.monotonic()
+        if not count:  # it begins: the training before does not count
+            self.told_at = now
+        if log and now - self.told_at > EVALUATION_LINE_S:
             log.write(line)
-            self.told_at = time.monotonic()
+            self.told_at = now
 
     def clock(self, seconds_before):
         """A Clock that begins when this Pace does."""

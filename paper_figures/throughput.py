@@ -1,10 +1,11 @@
-"""Speed: images/s against the reference of the same run, and the share of the matrix-multiply peak.
+"""Speed: images/s of each mode and of jet-pytorch, and the share of the matrix-multiply peak.
 
     python paper_figures/throughput.py --device cpu      # results/throughput_cpu.csv -> out/
 
-One group of bars per size. experiments/throughput.py measures the rows; results/README.md has the
-columns.
+One group of bars per size, one colour per machine. experiments/throughput.py measures the rows;
+results/README.md has the columns.
 """
+import re
 import sys
 from pathlib import Path
 
@@ -30,13 +31,11 @@ COLUMNS = ("experiment", "size", "what", "implementation", "against", "precision
            "peak_memory_gib", "device_memory_gib", "first_step_seconds", "startup_seconds",
            "num_params", "compile", "graph", "checkpoint_activations", "kernels", "images",
            "device", "hardware", "git_commit", "git_dirty", "python_version", "torch_version")
-WHATS = {"train": {"color": "#0072B2"}, "likelihood": {"color": "#E69F00", "hatch": "////"},
-         "sampling": {"color": "#009E73", "hatch": "...."}}
+WHATS = ("train", "likelihood", "sampling")
 PORT = "jet-pytorch"
 EAGER = "eager"  # what our own modes are compared with
-SWITCHES = {"compile": "compiled", "graph": "CUDA graph", "checkpoint_activations": "checkpointing"}
-VARIANT = ["precision", *SWITCHES, "hardware"]  # a group's label names those that vary
-GAP = 0.5  # between groups of bars
+SETTINGS = ("what", "batch_size", "precision", "checkpoint_activations")
+GROUP_GAP, MODE_GAP = 1.5, 0.4  # above a group of bars and above those of a mode, in bars
 
 
 def read_table(path):
@@ -80,95 +79,90 @@ def read(path):
 
 def draw(path, out_dir=style.OUT):
     """Draw the bars from a CSV; returns the paths of the PDF and the PNG."""
-    rows = read(path)
-    for name, label in SWITCHES.items():
-        rows[name] = np.where(rows[name] == "True", label, "")
-    varying, rows["group"] = [name for name in VARIANT if rows[name].nunique() > 1], rows["size"]
-    for name in varying:
-        rows["group"] += np.where(rows[name] == "", "", ", " + rows[name])
-    ours = ours_of(rows)
-    compared = ours[ours["against"].str.startswith(PORT)]
-    counts = [len(bars) for bars in (compared, ours) if len(bars)]
-    figure, panels = style.plt.subplots(
-        len(counts), squeeze=False, height_ratios=[count + 2 for count in counts],
-        figsize=(style.COLUMN_WIDTH, 1.3 + 0.15 * sum(counts) + 0.35 * len(counts)))
-    if len(compared):
-        axes = panels[0, 0]
-        draw_bars(axes, compared.assign(
-            low=compared["ratio_q25"], high=compared["ratio_q75"],
-            text=compared["ratio"].map("{:.2f}".format)), "ratio")
-        axes.axvline(1, color="black", lw=0.8)
-        axes.set_xlabel(f"speed over {compared['against'].iloc[0]}")
-    axes = panels[-1, 0]
-    work = ours["peak_share"] * ours["step_seconds"]
-    places = draw_bars(axes, ours.assign(
-        low=work / ours["step_seconds_q75"], high=work / ours["step_seconds_q25"],
-        text=ours["images_per_s"].map("{:,.0f} images/s".format)), "peak_share")
-    port = rows[rows["implementation"] == PORT]  # a line over the bars for the port's share
-    axes.plot(port["peak_share"], [places[bar] for bar in zip(port["group"], port["what"])], "|",
-              color="black", ms=7, mew=1.4, zorder=4, label=port["against"].max())
-    axes.xaxis.set_major_formatter(style.matplotlib.ticker.PercentFormatter(1, decimals=0))
-    axes.set_xlabel("share of the matrix-multiply peak")
-    note = "higher is better; whiskers: quartiles of the steps"
-    figure.suptitle(f"{setting(rows, ours, varying)}\n{note}", fontsize=7)
-    handles, labels = axes.get_legend_handles_labels()
-    shown = [number for number, label in enumerate(labels) if isinstance(label, str)]
-    figure.legend([handles[number] for number in shown], [labels[number] for number in shown],
-                  loc="outside lower center", ncols=4, handlelength=1.4, columnspacing=1.2)
+    rows, title = bars_of(read(path))
+    looks = style.looks(rows["hardware"], spare=style.SIZE_STYLES)
+    names = {name: re.sub(r" \d+GB.*", "", name.removeprefix("NVIDIA ")) for name in looks}
+    lowest, widest = rows["place"].max(), rows["high"].max()
+    figure, axes = style.plt.subplots(figsize=(style.COLUMN_WIDTH, 0.9 + 0.105 * lowest))
+    for (hardware, implementation), bars in rows.groupby(["hardware", "implementation"]):
+        spread = [bars["length"] - bars["low"], bars["high"] - bars["length"]]
+        axes.barh(bars["place"], bars["length"], 0.95, xerr=np.maximum(0, spread),
+                  color=looks[hardware]["color"], hatch="////" if implementation == PORT else None,
+                  edgecolor="white", linewidth=0.4, error_kw={"elinewidth": 0.6, "capsize": 1.2})
+    for _, bar in rows.iterrows():
+        axes.annotate(bar["text"], (bar["high"], bar["place"]), (3, 0), fontsize=5, va="center",
+                      textcoords="offset points")
+    for group, bars in rows.groupby("group", sort=False):
+        axes.annotate(group, (0, bars["place"].min() - 1.2), (2, 0), weight="bold", fontsize=6.5,
+                      textcoords="offset points", va="center")
+    ticks = rows.groupby(["group", "mode"], sort=False)["place"].mean()
+    axes.set_yticks(ticks, ticks.index.get_level_values("mode"))
+    axes.tick_params("y", length=0)
+    axes.set(xlim=(0, widest + 0.75), xticks=[], ylim=(lowest + 0.8, 0.6))
+    axes.set_xlabel("images/s (higher is better)")
+    axes.grid(visible=False)
+    figure.suptitle(f"{', '.join(names.values())}, {title}\nbars: beside the fastest of their size "
+                    "and task; whiskers: quartiles", fontsize=6.5)
+    if len(looks) > 1:
+        patches = [style.plt.Rectangle((0, 0), 1, 1, color=look["color"], label=names[name])
+                   for name, look in looks.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=4, handlelength=1.4)
     return style.save(figure, f"throughput_{rows['device'].iloc[0]}", out_dir)
 
 
-def ours_of(rows):
-    """One row of ours for each bar: the comparison with the port where there is one, else the row
-    measured alone, else any.
+def bars_of(rows):
+    """One row for each bar from the top down, and the title: what is the same for all, and what the
+    numbers are.
+
+    Of equal bars the one beside the port counts, then the one measured alone. "group" and "mode"
+    say what a bar is, "place" and "length" where, "low" and "high" are its whiskers' ends.
     """
-    ours = rows[rows["implementation"] == "ours"]
-    order = np.select([ours["against"].str.startswith(PORT), ours["against"] == ""], [0, 1], 2)
-    ours = ours.assign(order=order).sort_values("order", kind="stable")
-    return ours.drop_duplicates(["group", "what"]).sort_index()
+    rows, modes, same = labelled(rows)
+    bar = ["group", "mode", "hardware"]
+    beside_port = rows["against"].str.startswith(PORT)
+    rows["order"] = np.select([beside_port, rows["against"] == ""], [0, 1], 2)
+    rows = rows.sort_values("order", kind="stable").drop_duplicates(bar).sort_index()
+    orders = {name: style.ordered(rows[name], known) for name, known in
+              (("group", dict.fromkeys(rows["group"])), ("mode", modes), ("hardware", ()))}
+    rows = rows.sort_values(bar, key=lambda column: column.map(orders[column.name].index))
+    new_group, new_mode = (rows[name] != rows[name].shift() for name in bar[:2])
+    rows["place"] = (1 + GROUP_GAP * new_group + MODE_GAP * (new_group | new_mode)).cumsum()
+    fastest = rows.groupby(["size", "what"])["images_per_s"].transform("max")
+    rows["length"] = rows["images_per_s"] / fastest  # sizes differ by a factor of 50
+    rows["low"] = rows["length"] * rows["step_seconds"] / rows["step_seconds_q75"]
+    rows["high"] = rows["length"] * rows["step_seconds"] / rows["step_seconds_q25"]
+    rows["text"] = [f"{speed:,.0f} · {100 * share:.3g}%" for speed, share
+                    in zip(rows["images_per_s"], rows["peak_share"])]
+    compared = rows["ratio"].notna() & (beside_port | (rows["against"] == EAGER))
+    rows.loc[compared, "text"] += rows["ratio"].map(" · {:.2f}x".format)
+    title = f"{', '.join(same)}\nimages/s · of the matrix peak"
+    if compared.any():
+        title += f" · times {' or '.join(dict.fromkeys(rows.loc[compared, 'against']))}"
+    return rows, title
 
 
-def draw_bars(axes, rows, column):
-    """Bars of a column from the top down, one group of them for each size and mode, with whiskers
-    from "low" to "high", and the "text" after each. Returns {(group, what): its place}.
+def labelled(rows):
+    """Our rows and the port's with their group and mode in words; the modes in order; the settings
+    that all rows share, in words.
     """
-    places, ticks = {}, {}
-    for group, bars in rows.groupby("group", sort=False):
-        whats = [what for what in WHATS if what in set(bars["what"])]
-        begin = len(places) + GAP * len(ticks)
-        places |= {(group, what): begin + number for number, what in enumerate(whats)}
-        ticks[begin + (len(whats) - 1) / 2] = group
-    for what, look in WHATS.items():
-        bars = rows[rows["what"] == what]
-        if bars.empty:
-            continue
-        where, lengths = [places[group, what] for group in bars["group"]], bars[column]
-        # A median of ratios may lie outside the quartiles' ratio by rounding: whiskers have no
-        # negative length.
-        spread = [np.maximum(0, lengths - bars["low"]), np.maximum(0, bars["high"] - lengths)]
-        axes.barh(where, lengths, 0.9, label=what, edgecolor="white", linewidth=0.4, **look)
-        axes.errorbar(lengths, where, None, spread, fmt="none", ecolor="black", elinewidth=0.7,
-                      capsize=1.5)
-        for place, end, text in zip(where, lengths + spread[1], bars["text"]):
-            axes.annotate(text, (end, place), (3, 0), textcoords="offset points", va="center",
-                          fontsize=5)
-    axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.invert_yaxis()
-    axes.margins(x=0.4)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", visible=False)
-    return places
-
-
-def setting(rows, ours, varying):
-    """The title's line on what is the same for all bars."""
-    first = rows.iloc[0]
-    where = first["device"] if "hardware" in varying else first["hardware"]
-    settings = [first[name] for name in VARIANT[:-1] if name not in varying]
+    is_port = rows["implementation"] == PORT
+    rows = rows[is_port | (rows["implementation"] == "ours")].copy()
+    compiled, graph = rows["compile"] == "True", rows["graph"] == "True"
+    plain = EAGER if (compiled | graph).any() else "ours"
+    rows["mode"] = np.select([compiled & graph, graph, compiled],
+                             ["compiled + graph", "graph", "compiled"], plain)
+    rows.loc[is_port, "mode"] = rows["against"]
+    rows["batch_size"] = rows["batch_size"].map("batch {:.0f}".format)
+    is_checkpointed = rows["checkpoint_activations"] == "True"
+    rows["checkpoint_activations"] = np.where(is_checkpointed, "checkpointing", "")
+    varying = [name for name in SETTINGS if rows[name].nunique() > 1]
+    same = [rows[name].iloc[0] for name in SETTINGS if name not in varying]
     if (rows["device"] == "cpu").all():
-        threads = dict.fromkeys(ours["threads"].map("{:.0f}".format))
-        settings.append(f"threads: {', '.join(threads)}")
-    return f"{where}, {', '.join(filter(None, settings))}"
+        threads = dict.fromkeys(rows["threads"].map("{:.0f}".format))
+        same.append(f"threads: {', '.join(threads)}")
+    rows["group"] = rows[["size", *varying]].agg(lambda row: ", ".join(filter(None, row)), axis=1)
+    port = dict.fromkeys(rows.loc[is_port, "against"])
+    return rows, [*port, plain, "compiled", "graph", "compiled + graph"], [*filter(None, same)]
 
 
 def main(arguments=None):

@@ -381,33 +381,106 @@ def texts(drawing):
     return " ".join(text.get_text() for text in drawing.findobj(style.matplotlib.text.Text))
 
 
-def test_bars_for_each_size_and_what(tmp_path, drawn):
-    figure.draw(_csv(fixture_rows(), "in.csv", tmp_path))
-    (drawing, name), = drawn
-    ratio, share = drawing.axes
-    assert name == "throughput_cpu" and drawing.get_size_inches()[0] == style.COLUMN_WIDTH
-    assert [bar.get_width() for bar in ratio.patches] == [1.3] * 6
-    assert [bar.get_width() for bar in share.patches] == [0.45] * 6
-    assert len({bar.get_facecolor() for bar in share.patches}) == 3
-    text = texts(drawing)
-    assert all(part in text for part in ("A CPU", "float32", "jet-pytorch 0.0.2", "higher is better", "300 images/s", "1.30",
-                                        "quartiles"))
+def draw(tmp_path, drawn, *tables):
+    """(the figure, {(what is written before a bar, colour, whether it is hatched): (length, text)})."""
+    figure.draw(_csv(pd.concat(tables), "in.csv", tmp_path))
+    drawing = drawn[-1][0]
+    axes, = drawing.axes
+    ticks = {tick: label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels())}
+    after = {text.xy[1]: text.get_text() for text in axes.texts}
+    groups = {text.xy[1]: text.get_text() for text in axes.texts if text.get_weight() == "bold"}
+    bars = {}
+    for bar in axes.patches:
+        place = bar.get_y() + bar.get_height() / 2
+        group = groups[max(at for at in groups if at < place)]
+        mode = ticks[min(ticks, key=lambda tick: abs(tick - place))]
+        assert bars.setdefault((group, mode, bar.get_facecolor(), bool(bar.get_hatch())), (
+            bar.get_width(), after[min(after, key=lambda at: abs(at - place))])) is not None
+    assert len(bars) == len(axes.patches)  # each is told from the others
+    return drawing, bars
 
 
-def test_bars_without_a_comparison_are_one_panel(tmp_path, drawn):
-    both = pd.concat([fixture_rows(against=""), fixture_rows(against="").assign(precision="bfloat16")])
-    figure.draw(_csv(both, "in.csv", tmp_path))
-    axes, = drawn[0][0].axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        "S, float32", "M, float32", "S, bfloat16", "M, bfloat16"]
+def within(drawing):
+    """Whether all that is written lies on the page, and no two bars' numbers or names touch."""
+    drawing.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in drawing.findobj(style.matplotlib.text.Text)
+             if text.get_text() and text.get_visible()]
+    page = drawing.bbox
+    return (all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+            and not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number]))
 
 
-def test_bars_of_modes_have_labels_of_their_own(tmp_path, drawn):
+def test_a_bar_for_ours_and_the_port_of_each_size_and_what(tmp_path, drawn):
+    drawing, bars = draw(tmp_path, drawn, fixture_rows().assign(device="cpu"))
+    assert drawn[0][1] == "throughput_cpu" and drawing.get_size_inches()[0] == style.COLUMN_WIDTH and within(drawing)
+    assert {(group, mode, hatched) for group, mode, _, hatched in bars} == {
+        (f"{size}, {what}", mode, mode != "ours") for size in ("S", "M") for what in figure.WHATS
+        for mode in ("ours", "jet-pytorch 0.0.2")}
+    assert {text for _, text in bars.values()} == {
+        f"{speed} · {share}" for speed in (100, 300, 280) for share in ("45% · 1.30x", "34.6%")}
+    assert {length for length, _ in bars.values()} == {1}
+    assert all(part in texts(drawing) for part in ("A CPU", "float32", "batch 1", "threads: 1", "higher is better",
+                                                   "times jet-pytorch 0.0.2", "quartiles"))
+
+
+def test_bars_are_in_proportion_within_a_size_and_whiskers_are_quartiles(tmp_path, drawn):
+    rows = fixture_rows(("S",))
+    port = rows["implementation"] == "jet-pytorch"
+    rows.loc[port, "images_per_s"], rows.loc[port, "step_seconds"] = 50, 1 / 50
+    drawing, bars = draw(tmp_path, drawn, rows[rows["what"] == "train"])
+    assert {mode: length for (_, mode, _, _), (length, _) in bars.items()} == {"ours": 1, "jet-pytorch 0.0.2": 0.5}
+    ends = [segment[:, 0] for lines in drawing.axes[0].collections for segment in lines.get_segments()]
+    assert np.isclose(ends, [1 / 1.1, 1 / 0.9]).all(1).any()
+
+
+def test_what_varies_is_in_the_heading(tmp_path, drawn):
+    tables = [fixture_rows(against="").assign(precision=precision) for precision in ("float32", "bfloat16")]
+    drawing, bars = draw(tmp_path, drawn, *tables)
+    assert {group for group, *_ in bars} == {f"{size}, {what}, {precision}" for size in ("S", "M")
+                                             for what in figure.WHATS for precision in ("float32", "bfloat16")}
+    assert "times" not in texts(drawing)
+
+
+def modes(gpu, **more):
+    """Rows of training S in three modes on a GPU."""
     rows = fixture_rows(("S",), against="eager")
-    rows = rows[(rows["implementation"] == "ours") & (rows["what"] == "train")]
-    both = pd.concat([rows.assign(ratio="", ratio_q25="", ratio_q75=""), rows.assign(graph=True)])
-    figure.draw(_csv(both, "in.csv", tmp_path))
-    assert [tick.get_text() for tick in drawn[0][0].axes[0].get_yticklabels()] == ["S", "S, CUDA graph"]
+    rows = rows[(rows["implementation"] == "ours") & (rows["what"] == "train")].assign(hardware=gpu, device="cuda")
+    return pd.concat([rows.assign(ratio="", ratio_q25="", ratio_q75=""), rows.assign(graph=True),
+                      rows.assign(graph=True, compile=True)]).assign(**more)
+
+
+def test_two_gpus_are_two_colours_with_short_names_and_modes_are_in_order(tmp_path, drawn):
+    gpus = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    drawing, bars = draw(tmp_path, drawn, *map(modes, gpus))
+    names = ["eager", "graph", "compiled + graph"]
+    assert [label.get_text() for label in drawing.axes[0].get_yticklabels()] == names and within(drawing)
+    legend, = drawing.legends
+    looks = {text.get_text(): patch.get_facecolor() for text, patch in zip(legend.texts, legend.get_patches())}
+    assert list(looks) == ["H100", "H200"] and len(bars) == 6
+    assert {key[:3] for key in bars} == {("S", name, look) for name in names for look in looks.values()}
+    assert {text for (_, mode, *_), (_, text) in bars.items() if mode != "eager"} == {"100 · 45% · 1.30x"}
+
+
+def test_equal_modes_of_two_batches_are_two_bars_and_of_one_batch_that_beside_the_port_counts(tmp_path, drawn):
+    rows = fixture_rows(("S",)).query("what == 'train'")
+    alone = fixture_rows(("S",), against="").query("what == 'train'").assign(images_per_s=90)
+    _, bars = draw(tmp_path, drawn, rows, alone)
+    assert {mode: text for (_, mode, *_), (_, text) in bars.items()} == {
+        "ours": "100 · 45% · 1.30x", "jet-pytorch 0.0.2": "100 · 34.6%"}
+    _, bars = draw(tmp_path, drawn, rows, alone.assign(batch_size=2))
+    assert {(group, mode): text for (group, mode, *_), (_, text) in bars.items()} == {
+        ("S, batch 1", "ours"): "100 · 45% · 1.30x", ("S, batch 1", "jet-pytorch 0.0.2"): "100 · 34.6%",
+        ("S, batch 2", "ours"): "90 · 45%"}
+
+
+def test_every_committed_row_is_drawn_and_fits(tmp_path, drawn):
+    for csv in sorted((ROOT / "results").glob("throughput_*.csv")):
+        rows = figure.read(csv)
+        rows = rows[rows["implementation"].isin(["ours", "jet-pytorch"])]
+        figure.draw(csv)
+        drawing = drawn[-1][0]
+        assert len(drawing.axes[0].patches) == len(rows.drop_duplicates(
+            ["size", "what", "implementation", "batch_size", "compile", "graph", "hardware"])) and within(drawing)
 
 
 def test_modes_without_eager_are_refused(tmp_path):

@@ -386,6 +386,16 @@ def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monk
                                          (tmp_path / "other/metrics.csv").read_text().splitlines()[1:]]
 
 
+def test_lines_of_an_evaluation_are_15_seconds_apart_and_training_before_it_does_not_count(monkeypatch):
+    clock(monkeypatch, 0)
+    lines, told = [], pace.Pace(types.SimpleNamespace(stop=False), None)
+    for start in (100, 116, 400):  # evaluations of 40 s, with 0 s and 244 s of training between them
+        for count in range(0, 50, 10):
+            pace.time.monotonic = lambda now=start + count: now
+            told.evaluated(types.SimpleNamespace(write=lines.append), types.SimpleNamespace(say=str), "50 test images", count)
+    assert lines == 3 * [f"evaluated {count} of 50 test images" for count in (20, 40)]
+
+
 @pytest.mark.parametrize("size", [1, 5, 8, 16, 99])
 def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(config, size):
     config = dataclasses.replace(config, clip_norm=1e9)  # a tiny one would hide a wrong sum
