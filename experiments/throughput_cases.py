@@ -167,9 +167,8 @@ def other_checkout(folder):
     try:
         its_jet, its_train = map(importlib.import_module, ("jet", "train"))
         if (path / "recipe.py").exists():
-            its_recipe, its_kernels, machine = map(importlib.import_module,
-                                                   ("recipe", "kernels", "harness.machine"))
-            return Checkout(its_jet, its_recipe, its_kernels.accelerate, machine.code_version())
+            its_recipe, its_kernels = map(importlib.import_module, ("recipe", "kernels"))
+            return Checkout(its_jet, its_recipe, its_kernels.accelerate, code_version(path))
         # Before there was that, train.py had the step, and jet.py used the kernels by itself.
         commit, tree = its_train.git_commit()
         version = {"git_commit": commit, "git_dirty": {"clean": False, "dirty": True}.get(tree)}
