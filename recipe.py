@@ -91,7 +91,7 @@ class TrainConfig:
         default = JetConfig(image_size=64, num_couplings=model.num_couplings).coupling_splits
         if model.coupling_splits != default:
             values["model.couplings"] = [split or kind for kind, split in model.coupling_splits]
-        if model.block == "cnn":  # has no heads
+        if not model.has_heads:
             del values["model.num_heads"]
         return values
 
