@@ -24,6 +24,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 import numpy as np
 import torch
 
+from harness.condition import NO_LABEL
 from harness.errors import DataError
 from harness.in_order import in_order
 from harness.machine import free_bytes
@@ -53,6 +54,14 @@ class ImageSet:
     def fingerprint(self):
         """Hex SHA-256 of the line "N,H,W,C" and the pixels."""
         return self.known_fingerprint or fingerprint(self.array)
+
+    def first(self, n):
+        """Its first n images (None: all)."""
+        if n in (None, len(self.array)):
+            return self
+        labels = None if self.labels is None else self.labels[:n]
+        return dataclasses.replace(self, array=self.array[:n], labels=labels,
+                                   known_fingerprint=None)
 
 
 def data_id(name_or_path):
@@ -241,7 +250,7 @@ def _map(path):
 
 # Every random draw has a key of its own, so that no draw depends on what was drawn before it: a
 # restart, another batch size or other processes see the same images and the same noise.
-_ORDER, _NOISE, _EVALUATION = range(3)
+_ORDER, _NOISE, _EVALUATION, _CONDITION = range(4)
 
 
 @functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, if not larger than the set
@@ -299,6 +308,16 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None,
             shape = batch_size, *pixels.shape[1:]  # of all the batch, whatever the part
             noise = torch.rand(shape, generator=generator, device=device)[part]
             yield dequantize(pixels, noise).permute(0, 3, 1, 2)
+
+
+def training_labels(images, batch_size, seed, step, drop_prob=0.0):
+    """The labels (batch_size,) of a step's global batch; all are dropped in a share of the steps.
+
+    Source: big_vision, condition_drop_prob of the trainer (its batch's context times 0).
+    """
+    labels = images.labels[batch_indices(len(images.array), batch_size, seed, step)]
+    is_dropped = np.random.default_rng([seed, _CONDITION, step]).random() < drop_prob
+    return np.full(len(labels), NO_LABEL) if is_dropped else labels
 
 
 def gather_rows(array, indices):
