@@ -1,9 +1,12 @@
-"""Weights of Jets, ours and those of other implementations, as a Jet.
+"""Weights of Jets, ours and those of other implementations, as a Jet, and back.
 
     jet = load_jet("runs/my-run")                          # a run folder, or a checkpoint of ours
     jet = load_jet("official.npz", scale_factor=2.0)       # official (flax) parameter tree
     jet = load_jet("jet_pytorch.pt", num_heads=8)          # state dict of the package jet-pytorch
-    jet = load_jet("jet.safetensors", num_heads=8)         # state dict of a Jet of ours
+    jet = load_jet("jet.safetensors")                      # state dict of a Jet of ours
+    jet = load_jet("hf://OWNER/NAME@REVISION")             # the weight file of a Hugging Face hub
+
+    python convert.py export assets/jet_cifar10 jet.safetensors --format safetensors
 
 No file is trusted: nothing in it is run, and what it cannot tell is asked for, never guessed.
 """
@@ -17,14 +20,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import harness  # noqa: F401 (first: it says what is not installed)
+
 import kernels
-from formats.jet_pytorch import jet_pytorch_source
-from formats.official import official_source, official_weights  # noqa: F401
+from formats.card import model_card
+from formats.hub import fetched
+from formats.jet_pytorch import jet_pytorch_overrides, jet_pytorch_source, jet_pytorch_state
+from formats.official import official_source, official_tree, official_weights  # noqa: F401
 from formats.source import Source, grid_fields, split_names
 from harness.checkpoint import (CHECKPOINT_FORMAT, check_content, checksum, load_weights,
                                 read_weights)
 from harness.errors import CheckpointError, short
-from harness.files import check_npz, file_sha256, read_bytes
+from harness.files import check_npz, file_sha256, parse_json, read_bytes, write_atomically
+from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
+from harness.run_folder import read_done
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 
@@ -32,11 +41,12 @@ def load_jet(path, **overrides):
     """A Jet (float32, CPU, with the C kernels where they serve) from a weight file.
 
     path: a run folder (its newest whole checkpoint, and a warning where that is the one before),
-    one of our checkpoints, an .npz of the official parameter tree, or a state dict of jet-pytorch
+    one of our checkpoints, an .npz of the official parameter tree, a state dict of jet-pytorch
     (0.0.2) or of a Jet (.pt or .safetensors, in any precision, alone or as the only one in a dict,
-    also with the prefixes of DistributedDataParallel and torch.compile). overrides: JetConfig
-    fields that the file cannot tell: num_heads of a state dict (and, of a Jet's, what is not the
-    default); scale_factor and a non-square image_size of an official tree without meta_json.
+    also with the prefixes of DistributedDataParallel and torch.compile), or hf://OWNER/NAME
+    [@REVISION], a hub's repository with one such file. overrides: JetConfig fields that the file
+    cannot tell: num_heads of a state dict (and, of a Jet's, what is not the default); scale_factor
+    and a non-square image_size of an official tree without meta_json.
     Raises CheckpointError (a ValueError) in one line when the file is damaged, foreign, contradicts
     an override, or a field is missing.
     """
@@ -44,7 +54,7 @@ def load_jet(path, **overrides):
         if name not in JetConfig.__dataclass_fields__:
             raise CheckpointError(f"{name}={value!r}: no field of JetConfig "
                                   f"({', '.join(JetConfig.__dataclass_fields__)})")
-    path, content, kind, make_source = _read(path)
+    path, content, kind, make_source = _read(fetched(path))
     try:
         source = make_source(path, content, overrides)
     except CheckpointError:
@@ -83,22 +93,32 @@ def is_ours(path):
 
 
 def _read_safetensors(path):
-    """{name: tensor} of a .safetensors file."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise CheckpointError(f"{path}: needs the package safetensors: pip install "
-                              "safetensors") from None
+    """{name: tensor} of a .safetensors file; with its configuration where export has put one."""
+    safetensors = _safetensors(path)
     try:
         content = read_bytes(path, max_bytes=2 ** 40)
-        state = safetensors.torch.load(content)
+        state = safetensors.load(content)
         check_content(state, len(content))
+        header = parse_json(content[8:8 + int.from_bytes(content[:8], "little")])
+        if config := header.get("__metadata__", {}).get("jet_config"):
+            return {"format": CHECKPOINT_FORMAT, "model": state,
+                    "config": {"model": parse_json(config)}}
         return state
     except MemoryError:
         raise CheckpointError(f"{path}: does not fit in this machine's memory") from None
     except Exception as error:
         raise CheckpointError(f"{path}: empty, damaged or no .safetensors file "
                               f"({short(error)})") from None
+
+
+def _safetensors(path):
+    """The package's module for tensors."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError(f"{path}: needs the package safetensors: pip install "
+                              "safetensors") from None
+    return safetensors.torch
 
 
 def _plain_state(path, content):
@@ -148,6 +168,7 @@ def weights_id(path):
     It is the SHA-256 of the weights in a checkpoint of ours, of all bytes of another file. Raises
     CheckpointError.
     """
+    path = fetched(path)
     path, content = read_weights(Path(path)) if is_ours(path) else (Path(path), {})
     try:
         if content.get("format") == CHECKPOINT_FORMAT:
@@ -245,3 +266,68 @@ def _bare_source(path, state, overrides):
         known["spatial_splits"] = split_names(path, spatial, assumed, overrides)
     missing = ("num_heads",) if known["block"] == "vit" or "context_dim" in known else ()
     return Source(known=known, assumed=assumed, missing=missing, state=state)
+
+
+# ---- out
+
+FORMATS = {"official": ".npz", "jet-pytorch": ".pt", "safetensors": ".safetensors"}
+
+
+def export(jet, out, format):
+    """Write a Jet's weights; returns what load_jet must be told beside the file, {field: value}.
+
+    out: a path with the format's suffix. Raises CheckpointError for a Jet that the format cannot
+    hold, and for another suffix.
+    """
+    if out.suffix != FORMATS[format]:
+        raise CheckpointError(f"{out}: must end in {FORMATS[format]}, as {format} files do")
+    if format == "official":
+        content = official_tree(jet)
+        write_atomically(out, lambda file: np.savez(file, **content))
+    elif format == "jet-pytorch":
+        content = jet_pytorch_state(jet)
+        write_atomically(out, lambda file: torch.save(content, file))
+        return jet_pytorch_overrides(jet.config)
+    else:
+        safetensors = _safetensors(out)
+        content = safetensors.save({name: tensor.contiguous() for name, tensor
+                                    in jet.state_dict().items()},
+                                   {"format": "pt", "jet_config": json.dumps(vars(jet.config))})
+        write_atomically(out, lambda file: file.write(content))
+    return {}
+
+
+def main(arguments=None):
+    parser = ArgumentParser(prog="convert.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="export")
+    about = "write the weights of a Jet as a file of another kind, and a model card beside it"
+    command = commands.add_parser("export", help=about, description=about)
+    command.add_argument("weights", metavar="RUN", help="the Jet: a run folder or weight file")
+    command.add_argument("out", type=Path, metavar="OUT", help="the file to write")
+    command.add_argument("--format", choices=FORMATS, required=True)
+    command.add_argument("--card", type=Path, metavar="FILE.md",
+                         help="the model card (default: OUT with .md; a hub shows README.md)")
+    command.add_argument("--license", default="apache-2.0", metavar="NAME",
+                         help="of the weights, for the card (default: apache-2.0, this project's)")
+    add_setting_flags(command.add_argument_group(
+        "the model, as far as a file of another implementation does not tell it"), JetConfig,
+        "model.")
+    flags = parser.parse_args(arguments)
+    with one_line_errors(parser.prog):
+        card = flags.card or flags.out.with_suffix(".md")
+        for path in (flags.out, card):
+            if not path.resolve().parent.is_dir():
+                raise CheckpointError(f"{path}: there is no folder {path.parent}: make it, or give "
+                                      "another")
+        if card.suffix != ".md":
+            raise CheckpointError(f"--card {card}: must end in .md")
+        weights = fetched(flags.weights)
+        jet = load_jet(weights, **model_fields(vars(flags)))
+        done = read_done(weights) if Path(weights).is_dir() else None
+        loading = export(jet, flags.out, flags.format)
+        write_atomically(card, model_card(jet, done, flags.out.name, loading, flags.license))
+        print(f"{flags.out}\n{card}")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ from convert import is_ours, load_jet, weights_id
 from data import (image_shape, load_images, pinned, training_batch, training_batches,
                   training_labels)
 from evaluate import evaluate
+from formats.hub import fetched
 from harness import distributed, run_folder
 from harness.advice import advice
 from harness.checkpoint import CHECKPOINT_FORMAT, load_weights, read_weights, weights_checksum
@@ -44,7 +45,7 @@ TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test 
 
 def weights_config(path):
     """(TrainConfig, step) of the run whose weights a path holds; (None, None) if it is foreign."""
-    path = Path(path)
+    path = Path(fetched(path))
     path, content = read_weights(path) if is_ours(path) else (path, {})
     if content.get("format") != CHECKPOINT_FORMAT:
         return None, None

@@ -63,3 +63,11 @@ def one_hot_order(projection):
     if projection.shape[0] != projection.shape[1] or not np.all(is_one_hot):
         raise ValueError("a projection is not one-hot")
     return order
+
+
+def refuse_differences(config, who, **needed):
+    """Raise CheckpointError for the first field of a JetConfig that is not what a format needs."""
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise CheckpointError(f"{name}={getattr(config, name)!r}: {who} has {value!r} alone: "
+                                  "export it as safetensors, which holds every Jet")
