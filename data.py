@@ -250,7 +250,7 @@ def _map(path):
 
 # Every random draw has a key of its own, so that no draw depends on what was drawn before it: a
 # restart, another batch size or other processes see the same images and the same noise.
-_ORDER, _NOISE, _EVALUATION, _CONDITION = range(4)
+_ORDER, _NOISE, _EVALUATION, _CONDITION, _SHUFFLE = range(5)
 
 
 @functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, if not larger than the set
@@ -308,6 +308,16 @@ def training_batches(images, batch_size, seed, steps, device="cpu", source=None,
             shape = batch_size, *pixels.shape[1:]  # of all the batch, whatever the part
             noise = torch.rand(shape, generator=generator, device=device)[part]
             yield dequantize(pixels, noise).permute(0, 3, 1, 2)
+
+
+def told(images, condition, seed):
+    """An ImageSet with the labels that a condition (of TrainConfig) tells; "labels": its own."""
+    labels = images.labels
+    if condition == "shuffled":
+        labels = np.random.default_rng([seed, _SHUFFLE]).permutation(labels)
+    elif condition == "dropped":
+        labels = np.full(len(images.array), NO_LABEL)
+    return dataclasses.replace(images, labels=labels)
 
 
 def training_labels(images, batch_size, seed, step, drop_prob=0.0):

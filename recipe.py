@@ -48,8 +48,9 @@ class TrainConfig:
         "official run (on TPUs), and all else stays float32: for GPUs; float32: faster on CPUs; "
         "float64: everything in it (slow, for checks)", ("float32", "bfloat16", "float64"))
     seed: int = setting(0, "of weights, data order and training noise", minimum=0)
-    condition: str = setting("none", "what a class-conditional Jet is told of each image: nothing, "
-                             "or its label", ("none", "labels"))
+    condition: str = setting("none", "what the Jet is told of an image: none: it takes no labels; "
+                             "labels: its own; shuffled: another image's; dropped: nothing, by a "
+                             "Jet that takes labels", ("none", "labels", "shuffled", "dropped"))
     condition_drop_prob: float = setting(0.1, "share of the steps whose batch is told nothing, so "
                                          "that the Jet works without labels, too", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
@@ -66,7 +67,7 @@ class TrainConfig:
             raise ValueError(f"data={self.data!r}: must be the name or path of an image set")
         if not isinstance(self.model, JetConfig):
             raise ValueError(f"model={self.model!r}: must be a JetConfig")
-        if (self.condition == "labels") != (self.model.context_dim > 0):
+        if (self.condition != "none") != (self.model.context_dim > 0):
             raise ValueError(f"condition={self.condition!r}: must be "
                              f"{'labels' if self.model.context_dim else 'none'} where context_dim="
                              f"{self.model.context_dim} (it is the number of classes, or 0)")

@@ -20,7 +20,7 @@ import torch
 import kernels
 from convert import is_ours, load_jet, weights_id
 from data import (image_shape, load_images, pinned, training_batch, training_batches,
-                  training_labels)
+                  told, training_labels)
 from evaluate import evaluate
 from formats.hub import fetched
 from harness import distributed, run_folder
@@ -106,8 +106,9 @@ class Session:
         torch.set_num_threads(place.threads)
         self.images = {split: load_images(config.data, split, place.data_root)
                        for split in ("train", "test")}
-        for images in self.images.values():
+        for split, images in self.images.items():
             check_labels(images, config.model)
+            self.images[split] = told(images, config.condition, config.seed)
         self.peak_memory = watch_memory(self.device)
         jet = first_jet(config, self.images["train"], init_from, Path(run_dir))
         self.jet = jet.to(self.device, DTYPES[config.precision])
@@ -363,11 +364,11 @@ def config_from_flags(flags):
     if flags.get("init_from") is not None:
         model = vars(load_jet(flags["init_from"], **model).config)
         top["init"] = weights_id(flags["init_from"])
-    if top.get("condition") == "labels" and "context_dim" not in model:
+    if top.get("condition", "none") != "none" and "context_dim" not in model:
         images = load_images(top.get("data", TrainConfig.data), "train", flags.get("data_root"))
         if images.labels is None:
-            raise TrainingError(f"--condition labels: {images.name} has no labels: give images "
-                                "with labels, or leave it out")
+            raise TrainingError(f"--condition {top['condition']}: {images.name} has no labels: "
+                                "give images with labels, or leave it out")
         model["context_dim"] = int(images.labels.max()) + 1
     model = {"image_size": (height, width), "channels": channels} | model
     return TrainConfig(model=JetConfig(**model), **top)
