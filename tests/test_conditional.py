@@ -10,8 +10,13 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import codec
+from audit.adapters import load_model
+from audit.checks import AuditError
+from audit.request import Request
+from coding.ans import CodecError
 from convert import load_jet
-from data import ImageSet, batch_indices, evaluation_noise, load_images, training_batch, training_labels
+from data import ImageSet, batch_indices, evaluation_noise, load_images, told, training_batch, training_labels
 from evaluate import evaluate, main as evaluate_main
 from experiments.draw_samples import draw_samples, labels_of_rows, main as draw_main
 from experiments.sample import main as sample_main
@@ -24,6 +29,7 @@ from jet import Jet, JetConfig, bits_per_dim, dequantize
 from kernels import accelerate
 from paper_figures import figure5
 from recipe import add_gradients
+from test_codec import with_header
 from train import TrainConfig, config_from_flags, main as train_main, train
 
 TINY = JetConfig(image_size=(8, 4), channels=1, patch_size=2, num_couplings=3, kinds=("channels", "spatial"),
@@ -201,9 +207,9 @@ def test_training_looks_at_the_labels_and_pieces_of_a_batch_change_nothing(few):
     x = training_batch(images, 8, 0, 0).double()
     jet = random_jet(CONFIG.model).double()
     labels = training_labels(images, 8, 0, 0)
-    for told, micro_batch in ((labels, None), (labels, 3), (labels[::-1].copy(), None)):
+    for which, micro_batch in ((labels, None), (labels, 3), (labels[::-1].copy(), None)):
         jet.zero_grad()
-        add_gradients(jet, x, CONFIG, micro_batch, (one_hot(told, 10),))
+        add_gradients(jet, x, CONFIG, micro_batch, (one_hot(which, 10),))
         gradients.append(torch.cat([weight.grad.flatten() for weight in jet.parameters()]))
     whole, pieces, other = gradients
     assert (whole - pieces).abs().max() < 1e-12 < 1e-4 < (whole - other).abs().max()
@@ -246,6 +252,23 @@ def test_sets_without_labels_are_refused_by_name(few, trained, tmp_path, capsys)
 def test_the_command_line_counts_the_classes(few):
     config = config_from_flags({"data": str(few), "condition": "labels", "model.num_couplings": 2})
     assert config.model.context_dim == 10 and config.condition_drop_prob == 0.1
+
+
+def test_shuffled_labels_are_others_and_dropped_ones_are_none(few):
+    images = load_images(few, "test")
+    shuffled, dropped = told(images, "shuffled", 0), told(images, "dropped", 0)
+    assert sorted(shuffled.labels) == sorted(images.labels) and (shuffled.labels != images.labels).sum() > 20
+    assert (dropped.labels == NO_LABEL).all() and told(images, "labels", 0).labels is images.labels
+    assert (told(images, "shuffled", 1).labels != shuffled.labels).any() and shuffled.fingerprint == images.fingerprint
+
+
+@pytest.mark.parametrize("condition, told_", [("shuffled", True), ("dropped", True), ("labels", False)])
+def test_a_run_of_no_steps_measures_weights_that_are_told_otherwise(few, trained, tmp_path, condition, told_):
+    config = dataclasses.replace(CONFIG, data=str(few))
+    otherwise = dataclasses.replace(config, condition=condition, total_steps=0, init=config.hash)
+    done = train(otherwise, tmp_path / "run", init_from=trained[0], quiet=True)
+    assert done["weights_sha256"] == trained[1]["weights_sha256"]
+    assert (done["bits_per_dim"] != trained[1]["bits_per_dim"]) == told_
 
 
 @pytest.mark.parametrize("condition, dim, line", [("labels", 0, "condition='labels': must be none where context_dim=0"),
@@ -305,3 +328,55 @@ def test_draw_samples_keeps_labels_and_draws_their_rows(trained, tmp_path):
     content["labels"] = content["labels"][:5]
     with pytest.raises(ValueError, match="labels are not one for each sample"):
         figure5.check_samples(about, content)
+
+
+# ---- the codec and the audit
+
+@pytest.fixture(scope="module")
+def coded():
+    jet, images = random_jet(MODEL, image_size=8, num_couplings=3, actnorm=True), load_images("cifar10-subset", "test").first(6)
+    crops, labels = images.array[:, :8, :8].copy(), [0, 4, 2, 2, 1, 3]
+    content, about = codec.encode(jet, crops, labels=labels)
+    return jet, crops, labels, content, about
+
+
+def test_the_codec_keeps_labels_in_the_header_and_its_promise(coded):
+    jet, crops, labels, content, about = coded
+    assert np.array_equal(codec.decode(jet, content), crops)
+    assert codec.read_file(content)[0]["labels"] == labels
+    bits = codec.bound(jet, crops[1:], about["noise"], labels=labels[1:])
+    assert about["net_bits"] / crops[1:].size == pytest.approx(bits.mean(), abs=2e-2)
+    other = codec.bound(jet, crops[1:], about["noise"], labels=[1, *labels[2:]])
+    assert (other != bits).tolist() == [True, False, False, False, False]
+
+
+def test_a_changed_label_is_noticed(coded):
+    jet, _, labels, content, _ = coded
+    for wrong, line in ((labels[:3] + [4] + labels[4:], "not what was encoded|checksum"), (None, "has no labels, and this Jet is"),
+                        (labels[1:], "not a file that this codec wrote"), (["a"] * 6, "not a file that this codec wrote")):
+        with pytest.raises(CodecError, match=line):
+            codec.decode(jet, with_header(content, labels=wrong))
+
+
+def test_labels_that_do_not_fit_the_jet_are_one_line(coded, trained, few, tmp_path):
+    jet, crops, labels, content, _ = coded
+    plain = random_jet(MODEL, image_size=8, num_couplings=3, context_dim=0)
+    with pytest.raises(CodecError, match="this Jet is conditional on labels: give those of the images"):
+        codec.encode(jet, crops)
+    with pytest.raises(CodecError, match="this Jet takes no labels"):
+        codec.encode(plain, crops, labels=labels)
+    np.save(tmp_path / "bare.npy", load_images(few, "test").array)
+    with pytest.raises(SystemExit, match="bare.npy test has no labels"):
+        codec.main(["encode", "--checkpoint", str(trained[0]), "--data", str(tmp_path / "bare.npy"), "--out", str(tmp_path / "x.jet")])
+
+
+def test_the_codec_s_command_takes_the_set_s_labels(trained, few, tmp_path):
+    flags = ["--checkpoint", str(trained[0]), "--out"]
+    codec.main(["encode", "--data", str(few), "--num-images", "4", *flags, str(tmp_path / "x.jet")])
+    codec.main(["decode", str(tmp_path / "x.jet"), *flags, str(tmp_path / "x.npy")])
+    assert np.array_equal(np.load(tmp_path / "x.npy"), load_images(few, "test").array[:4])
+
+
+def test_an_audit_refuses_a_conditional_jet_in_one_line(trained):
+    with pytest.raises(AuditError, match="conditional on labels, which an audit does not take yet"):
+        load_model(Request(checkpoint=str(trained[0])))
