@@ -11,8 +11,7 @@ Couplings that take turns in what they keep map x to z ~ N(0, I), and in nats ex
 
 Layouts and formulas are those of the official model (google-research/big_vision, models/proj/jet);
 tests/test_parity.py holds this file to its numbers. Shapes: B batch, C x H x W image, p patch size,
-N tokens on an (H/p, W/p) grid, D = C*p*p values a token, E width of the network, K heads, M tokens
-of a context, which class-conditional Jets take: log p(x | context).
+N tokens on an (H/p, W/p) grid, D = C*p*p values each, E network width, K heads, M context tokens.
 """
 import dataclasses
 import itertools
@@ -195,8 +194,7 @@ class CrossAttention(nn.Module):
     def forward(self, h, context):
         B, N, E = h.shape
         q = self.query(h).view(B, N, self.num_heads, E // self.num_heads).transpose(1, 2)
-        kv = self.key_value(context).view(B, -1, 2, self.num_heads, E // self.num_heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, K, M, E/K)
+        k, v = self.key_value(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         # Not fused: a gradient that is 0 (of all scores where M = 1) is 0, no noise for Adam.
         scores = q @ k.mT / math.sqrt(E // self.num_heads)  # (B, K, N, M)
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, E))
@@ -229,7 +227,7 @@ class Predictor(nn.Module):
         E, block = config.emb_dim, {"vit": ViTBlock, "cnn": CNNBlock}[config.block]
         self.init_proj = nn.Linear(in_dim, E)
         self.posemb = nn.Parameter(torch.randn(config.num_tokens, E) / math.sqrt(E))
-        self.cross_attention = CrossAttention(config) if config.context_dim else None
+        self.cross_attention = None  # or a CrossAttention
         self.blocks = nn.ModuleList(block(config, grid) for _ in range(config.block_depth))
         self.final_norm = nn.LayerNorm(E, eps=config.norm_eps)
         self.final_proj = nn.Linear(E, out_dim)
@@ -398,6 +396,8 @@ class Jet(nn.Module):
         self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
         self.actnorms = nn.ModuleList(ActNorm(D) for _ in each if config.actnorm)
         self.denses = nn.ModuleList(InvertibleDense(D) for _ in each if config.invertible_dense)
+        for coupling in self.couplings if config.context_dim else ():  # last: the rest as without
+            coupling.net.cross_attention = CrossAttention(config)
 
     def layers(self):
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
