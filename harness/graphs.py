@@ -28,7 +28,7 @@ class Graphed:
         self.calls += 1
         if self.calls <= self.EAGER_CALLS:
             self.prepare()
-            return self._run_aside(inputs)
+            return self._run_aside(*inputs)
         if self.replay is None:
             self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
             self.prepare()
@@ -42,7 +42,7 @@ class Graphed:
         self.replay()
         return tuple(output.clone() for output in self.outputs)  # the next replay writes into them
 
-    def _run_aside(self, inputs):
+    def _run_aside(self, *inputs):
         device = inputs[0].device
         self.stream = self.stream or torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
