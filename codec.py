@@ -29,12 +29,14 @@ import numpy as np
 import torch
 
 from coding.ans import Coder, CodecError
-from coding.file_format import BATCH, PARAMETERS, num_lanes, read_file, write_file
+from coding.file_format import (BATCH, MAX_LABELS, PARAMETERS, num_lanes, read_file,
+                                write_file)
 from coding.lifting import NOISE_BITS, Lifting, delta, noise_bits
 from coding.prior import Prior
 from convert import config_checksum, load_jet
 from data import SPLITS, fingerprint, load_images
 from harness.checkpoint import weights_checksum
+from harness.condition import check_labels, one_hot
 from harness.files import read_bytes, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.machine import MAX_THREADS, pick_device
@@ -55,26 +57,30 @@ class GridFlow:
         self.coder, self.prior, self.lifting = coder, Prior(), Lifting(coder, ties)
         self.latents_beyond = 0  # the prior's tables
 
-    def encode(self, images, batch):
-        """Push the images (n, H, W, C); returns the noise that was popped, float32 in [0, 1)."""
+    def encode(self, images, batch, labels=None):
+        """Push the images (n, H, W, C); returns the noise that was popped, float32 in [0, 1).
+
+        labels: (n,) of a class-conditional Jet.
+        """
+        context = self._context(labels)
         m = noise_bits(batch)
         noise = self.coder.pop_bits(images.size, m).reshape(images.shape)
         X = (images.astype(np.int64) << m) + noise - (255 << m - 1)  # -1 is -255/2 grey levels
         tokens = self.jet.patchify(torch.from_numpy(X).permute(0, 3, 1, 2).double()).long().numpy()
         for number, layer in enumerate(self.jet.layers()):
-            tokens = self._apply(layer, tokens, (batch, number), self.lifting.affine,
+            tokens = self._apply(layer, tokens, (batch, number), context, self.lifting.affine,
                                  self.lifting.dense)
         self.latents_beyond += self.prior.push(self.coder, tokens.ravel(), m)
         return ((noise + 0.5) / 2 ** m).astype(np.float32)
 
-    def decode(self, count, batch):
+    def decode(self, count, batch, labels=None):
         """The inverse of encode: the next `count` images (n, H, W, C), uint8."""
-        config, m = self.jet.config, noise_bits(batch)
+        config, m, context = self.jet.config, noise_bits(batch), self._context(labels)
         tokens = self.prior.pop(self.coder, count * config.num_tokens * config.token_dim, m)
         tokens = tokens.reshape(count, config.num_tokens, config.token_dim)
         for number, layer in reversed(list(enumerate(self.jet.layers()))):
-            tokens = self._apply(layer, tokens, (batch, number), self.lifting.affine_inverse,
-                                 self.lifting.dense_inverse)
+            tokens = self._apply(layer, tokens, (batch, number), context,
+                                 self.lifting.affine_inverse, self.lifting.dense_inverse)
         X = self.jet.unpatchify(torch.from_numpy(tokens).double()).permute(0, 2, 3, 1)
         X = X.long().numpy() + (255 << m - 1)
         self.coder.push_bits((X & (1 << m) - 1).ravel(), m)
@@ -83,12 +89,17 @@ class GridFlow:
             raise CodecError("the data are not what was encoded: they do not fit these weights")
         return pixels.astype(np.uint8)
 
-    def _apply(self, layer, X, where, affine, dense):
+    def _context(self, labels):
+        if labels is None:
+            return None
+        return one_hot(labels, self.jet.config.context_dim).double().to(self.device)
+
+    def _apply(self, layer, X, where, context, affine, dense):
         """One layer on tokens X (n, N, D), int64. affine, dense: of Lifting, or their inverses."""
         if isinstance(layer, Coupling):
             tokens, step = torch.from_numpy(X).to(self.device), delta(noise_bits(where[0]))
             x1, x2 = layer.split(tokens)
-            net_out = layer.network((x1.double() + 0.5) * step)
+            net_out = layer.network((x1.double() + 0.5) * step, context)
             bias, scale, _ = layer.affine(net_out, x2.double())
             x2 = affine(x2.cpu().numpy(), bias.cpu().numpy(), scale.cpu().numpy(), where)
             return layer.join(tokens, torch.from_numpy(x2).to(self.device)).cpu().numpy()
@@ -100,8 +111,9 @@ class GridFlow:
 
 
 @torch.no_grad()
-def encode(jet, images, progress=QUIET):
-    """Compress images, uint8 (N, H, W, C), with a Jet. progress: tqdm shows a bar.
+def encode(jet, images, progress=QUIET, labels=None):
+    """Compress images, uint8 (N, H, W, C), with a Jet. progress: tqdm shows a bar. labels: whole
+    numbers (N,) of a class-conditional Jet, which go into the header.
 
     Returns (bytes, a dict): net_bits (of all images but the first), noise (what dequantized them,
     float32 in [0, 1)), file_bits, header_bits, borrowed_bits (from nowhere, while the first images
@@ -112,6 +124,12 @@ def encode(jet, images, progress=QUIET):
     if images.dtype != np.uint8 or not len(images) or images.shape[1:] != (height, width, channels):
         raise CodecError(f"{images.dtype} images of shape {images.shape}: this Jet takes uint8 "
                          f"(N, {height}, {width}, {channels}), N >= 1")
+    if (labels is None) == (jet.config.context_dim > 0):
+        raise CodecError("this Jet is conditional on labels: give those of the images" if
+                         labels is None else "this Jet takes no labels: leave them out")
+    if labels is not None and len(labels) > MAX_LABELS:
+        raise CodecError(f"{len(labels):,} labels: a header takes {MAX_LABELS:,}: encode fewer "
+                         "images at once")
     raw = images[0].tobytes()
     coder = Coder(np.frombuffer(raw + bytes(-len(raw) % 4), "<u4"), borrow=True)
     flow, before, noise, sizes, need = GridFlow(jet, coder), 32 * coder.num_words, [], [], math.inf
@@ -124,7 +142,8 @@ def encode(jet, images, progress=QUIET):
                 size = max(1, min(BATCH, len(images) - start, affordable))
             coder.set_lanes(num_lanes([*sizes, size]))
             coder.low_water = had = coder.num_words
-            noise.append(flow.encode(images[start:start + size], len(sizes)))
+            told = None if labels is None else labels[start:start + size]
+            noise.append(flow.encode(images[start:start + size], len(sizes), told))
             need = max(1, (had - coder.low_water) / size)  # words that an image popped
             sizes.append(size)
             start += size
@@ -134,6 +153,8 @@ def encode(jet, images, progress=QUIET):
     header = {"shape": list(images.shape), "bits": PARAMETERS, "batches": sizes,
               "words": coder.num_words, "borrowed": coder.borrowed, **_checksums(jet),
               "pixels": fingerprint(images)}
+    if labels is not None:
+        header["labels"] = [int(label) for label in labels]
     if ties:
         header["ties"] = [[*key, values] for key, values in ties.items()]
     content, header_bytes = write_file(header, coder.lanes, coder.words)
@@ -164,6 +185,9 @@ def decode(jet, content, progress=QUIET):
     if header["shape"][1:] != [*sides, channels]:
         raise CodecError(f"of images of shape {header['shape'][1:]}: this Jet makes "
                          f"{[*sides, channels]}")
+    if ("labels" in header) != (jet.config.context_dim > 0):
+        raise CodecError("has labels, and this Jet takes none" if "labels" in header else
+                         "has no labels, and this Jet is conditional on them")
     try:
         images = _decode(jet, header, lanes, words, progress)
     except CodecError:
@@ -188,7 +212,9 @@ def _decode(jet, header, lanes, words, progress):
     flow, images, end = GridFlow(jet, coder, ties), np.empty(header["shape"], np.uint8), num_images
     with progress(total=num_images) as bar:
         for batch in reversed(range(len(sizes))):
-            images[end - sizes[batch]:end] = flow.decode(sizes[batch], batch)
+            part = slice(end - sizes[batch], end)
+            told = header["labels"][part] if "labels" in header else None
+            images[part] = flow.decode(sizes[batch], batch, told)
             end -= sizes[batch]
             coder.set_lanes(num_lanes(sizes[:batch]))
             bar.update(sizes[batch])
@@ -199,13 +225,14 @@ def _decode(jet, header, lanes, words, progress):
 
 
 @torch.no_grad()
-def bound(jet, images, noise, batch_size=BATCH):
+def bound(jet, images, noise, batch_size=BATCH, labels=None):
     """Bits/dim (N,) of images (N, H, W, C) under a Jet in float64, with the noise of encode."""
     jet, device, bits = copy.deepcopy(jet).double().eval(), next(jet.parameters()).device, []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         x = dequantize(images[part], noise[part].astype(float)).permute(0, 3, 1, 2).to(device)
-        bits.append(bits_per_dim(*jet(x)).cpu())
+        told = [] if labels is None else [one_hot(labels[part], jet.config.context_dim)]
+        bits.append(bits_per_dim(*jet(x, *told)).cpu())
     return torch.cat(bits).numpy()
 
 
@@ -242,12 +269,15 @@ def parse(arguments):
 
 def encode_set(jet, flags, progress):
     """Write a file of an image set; returns what to say of it."""
-    images = load_images(flags.data, flags.split, flags.data_root).array
+    image_set = load_images(flags.data, flags.split, flags.data_root)
+    check_labels(image_set, jet.config)
+    images, labels = image_set.array, image_set.labels
     if flags.num_images is not None and not 1 <= flags.num_images <= len(images):
         raise CodecError(f"--num-images {flags.num_images}: {flags.data} {flags.split} has 1 to "
                          f"{len(images)}")
     images = images[:flags.num_images]
-    content, about = encode(jet, images, progress)
+    labels = labels[:flags.num_images] if jet.config.context_dim else None
+    content, about = encode(jet, images, progress, labels)
     write_atomically(flags.out, lambda file: file.write(content))
     text = (f"{len(images):,} images of {flags.data} in {len(content):,} bytes, "
             f"{8 * len(content) / images.size:.4f} bits/dim")

@@ -27,6 +27,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 
 import numpy as np
 
+from harness.condition import NO_LABEL
 from harness.errors import DataError
 from harness.in_order import in_order
 from images.folder import map_array, read_manifest
@@ -66,6 +67,14 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Hex SHA-256 of the line "N,H,W,C" and the pixels."""
         return self.known_fingerprint or fingerprint(self.array)
+
+    def first(self, n: int | None) -> ImageSet:
+        """Its first n images (None: all)."""
+        if n in (None, len(self.array)):
+            return self
+        labels = None if self.labels is None else self.labels[:n]
+        return dataclasses.replace(self, array=self.array[:n], labels=labels,
+                                   known_fingerprint=None)
 
 
 def data_id(name_or_path: str | Path) -> str:
@@ -254,7 +263,7 @@ def _map(path):
 
 # Every random draw has a key of its own, so that no draw depends on what was drawn before it: a
 # restart, another batch size or other processes see the same images and the same noise.
-_ORDER, _NOISE, _EVALUATION = range(3)
+_ORDER, _NOISE, _EVALUATION, _CONDITION, _SHUFFLE = range(5)
 
 
 @functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, if not larger than the set
@@ -320,6 +329,27 @@ def training_batches(
             shape = batch_size, *pixels.shape[1:]  # of all the batch, whatever the part
             noise = torch.rand(shape, generator=generator, device=device)[part]
             yield dequantize(pixels, noise).permute(0, 3, 1, 2)
+
+
+def told(images: ImageSet, condition: str, seed: int) -> ImageSet:
+    """An ImageSet with the labels that a condition (of TrainConfig) tells; "labels": its own."""
+    labels = images.labels
+    if condition == "shuffled":
+        labels = np.random.default_rng([seed, _SHUFFLE]).permutation(labels)
+    elif condition == "dropped":
+        labels = np.full(len(images.array), NO_LABEL)
+    return dataclasses.replace(images, labels=labels)
+
+
+def training_labels(images: ImageSet, batch_size: int, seed: int, step: int,
+                    drop_prob: float = 0.0) -> np.ndarray:
+    """The labels (batch_size,) of a step's global batch; all are dropped in a share of the steps.
+
+    Source: big_vision, condition_drop_prob of the trainer (its batch's context times 0).
+    """
+    labels = images.labels[batch_indices(len(images.array), batch_size, seed, step)]
+    is_dropped = np.random.default_rng([seed, _CONDITION, step]).random() < drop_prob
+    return np.full(len(labels), NO_LABEL) if is_dropped else labels
 
 
 def gather_rows(array: np.ndarray, indices: np.ndarray) -> torch.Tensor:

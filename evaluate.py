@@ -6,6 +6,7 @@
 Every image counts once, in nats that are summed and divided once; the noise is keyed by the image.
 """
 import contextlib
+import dataclasses
 import math
 import time
 from argparse import Namespace
@@ -22,6 +23,7 @@ import kernels
 from convert import load_jet
 from data import SPLITS, ImageSet, evaluation_noise, load_images, pinned, prefetch
 from harness import distributed
+from harness.condition import NO_LABEL, check_labels, one_hot, zero_context
 from harness.errors import DataError, NonFiniteError
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.host import code_version
@@ -40,7 +42,8 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
              each_batch: Callable[[int], object] | None = None) -> dict[str, Any]:
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
-    images: an ImageSet or a uint8 array (N, H, W, C). The noise is keyed by (seed, draw, image
+    images: an ImageSet or a uint8 array (N, H, W, C); a class-conditional Jet takes the ImageSet's
+    labels (NO_LABEL for no condition). The noise is keyed by (seed, draw, image
     index), so the result depends on neither the batch size (None: 128 on a CPU, on a GPU the
     largest power of two that fits, up to 1024) nor the number of processes: where there are several
     (harness/distributed.py), all of them must call this, each computes some of the batches, and all
@@ -56,7 +59,7 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
     array = np.asarray(getattr(images, "array", images))
     _check(array, draws, batch_size, precision)
     weight = next(jet.parameters(), torch.empty(0))
-    _check_jet(jet, weight, array)
+    classes = _check_jet(jet, weight, images, array)
     if isinstance(jet, Jet) and precision == "float32":
         jet = kernels.accelerate(jet)
     device, results = weight.device, []
@@ -66,7 +69,8 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
         pixels = np.array(array[start:start + batch_size])
         indices = range(start, start + len(pixels))
         noise = evaluation_noise(indices, array.shape[1:], seed, draw)
-        return pinned(pixels, device), pinned(noise.numpy(), device)
+        context = [one_hot(images.labels[start:start + batch_size], classes)] if classes else []
+        return [pinned(part, device) for part in (pixels, noise.numpy(), *context)]
 
     with networks_in(precision, device):
         batch_size = batch_size or _batch_size(jet, array.shape[1:], weight)
@@ -81,8 +85,9 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
                                    draws * len(array)))
                 if number == len(ours):  # the other processes have one more
                     break
-                pixels, noise = (part.to(device, non_blocking=True) for part in next(batches))
-                results.append(measure(jet, pixels, noise.to(weight.dtype)))
+                pixels, noise, *context = (part.to(device, non_blocking=True)
+                                           for part in next(batches))
+                results.append(measure(jet, pixels, noise.to(weight.dtype), *context))
                 if device.type == "cuda" and len(results) % 16 == 0:
                     torch.cuda.synchronize(device)  # bounds the pinned memory of waiting batches
     table = torch.zeros(2, draws, len(array), dtype=torch.float64)  # others hold zeros: exact sums
@@ -103,7 +108,8 @@ def _check(array, draws, batch_size, precision):
                          "(N, H, W, C), N, draws, batch_size >= 1, and float32 or bfloat16")
 
 
-def _check_jet(jet, weight, array):
+def _check_jet(jet, weight, images, array):
+    """The classes that a class-conditional Jet is told; 0 of another."""
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"evaluate: weights in {weight.dtype}, which would round noise and "
                          "log-det, too: give jet.float(), and precision=\"bfloat16\" for its "
@@ -114,6 +120,13 @@ def _check_jet(jet, weight, array):
         if array.shape[1:] != (height, width, channels):
             raise ValueError(f"evaluate: images of shape {array.shape[1:]}, and this Jet takes "
                              f"{(height, width, channels)}{hint}")
+        if jet.config.context_dim:
+            if not hasattr(images, "labels"):
+                raise ValueError("evaluate: an array has no labels, and this Jet is conditional on "
+                                 "them: give an ImageSet")
+            check_labels(images, jet.config)
+        return jet.config.context_dim
+    return 0
 
 
 def _summary(bits, logdets, per_image):
@@ -128,12 +141,13 @@ def _summary(bits, logdets, per_image):
     return {**result, "bits_per_dim_per_image": bits} if per_image else result
 
 
-def measure(jet: torch.nn.Module, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def measure(jet: torch.nn.Module, pixels: torch.Tensor, noise: torch.Tensor,
+            *context: torch.Tensor) -> torch.Tensor:
     """Bits/dim and log-det (2, B), float64, of uint8 pixels with their noise in [0, 1).
 
-    Both are (B, H, W, C), and all of it happens on their device.
+    Both are (B, H, W, C), and all of it happens on their device, where a context is, too.
     """
-    z, logdet = jet(dequantize(pixels, noise).permute(0, 3, 1, 2))
+    z, logdet = jet(dequantize(pixels, noise).permute(0, 3, 1, 2), *context)
     return torch.stack([bits_per_dim(z, logdet).double(), logdet.double()])
 
 
@@ -150,11 +164,12 @@ def _batch_that_fits(jet, shape, weight):
     By the need of 8 images.
     """
     x = weight.new_zeros(8, shape[2], *shape[:2])
+    context = zero_context(jet.config, x) if isinstance(jet, Jet) else ()
     with torch.compiler.set_stance("force_eager"):  # no graph for a batch of 8
-        jet(x)  # what stays, like the casts of weights, is not counted
+        jet(x, *context)  # what stays, like the casts of weights, is not counted
         torch.cuda.reset_peak_memory_stats(weight.device)
         before = torch.cuda.memory_allocated(weight.device)
-        jet(x)
+        jet(x, *context)
     need = max(1, torch.cuda.max_memory_allocated(weight.device) - before) / len(x)
     return 2 ** min(10, int(math.log2(max(1, free_bytes(weight.device) / 2 / need))))
 
@@ -197,9 +212,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors(parser.prog):
         images = images_of_flags(flags)
         begun = time.perf_counter()
-        numbers, jet = evaluate_weights(flags.weights, images, flags, draws=flags.draws)
-        seconds = time.perf_counter() - begun
+        numbers, jet = evaluate_weights(flags.weights, images, flags, draws=flags.draws,
+                                        per_image=True)
         print_result(flags, images, numbers)
+        if jet.config.context_dim:
+            print_without_labels(flags, images, numbers["bits_per_dim_per_image"])
+        seconds = time.perf_counter() - begun
         print(f"{flags.weights} in {flags.precision} on {what_ran(jet)}, {seconds:.0f} s")
 
 
@@ -219,13 +237,13 @@ def evaluate_weights(weights: str | Path, images: ImageSet, flags: Namespace,
     torch.set_num_threads(flags.threads)
     jet = load_jet(weights, **model_fields(vars(flags))).to(pick_device(flags.device))
     check_images(jet, images, flags.num_images)
-    array, precision = images.array[:flags.num_images], flags.precision
+    images, precision = images.first(flags.num_images), flags.precision
     if precision == "float64":
         jet, precision = jet.double(), "float32"  # float32: no autocast
-    total = settings.get("draws", 1) * len(array)
+    total = settings.get("draws", 1) * len(images.array)
     try:
         with progress(total=total, desc=f"evaluate {Path(weights).name}", leave=False) as bar:
-            numbers = evaluate(jet, array, batch_size=flags.batch_size, precision=precision,
+            numbers = evaluate(jet, images, batch_size=flags.batch_size, precision=precision,
                                each_batch=lambda done: bar.update(done - bar.n), **settings)
     except torch.OutOfMemoryError:
         raise DataError("out of memory: give a smaller --batch-size") from None
@@ -252,6 +270,17 @@ def print_result(flags: Namespace, images: ImageSet, numbers: dict[str, Any]) ->
     print(f"{numbers['bits_per_dim']:.4f} +- {numbers['bits_per_dim_se']:.4f} bits/dim on {which} "
           f"{images.split} images of {images.name}, variant {images.variant}, fingerprint "
           f"{images.fingerprint[:12]}, {draws} each")
+
+
+def print_without_labels(flags: Namespace, images: ImageSet, bits: np.ndarray) -> None:
+    """The line of a class-conditional Jet that is told no labels. bits: (N,) where it is."""
+    untold = dataclasses.replace(images, labels=np.full(len(images.array), NO_LABEL))
+    numbers, _ = evaluate_weights(flags.weights, untold, flags, draws=flags.draws, per_image=True)
+    gain = bits - numbers["bits_per_dim_per_image"]
+    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+    print(f"with labels; without them {numbers['bits_per_dim']:.4f} +- "
+          f"{numbers['bits_per_dim_se']:.4f}, and labels change {gain.mean():+.5f} +- {error:.5f} "
+          "bits/dim, image by image")
 
 
 def what_ran(jet: Jet) -> str:

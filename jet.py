@@ -11,7 +11,7 @@ Couplings that take turns in what they keep map x to z ~ N(0, I), and in nats ex
 
 Layouts and formulas are those of the official model (google-research/big_vision, models/proj/jet);
 tests/test_parity.py holds this file to its numbers. Shapes: B batch, C x H x W image, p patch size,
-N tokens on an (H/p, W/p) grid, D = C*p*p values a token, E width of the network, K heads.
+N tokens on an (H/p, W/p) grid, D = C*p*p values each, E network width, K heads, M context tokens.
 """
 import dataclasses
 import itertools
@@ -88,6 +88,7 @@ class JetConfig:
     invertible_dense: bool = setting(False, "Glow's invertible dense layer before each coupling")
     gelu: str = setting("tanh", "GELU: tanh approximation (official) or exact", (*GELU,))
     norm_eps: float = setting(1e-6, "epsilon of LayerNorm")
+    context_dim: int = setting(0, "values of a context token: classes; 0: no context", minimum=0)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -100,7 +101,7 @@ class JetConfig:
         if any(side % self.patch_size for side in sides):
             raise ValueError(f"patch_size={self.patch_size}: must divide image_size="
                              f"{self.image_size}")
-        if self.block == "vit" and self.emb_dim % self.num_heads:
+        if self.has_heads and self.emb_dim % self.num_heads:
             raise ValueError(f"emb_dim={self.emb_dim}: must be divisible by "
                              f"num_heads={self.num_heads}")
         where = f"with image_size={self.image_size} and patch_size={self.patch_size}: the"
@@ -125,6 +126,7 @@ class JetConfig:
         """Token rows and columns, (H/p, W/p)."""
         return self.image_shape[1] // self.patch_size, self.image_shape[2] // self.patch_size
 
+    has_heads = property(lambda self: self.block == "vit" or self.context_dim > 0)
     num_tokens = property(lambda self: self.grid[0] * self.grid[1])
     token_dim = property(lambda self: self.channels * self.patch_size ** 2)
 
@@ -174,6 +176,30 @@ class ViTBlock(nn.Module):
         return h + self.fc2(self.gelu(self.fc1(self.norm2(h))))
 
 
+class CrossAttention(nn.Module):
+    """The tokens ask a context (B, M, context_dim), a label's is one-hot with M = 1. Fresh it adds
+    nothing. Source: the official model's MultiHeadDotProductAttention_0 before its blocks."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, self.num_heads = config.emb_dim, config.num_heads
+        self.query, self.out = nn.Linear(E, E), nn.Linear(E, E)
+        self.key_value = nn.Linear(config.context_dim, 2 * E)
+        for weight in (self.query.weight, *self.key_value.weight.chunk(2)):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.out.weight)
+        for layer in (self.query, self.key_value, self.out):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h, context):
+        B, N, E = h.shape
+        q = self.query(h).view(B, N, self.num_heads, E // self.num_heads).transpose(1, 2)
+        k, v = self.key_value(context).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        # Not fused: a gradient that is 0 (of all scores where M = 1) is 0, no noise for Adam.
+        scores = q @ k.mT / math.sqrt(E // self.num_heads)  # (B, K, N, M)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, E))
+
+
 class CNNBlock(nn.Module):
     """Our choice for Figure 2a, whose block is not known: twice norm, GELU, 3x3 convolution."""
 
@@ -201,6 +227,7 @@ class Predictor(nn.Module):
         E, block = config.emb_dim, {"vit": ViTBlock, "cnn": CNNBlock}[config.block]
         self.init_proj = nn.Linear(in_dim, E)
         self.posemb = nn.Parameter(torch.randn(config.num_tokens, E) / math.sqrt(E))
+        self.cross_attention = None  # or a CrossAttention
         self.blocks = nn.ModuleList(block(config, grid) for _ in range(config.block_depth))
         self.final_norm = nn.LayerNorm(E, eps=config.norm_eps)
         self.final_proj = nn.Linear(E, out_dim)
@@ -208,8 +235,13 @@ class Predictor(nn.Module):
         nn.init.zeros_(self.final_proj.weight)  # a fresh coupling adds nothing and scales by m/2
         nn.init.zeros_(self.final_proj.bias)
 
-    def forward(self, x):
-        h = self.init_proj(x) + self.posemb  # (B, N, E)
+    def embed(self, x, context):
+        """The network's input (B, N, E)."""
+        h = self.init_proj(x) + self.posemb
+        return h if self.cross_attention is None else h + self.cross_attention(h, context)
+
+    def forward(self, x, context=None):
+        h = self.embed(x, context)
         for block in self.blocks:
             h = block(h)
         return self.final_proj(self.final_norm(h))
@@ -260,13 +292,13 @@ class Coupling(nn.Module):
             x1 = x.index_select(1, kept)
         return x1, x.index_select(self.axis, moved)
 
-    def network(self, x1):
+    def network(self, x1, context=None):
         """What the network reads off x1: bias and raw scale side by side, (B, N, out)."""
         if self.masking:  # our reading of the paper: x2 is zeroed, outputs at x2's places are used
             zeros = x1.new_zeros(len(x1), len(self.net.posemb), self.net.init_proj.in_features)
-            return self.net(zeros.index_copy(self.axis, self.order.chunk(2)[0], x1))
+            return self.net(zeros.index_copy(self.axis, self.order.chunk(2)[0], x1), context)
         # A half of the tokens becomes N tokens of D/2 values, like a half of the channels.
-        return self.net(x1.reshape(len(x1), len(self.net.posemb), -1))
+        return self.net(x1.reshape(len(x1), len(self.net.posemb), -1), context)
 
     def affine(self, net_out, x2):
         """The network's answer -> bias, scale in x2's shape and type, and log|det| (B,) in nats."""
@@ -284,16 +316,16 @@ class Coupling(nn.Module):
         """x (B, N, D) with another x2; x1 stays."""
         return x.index_copy(self.axis, self.order.chunk(2)[1], x2)
 
-    def forward(self, x):
+    def forward(self, x, context=None):
         """x (B, N, D) -> z (B, N, D), log|det dz/dx| (B,) in nats."""
         x1, x2 = self.split(x)
-        bias, scale, logdet = self.affine(self.network(x1), x2)
+        bias, scale, logdet = self.affine(self.network(x1, context), x2)
         return self.join(x, (x2 + bias) * scale), logdet
 
-    def inverse(self, z):
+    def inverse(self, z, context=None):
         """z (B, N, D) -> x (B, N, D), log|det dx/dz| (B,) in nats."""
         z1, z2 = self.split(z)  # z1 is x1
-        bias, scale, logdet = self.affine(self.network(z1), z2)
+        bias, scale, logdet = self.affine(self.network(z1, context), z2)
         return self.join(z, z2 / scale - bias), -logdet
 
 
@@ -310,11 +342,11 @@ class ActNorm(nn.Module):
         self.bias.copy_(-x.mean((0, 1)))
         self.log_scale.copy_(-torch.log(x.std((0, 1), correction=0) + 1e-6))
 
-    def forward(self, x):
+    def forward(self, x, context=None):
         logdet = (x.shape[1] * self.log_scale.sum()).expand(len(x))
         return (x + self.bias) * self.log_scale.exp(), logdet
 
-    def inverse(self, z):
+    def inverse(self, z, context=None):
         logdet = (-z.shape[1] * self.log_scale.sum()).expand(len(z))
         return z * (-self.log_scale).exp() - self.bias, logdet
 
@@ -338,13 +370,13 @@ class InvertibleDense(nn.Module):
         lower = self.lower.tril(-1) + torch.ones_like(self.log_diagonal).diag()
         return lower, self.upper.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
 
-    def forward(self, x):
+    def forward(self, x, context=None):
         lower, upper = self._factors()
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # as the log-det is
             z = (x @ (lower @ upper).T).index_select(2, self.order)
         return z, (x.shape[1] * self.log_diagonal.sum()).expand(len(x))
 
-    def inverse(self, z):
+    def inverse(self, z, context=None):
         lower, upper = self._factors()
         x = z.index_copy(2, self.order, z).flatten(0, 1).T  # undo P; (D, B*N)
         x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
@@ -354,7 +386,8 @@ class InvertibleDense(nn.Module):
 
 class Jet(nn.Module):
     """The flow x <-> z between images and standard-normal noise of the same shape. Fresh, without
-    switches and with m = 2, it is the identity. torch's global random numbers initialise it."""
+    switches and with m = 2, it is the identity. torch's global random numbers initialise it.
+    With context_dim a context (B, M, context_dim) goes with x and z: for labels M = 1, one-hot."""
 
     def __init__(self, config: JetConfig) -> None:
         super().__init__()
@@ -363,52 +396,66 @@ class Jet(nn.Module):
         self.couplings = nn.ModuleList(Coupling(config, *split) for split in config.coupling_splits)
         self.actnorms = nn.ModuleList(ActNorm(D) for _ in each if config.actnorm)
         self.denses = nn.ModuleList(InvertibleDense(D) for _ in each if config.invertible_dense)
+        for coupling in self.couplings if config.context_dim else ():  # last: the rest as without
+            coupling.net.cross_attention = CrossAttention(config)
 
     def layers(self) -> list:
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
         groups = [layers for layers in (self.actnorms, self.denses, self.couplings) if len(layers)]
         return [layer for step in zip(*groups) for layer in step]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) float, dequantized -> z of x's shape, logdet (B,) = log|det dz/dx|, nats.
         Raises ValueError for another shape or an integer type."""
-        tokens, logdet = self.patchify(x), x.new_zeros(len(x))
+        tokens, logdet, context = self.patchify(x), x.new_zeros(len(x)), self._check(x, context)
         for layer in self.layers():
             if self.checkpoint_activations and torch.is_grad_enabled():
-                tokens, layer_logdet = checkpoint(layer, tokens, use_reentrant=False,
+                tokens, layer_logdet = checkpoint(layer, tokens, *context, use_reentrant=False,
                                                   preserve_rng_state=False)
             else:
-                tokens, layer_logdet = layer(tokens)
+                tokens, layer_logdet = layer(tokens, *context)
             logdet = logdet + layer_logdet
         return self.unpatchify(tokens), logdet
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (B, C, H, W) float -> x of z's shape, logdet (B,) = log|det dx/dz|: minus forward's."""
-        tokens, logdet = self.patchify(z), z.new_zeros(len(z))
+        tokens, logdet, context = self.patchify(z), z.new_zeros(len(z)), self._check(z, context)
         for layer in reversed(self.layers()):
-            tokens, layer_logdet = layer.inverse(tokens)
+            tokens, layer_logdet = layer.inverse(tokens, *context)
             logdet = logdet + layer_logdet
         return self.unpatchify(tokens), logdet
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set every ActNorm from the images x (B, C, H, W), first layer first; else do nothing."""
-        tokens = self.patchify(x)
+        tokens, context = self.patchify(x), self._check(x, context)
         for layer in self.layers() if self.config.actnorm else ():
             if isinstance(layer, ActNorm):
                 layer.initialize(tokens)
-            tokens, _ = layer(tokens)
+            tokens, _ = layer(tokens, *context)
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None,
-               temperature: float = 1.0) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0,
+               context: Tensor | None = None) -> Tensor:
         """n images, uint8 (n, H, W, C), from z ~ N(0, temperature^2 I), drawn on the generator's
         device. Raises ValueError when the inverse overflows: a scale near 0 makes it explode."""
         weight = self.couplings[0].get_parameter("net.posemb")
         z = torch.randn(n, *self.config.image_shape, generator=generator, dtype=weight.dtype,
                         device=generator.device if generator else weight.device)
-        x, _ = self.inverse(temperature * z.to(weight.device))
+        x, _ = self.inverse(temperature * z.to(weight.device), context)
         return quantize(x).permute(0, 2, 3, 1).contiguous()
+
+    def _check(self, x, context):
+        """What layers take beside tokens: (context,) or (). ValueError where it does not fit."""
+        dim, shape = self.config.context_dim, getattr(context, "shape", None)
+        if context is None and not dim:
+            return ()
+        is_one = dim and shape is not None and len(shape) == 3 and context.is_floating_point()
+        if not is_one or not shape[1] or (shape[0], shape[2]) != (len(x), dim):
+            given = "no context" if shape is None else f"a {context.dtype} context {tuple(shape)}"
+            takes = f"floating-point ({len(x)}, M, {dim})" if dim else "none: context_dim is 0"
+            raise ValueError(f"{given} is given, and this Jet takes {takes}")
+        return (context.to(x),)
 
     def patchify(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D): tokens row by row, values by (row, column, channel)."""

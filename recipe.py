@@ -49,12 +49,17 @@ class TrainConfig:
         "official run (on TPUs), and all else stays float32: for GPUs; float32: faster on CPUs; "
         "float64: everything in it (slow, for checks)", ("float32", "bfloat16", "float64"))
     seed: int = setting(0, "of weights, data order and training noise", minimum=0)
+    condition: str = setting("none", "what the Jet is told of an image: none: it takes no labels; "
+                             "labels: its own; shuffled: another image's; dropped: nothing, by a "
+                             "Jet that takes labels", ("none", "labels", "shuffled", "dropped"))
+    condition_drop_prob: float = setting(0.1, "share of the steps whose batch is told nothing, so "
+                                         "that the Jet works without labels, too", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
     init: str = ""  # the weights it begins with, as weights_id() names them; "": a fresh Jet's
 
     def __post_init__(self):
         check_settings(self)
-        for name in ("beta1", "beta2", "warmup_fraction"):
+        for name in ("beta1", "beta2", "warmup_fraction", "condition_drop_prob"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
         if self.seed >= 2 ** 63:
@@ -63,6 +68,10 @@ class TrainConfig:
             raise ValueError(f"data={self.data!r}: must be the name or path of an image set")
         if not isinstance(self.model, JetConfig):
             raise ValueError(f"model={self.model!r}: must be a JetConfig")
+        if (self.condition != "none") != (self.model.context_dim > 0):
+            raise ValueError(f"condition={self.condition!r}: must be "
+                             f"{'labels' if self.model.context_dim else 'none'} where context_dim="
+                             f"{self.model.context_dim} (it is the number of classes, or 0)")
 
     def to_dict(self):
         """Plain values, as they come back from JSON."""
@@ -92,8 +101,10 @@ class TrainConfig:
         default = JetConfig(image_size=64, num_couplings=model.num_couplings).coupling_splits
         if model.coupling_splits != default:
             values["model.couplings"] = [split or kind for kind, split in model.coupling_splits]
-        if model.block == "cnn":  # has no heads
+        if not model.has_heads:
             del values["model.num_heads"]
+        if self.condition == "none":  # there is nothing to drop
+            del values["condition_drop_prob"]
         return values
 
     @property
@@ -172,36 +183,37 @@ def make_optimizer(parameters, config, graph=False):
     return optimizer
 
 
-def add_gradients(model, x, config, micro_batch=None):
+def add_gradients(model, x, config, micro_batch=None, context=()):
     """Add the gradient of the batch's mean bits/dim to the weights'; returns that mean.
 
     x: the batch (B, C, H, W); with several processes this one's part of it, and model is a
     DistributedDataParallel. micro_batch: images whose activations are in memory at a time (None:
-    all); it changes rounding alone.
+    all); it changes rounding alone. context: (), or the one of the batch, (context,).
     """
-    processes, loss, pieces = distributed.size(), x.new_zeros(()), x.split(micro_batch or len(x))
+    processes, loss = distributed.size(), x.new_zeros(())
+    pieces = list(zip(*(part.split(micro_batch or len(x)) for part in (x, *context))))
     num_images = len(x) if processes == 1 else config.batch_size
     for number, piece in enumerate(pieces, 1):
         # DistributedDataParallel takes the mean over processes, in backward of the last piece
         is_shared = processes == 1 or number == len(pieces)
         with contextlib.nullcontext() if is_shared else model.no_sync():
             with networks_in(config.precision, x.device):
-                share = bits_per_dim(*model(piece)).sum() / num_images
+                share = bits_per_dim(*model(*piece)).sum() / num_images
             (share * processes if processes > 1 else share).backward()
         loss += share.detach()
     return distributed.add_up(loss)
 
 
-def training_step(model, optimizer, x, step, config, micro_batch=None):
+def training_step(model, optimizer, x, step, config, micro_batch=None, context=()):
     """One update on the batch x (B, C, H, W): (mean bits/dim before it, norm before clipping).
 
     Both are tensors of no dimension on x's device, and nothing here waits for them. From the first
     step on that has one which is not finite, the optimizer updates nothing: weights and moments
-    stay as they were. model, micro_batch: see add_gradients.
+    stay as they were. model, micro_batch, context: see add_gradients.
     """
     set_learning_rate(optimizer, learning_rate(step, config))
     optimizer.zero_grad()
-    return update(model, optimizer, x, config, micro_batch)
+    return update(model, optimizer, x, config, micro_batch, context)
 
 
 def set_learning_rate(optimizer, value):
@@ -212,9 +224,9 @@ def set_learning_rate(optimizer, value):
             group["lr"] = value
 
 
-def update(model, optimizer, x, config, micro_batch=None):
+def update(model, optimizer, x, config, micro_batch=None, context=()):
     """training_step at the optimizer's learning rate, from no gradients, all on x's device."""
-    loss = add_gradients(model, x, config, micro_batch)
+    loss = add_gradients(model, x, config, micro_batch, context)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     failed = (~(loss.isfinite() & grad_norm.isfinite())).float()
     # Where found_inf is 1, fused optimizers skip the step (it is there for GradScaler). Once 1, it
@@ -227,19 +239,20 @@ def update(model, optimizer, x, config, micro_batch=None):
 
 
 def make_step(model, optimizer, config, micro_batch=None, graph=False):
-    """step(x, number) -> (loss, gradient norm): training_step, or the same as one CUDA graph.
+    """step(x, number, *context) -> (loss, gradient norm): training_step, or it as one CUDA graph.
 
     A graph (harness/graphs.py) needs make_optimizer(..., graph=True), one process, a GPU, and
     batches of one shape.
     """
     if not graph:
-        return lambda x, number: training_step(model, optimizer, x, number, config, micro_batch)
-    graphed = Graphed(lambda x: update(model, optimizer, x, config, micro_batch),
+        return lambda x, number, *context: training_step(model, optimizer, x, number, config,
+                                                         micro_batch, context)
+    graphed = Graphed(lambda x, *context: update(model, optimizer, x, config, micro_batch, context),
                       optimizer.zero_grad)
 
-    def step(x, number):
+    def step(x, number, *context):
         set_learning_rate(optimizer, learning_rate(number, config))
-        return graphed(x)
+        return graphed(x, *context)
     return step
 
 

@@ -19,11 +19,14 @@ import torch
 
 import kernels
 from convert import is_ours, load_jet, weights_id
-from data import image_shape, load_images, training_batch, training_batches
+from data import (image_shape, load_images, pinned, training_batch, training_batches,
+                  told, training_labels)
 from evaluate import evaluate
+from formats.hub import fetched
 from harness import distributed, run_folder
 from harness.advice import advice
 from harness.checkpoint import CHECKPOINT_FORMAT, load_weights, read_weights, weights_checksum
+from harness.condition import check_labels, one_hot
 from harness.errors import CheckpointError, TrainingError, UserError, one_line
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
 from harness.host import ROOT, code_version
@@ -43,7 +46,7 @@ TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test 
 
 def weights_config(path):
     """(TrainConfig, step) of the run whose weights a path holds; (None, None) if it is foreign."""
-    path = Path(path)
+    path = Path(fetched(path))
     path, content = read_weights(path) if is_ours(path) else (path, {})
     if content.get("format") != CHECKPOINT_FORMAT:
         return None, None
@@ -104,6 +107,9 @@ class Session:
         torch.set_num_threads(place.threads)
         self.images = {split: load_images(config.data, split, place.data_root)
                        for split in ("train", "test")}
+        for split, images in self.images.items():
+            check_labels(images, config.model)
+            self.images[split] = told(images, config.condition, config.seed)
         self.peak_memory = watch_memory(self.device)
         jet = first_jet(config, self.images["train"], init_from, Path(run_dir))
         self.jet = jet.to(self.device, DTYPES[config.precision])
@@ -133,7 +139,7 @@ class Session:
             self._log_start(run.log, line, alone)
         if not first and config.model.actnorm and not config.init:
             x = training_batch(self.images["train"], config.batch_size, config.seed, 0, self.device)
-            self.jet.initialize(x.to(DTYPES[config.precision]))
+            self.jet.initialize(x.to(DTYPES[config.precision]), *self._context(0, slice(None)))
         if self.compiled:
             compile_couplings(self.jet)
         self.model = distributed.wrap(self.jet)
@@ -197,20 +203,21 @@ class Session:
         is_cut = state["micro_batch"] < config.batch_size / self.processes
         micro_batch = state["micro_batch"] if is_cut else None
         take_step = make_step(self.model, self.optimizer, config, micro_batch, self.graph)
+        part = distributed.part(config.batch_size)
         batches = training_batches(self.images["train"], config.batch_size, config.seed,
-                                   range(first, last), self.device,
-                                   part=distributed.part(config.batch_size))
+                                   range(first, last), self.device, part=part)
         with contextlib.closing(batches):
             for step, x in enumerate(batches, first):  # dequantized, (B, C, H, W)
                 x = x.to(DTYPES[config.precision])
                 # or the first coupling, with no gradient to pass on, is another graph
                 x.requires_grad_(self.compiled)
+                context = self._context(step, part)
                 if step == first and self.processes > 1:
                     # DistributedDataParallel sorts gradients into other buckets after its first
                     # backward, and adds them up in another order: without one to throw away, a
                     # restart would not give the same bits.
-                    add_gradients(self.model, x, config, micro_batch)
-                pending.append((step, *take_step(x, step)))
+                    add_gradients(self.model, x, config, micro_batch, context)
+                pending.append((step, *take_step(x, step, *context)))
                 bar.update()
                 taken = step + 1
                 evaluate_now = taken == config.total_steps or (
@@ -233,6 +240,16 @@ class Session:
                     break
                 if evaluate_now:
                     self._evaluate(run, bar, pace, clock)
+
+    def _context(self, step, part):
+        """(the condition of a part of a step's batch,), or () of a Jet that takes none."""
+        config = self.config
+        if config.condition == "none":
+            return ()
+        labels = training_labels(self.images["train"], config.batch_size, config.seed, step,
+                                 config.condition_drop_prob)[part]
+        context = pinned(one_hot(labels, config.model.context_dim), self.device)
+        return (context.to(self.device, DTYPES[config.precision], non_blocking=True),)
 
     def _record(self, run, rows):
         config, seconds = self.config, f"{self.state['seconds']:.3f}"
@@ -264,10 +281,10 @@ class Session:
         if self.compiled:  # imports the compiler, which takes seconds
             eager = torch.compiler.set_stance("force_eager")
         with clock.paused(), eager:
-            for split, array in (("train", self.images["train"].array[:num_train]),
-                                 ("test", self.images["test"].array)):
-                numbers = evaluate(self.jet, array, per_image=True, each_batch=functools.partial(
-                    pace.evaluated, run.log, bar, f"{len(array):,} {split} images"))
+            for split, images in (("train", self.images["train"].first(num_train)),
+                                  ("test", self.images["test"])):
+                numbers = evaluate(self.jet, images, per_image=True, each_batch=functools.partial(
+                    pace.evaluated, run.log, bar, f"{len(images.array):,} {split} images"))
                 self.per_image = numbers.pop("bits_per_dim_per_image")
                 rows.append({"step": self.state["step"], "split": split, **numbers})
         self.state["rows"] += rows
@@ -351,6 +368,12 @@ def config_from_flags(flags):
     if flags.get("init_from") is not None:
         model = vars(load_jet(flags["init_from"], **model).config)
         top["init"] = weights_id(flags["init_from"])
+    if top.get("condition", "none") != "none" and "context_dim" not in model:
+        images = load_images(top.get("data", TrainConfig.data), "train", flags.get("data_root"))
+        if images.labels is None:
+            raise TrainingError(f"--condition {top['condition']}: {images.name} has no labels: "
+                                "give images with labels, or leave it out")
+        model["context_dim"] = int(images.labels.max()) + 1
     model = {"image_size": (height, width), "channels": channels} | model
     return TrainConfig(model=JetConfig(**model), **top)
 

@@ -66,6 +66,9 @@ def load_model(request):
                        "config": None}, None
     path = Path(request.checkpoint)
     model = load_jet(path, **request.model)
+    if model.config.context_dim:
+        raise AuditError(f"{path}: conditional on labels, which an audit does not take yet: "
+                         "evaluate.py measures it with and without them")
     about = {"kind": "jet", "name": path.resolve().stem, "path": relative_path(path),
              "weights_sha256": weights_checksum(model), "config_sha256": config_checksum(model),
              "config": dataclasses.asdict(model.config),

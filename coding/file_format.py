@@ -1,7 +1,8 @@
 """A file of the codec: MAGIC, version, length of the header, header (JSON), lanes, words, SHA-256.
 
 Header: shape, bits (PARAMETERS), batches (their sizes), words (their number), borrowed, config and
-weights (checksums of the Jet), pixels (fingerprint of the images), ties (coding/lifting.py).
+weights (checksums of the Jet), pixels (fingerprint of the images), ties (coding/lifting.py), labels
+(of the images, where the Jet is conditional on them).
 """
 import hashlib
 import json
@@ -20,6 +21,7 @@ LANES = 128  # 64 bits each in the file, of which 48 are used on average
 BATCH = 32  # images at a time, at most
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 2 ** 22  # of 40 million images
+MAX_LABELS = 2 ** 18  # with room for 12 bytes of each
 
 
 def num_lanes(sizes):
@@ -71,7 +73,9 @@ def _is_whole(header, lanes, words):
     """Whether a header's values have their types, and fit each other, the lanes and the words."""
     sizes, shape = header["batches"], header["shape"]
     texts = [header[name] for name in ("config", "weights", "pixels")]
-    counts, values = [header["borrowed"]], []  # from 0 on, and of either sign
+    counts, values = [header["borrowed"]], header.get("labels", [])[:]  # from 0 on; of either sign
+    if len(values) != shape[0] and "labels" in header:
+        return False
     for batch, layer, name, pairs in header.get("ties", ()):
         texts.append(name)
         counts += [batch, layer, *(index for index, _ in pairs)]

@@ -13,6 +13,7 @@ again. The paper's temperature is not known: 1, the model as it was trained, is 
 with all that made them, and from there to the figure.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from convert import load_jet, weights_id
 from data import SETS, load_images
 from experiments import main_results
+from harness.condition import one_hot
 from harness.errors import DataError, TrainingError
 from harness.files import write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
@@ -51,12 +53,35 @@ def configs(scale):
 
 
 @torch.no_grad()
-def draw_samples(jet, n, seed, temperature):
-    """n samples, uint8 (n, H, W, C), the same on any device; ValueError where they overflow."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = [jet.sample(min(64, n - start), generator, temperature).cpu()
-               for start in range(0, n, 64)]
+def draw_samples(jet, n, seed, temperature, labels=None):
+    """n samples, uint8 (n, H, W, C), the same on any device; ValueError where they overflow.
+
+    labels: (n,) of a class-conditional Jet.
+    """
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for start in range(0, n, 64):
+        count, context = min(64, n - start), None
+        if labels is not None:
+            context = one_hot(labels[start:start + count], jet.config.context_dim)
+        batches.append(jet.sample(count, generator, temperature, context).cpu())
     return torch.cat(batches).numpy()
+
+
+def labels_of_rows(jet, num, classes=None):
+    """The label (n,) of each sample of a sheet with one row per class; None of a Jet without.
+
+    num: samples in all, rounded up to full rows. classes: None: each that the Jet knows. Raises
+    DataError.
+    """
+    known = jet.config.context_dim
+    if not known:
+        if classes:
+            raise DataError("--labels: this Jet is told no labels: leave them out")
+        return None
+    if classes and not 0 <= min(classes) <= max(classes) < known:
+        raise DataError(f"--labels {' '.join(map(str, classes))}: this Jet knows 0 to {known - 1}")
+    classes = classes or range(known)
+    return np.repeat(classes, math.ceil(num / len(classes)))
 
 
 def nearest(queries, array, device="cpu"):
@@ -114,11 +139,16 @@ def save_samples(path, weights, jet, images, flags, about):
     if images and 2 * flags.interpolate > (count := len(images["test"].array)):
         raise DataError(f"--interpolate {flags.interpolate}: {images['test'].name} has {count} "
                         "test images, and each path takes two")
+    if flags.interpolate and jet.config.context_dim:
+        raise DataError("--interpolate: this Jet is conditional on labels, and there is none for "
+                        "what lies between two classes: leave it out")
     hint = "try a lower --temperature"
     about = about | {"seed": flags.sample_seed, "temperature": flags.temperature}
+    labels = labels_of_rows(jet, flags.num, flags.labels)
+    num = flags.num if labels is None else len(labels)
     try:
-        samples = draw_samples(jet, flags.num, flags.sample_seed, flags.temperature)
-        content = {"samples": samples}
+        samples = draw_samples(jet, num, flags.sample_seed, flags.temperature, labels)
+        content = {"samples": samples} | ({} if labels is None else {"labels": labels})
         if flags.interpolate:
             hint = "no paths between these images"
             content["paths"] = interpolate(jet, images["test"].array[:2 * flags.interpolate])
@@ -143,6 +173,8 @@ def add_sample_flags(parser):
     group = parser.add_argument_group("what is drawn")
     group.add_argument("--num", type=int, default=32, metavar="N",
                        help="samples of a model (default: 32)")
+    group.add_argument("--labels", type=int, nargs="+", metavar="CLASS",
+                       help="classes of a conditional Jet, a row each (default: all)")
     group.add_argument("--temperature", type=float, default=1.0, metavar="T",
                        help="standard deviation of the latent noise (default: 1, as trained)")
     group.add_argument("--sample-seed", type=int, default=0, metavar="SEED",

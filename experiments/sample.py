@@ -2,6 +2,7 @@
 
     python experiments/sample.py assets/jet_cifar10 -n 64 --out grid.png
     python experiments/sample.py runs/first -n 16 --out grid.png --temperature 0.9
+    python experiments/sample.py runs/conditional --labels 0 3 8 --out grid.png   # a row per class
 
 Any weights that load_jet reads will do. The same weights, seed and temperature give the same bytes
 (on the same kind of machine, with as many threads). Figure 5 is draw_samples.py's.
@@ -20,7 +21,7 @@ from PIL import Image
 
 import kernels
 from convert import load_jet
-from experiments.draw_samples import draw_samples
+from experiments.draw_samples import draw_samples, labels_of_rows
 from harness.errors import UserError
 from harness.files import named_in_errors, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
@@ -35,6 +36,8 @@ def make_parser():
                         "an official .npz or a jet-pytorch .pt")
     parser.add_argument("-n", "--num", type=int, default=64, metavar="N",
                         help="samples (default: 64)")
+    parser.add_argument("--labels", type=int, nargs="+", metavar="CLASS",
+                        help="classes of a conditional Jet, a row each (default: all)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="what to write")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
                         help="standard deviation of the latent noise (default: 1, as trained)")
@@ -81,16 +84,20 @@ def main(arguments=None):
         if jet.config.channels not in (1, 3):
             raise UserError(f"{flags.weights}: makes images of {jet.config.channels} channels, "
                             "which a PNG cannot show: 1 or 3 are allowed")
+        num, columns = flags.num, math.ceil(math.sqrt(flags.num))
+        labels = labels_of_rows(jet, num, flags.labels)
+        if labels is not None:
+            num, columns = len(labels), int((labels == labels[0]).sum())
         begun = time.perf_counter()
         try:
-            samples = draw_samples(jet, flags.num, flags.seed, flags.temperature)
+            samples = draw_samples(jet, num, flags.seed, flags.temperature, labels)
         except ValueError as error:
             raise UserError(f"{flags.weights}: {error}: try a lower --temperature") from None
         seconds = time.perf_counter() - begun
-        grid = tile(samples, math.ceil(math.sqrt(flags.num)))
+        grid = tile(samples, columns)
         image = Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid)
         write_atomically(flags.out, lambda file: image.save(file, "PNG"))
-        print(f"{flags.out}: {flags.num} samples of {flags.weights}, temperature "
+        print(f"{flags.out}: {num} samples of {flags.weights}, temperature "
               f"{flags.temperature:g}, seed {flags.seed}; {seconds:.0f} s on {hardware(device)}")
 
 

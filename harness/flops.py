@@ -11,6 +11,8 @@ def forward_flops(config):
     else:
         block = 2 * N * 2 * 9 * E * E
     coupling = 2 * N * E * (in_dim + out_dim) + config.block_depth * block
+    if C := config.context_dim:  # of one context token: query and out, key and value, scores
+        coupling += 2 * N * 2 * E * E + 2 * 2 * C * E + 2 * 2 * N * E
     dense = 2 * N * D * D if config.invertible_dense else 0  # building W, once a batch, aside
     return config.num_couplings * (coupling + dense)
 

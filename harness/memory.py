@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from harness.condition import zero_context
 from harness.errors import TrainingError
 from harness.flops import num_parameters
 from harness.host import free_memory
@@ -55,7 +56,7 @@ def kept_bytes(jet, precision, num_images):
     x = weight.new_zeros(num_images, *jet.config.image_shape)
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
           networks_in(precision, weight.device)):
-        graph = bits_per_dim(*jet(x))  # noqa: F841 (holds the storages: no address twice)
+        graph = bits_per_dim(*jet(x, *zero_context(jet.config, x)))  # noqa: F841 (holds the storages: no address twice)
     return sum(storages.values())
 
 

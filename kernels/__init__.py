@@ -60,8 +60,8 @@ class FastViTBlock(ViTBlock):
 
 
 class FastPredictor(Predictor):
-    def forward(self, x):
-        h = self.init_proj(x) + self.posemb
+    def forward(self, x, context=None):
+        h = self.embed(x, context)
         for block in self.blocks:
             h = block(h)
         h = layer_norm(h, self.final_norm) if supports(h) else self.final_norm(h)
@@ -69,16 +69,16 @@ class FastPredictor(Predictor):
 
 
 class FastCoupling(Coupling):
-    def forward(self, x):
+    def forward(self, x, context=None):
         if self.masking or not supports(x):
-            return super().forward(x)
-        net_out = self.network(self.split(x)[0])
+            return super().forward(x, context)
+        net_out = self.network(self.split(x)[0], context)
         return affine(x, net_out, self.order.chunk(2)[1], self.axis == 1, self.scale_factor)
 
-    def inverse(self, z):
+    def inverse(self, z, context=None):
         if self.masking or torch.is_grad_enabled() or not supports(z):
-            return super().inverse(z)
-        net_out = self.network(self.split(z)[0])
+            return super().inverse(z, context)
+        net_out = self.network(self.split(z)[0], context)
         return affine_inverse(z, net_out, self.order.chunk(2)[1], self.axis == 1, self.scale_factor)
 
 

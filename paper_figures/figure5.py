@@ -53,6 +53,10 @@ def check_samples(about, content):
         if (array.dtype != np.uint8 or array.ndim != RANKS[name] or not array.size
                 or array.shape[-1] not in (1, 3)):
             raise ValueError(f"{name} are {array.dtype} {array.shape}")
+    if "labels" in content:
+        labels = content["labels"]
+        if labels.shape != content["samples"].shape[:1] or labels.dtype != np.int64:
+            raise ValueError("labels are not one for each sample")
     texts = [about.get(name) for name in ("run_id", "dataset", "weights")]
     numbers = [about.get("seed"), about.get("temperature"), about.get("held_out_distance", 0)]
     if "neighbours" in content:
@@ -76,14 +80,19 @@ def tile(images, columns=COLUMNS):
 def panels_of(about, content):
     """[(caption, sheet)] of one file: samples and, where they are there, neighbours and paths."""
     drawn = f"samples, not picked: temperature {about['temperature']:g}, seed {about['seed']}"
-    panels = [(drawn, tile(content["samples"]))]
+    columns = COLUMNS
+    if "labels" in content:
+        labels = content["labels"]
+        columns, classes = int((labels == labels[0]).sum()), list(dict.fromkeys(labels.tolist()))
+        drawn += f"; a row for each of the classes {', '.join(map(str, classes))}"
+    panels = [(drawn, tile(content["samples"], columns))]
     if "neighbours" in content:
         title, median = style.dataset_title(about["neighbours_of"]), np.median(content["distances"])
         near = (f"the image of {title} (train) nearest to each. Median RMS distance, in grey "
                 f"levels: of samples {median:.1f}")
         if "held_out_distance" in about:
             near += f"; of test images: {about['held_out_distance']:.1f}"
-        panels.append((near, tile(content["neighbours"])))
+        panels.append((near, tile(content["neighbours"], columns)))
     if "paths" in content:
         paths = content["paths"]
         panels.append((

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from harness.flags import ArgumentParser, one_line_errors
-from paper_figures import (figure1, figure2, figure3, figure4, figure5, results_page, style,
-                           tables, throughput)
+from paper_figures import (conditions, figure1, figure2, figure3, figure4, figure5, results_page,
+                           style, tables, throughput)
 from paper_figures.results_csv import ResultsError
 
 DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
@@ -19,7 +19,7 @@ DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
     "scaling": [figure3.draw], "ablate_coupling": [figure4.draw, tables.draw_figure4],
     "draw_samples": [figure5.draw], "main_results": [tables.draw_main],
     "ablate_splits": [tables.draw_splits], "ablate_layers": [tables.draw_layers],
-    "throughput": [throughput.draw]}
+    "condition_classes": [conditions.draw], "throughput": [throughput.draw]}
 
 
 def redraw(results_dir, out_dir):

@@ -44,7 +44,9 @@ def base(folder):
 def configs(base):
     """Of every kind; 10 images cannot be cut in 4 equal parts, nor those in micro-batches."""
     switches = dataclasses.replace(MODEL, actnorm=True, invertible_dense=True, block="cnn")
-    return {"float32": base, "float64": dataclasses.replace(base, precision="float64"),
+    told = dataclasses.replace(MODEL, image_size=32, patch_size=16, context_dim=10)
+    labels = dataclasses.replace(base, model=told, data="cifar10-subset", condition="labels", total_steps=6, eval_every=0)
+    return {"labels": labels, "float32": base, "float64": dataclasses.replace(base, precision="float64"),
             "switches": dataclasses.replace(base, model=switches, precision="float64")}
 
 

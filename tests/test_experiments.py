@@ -25,7 +25,7 @@ COUNTS = {  # runs of one seed at each scale
     "ablate_coupling": (13, 20, 21, 21), "compare_vit_cnn": (4, 6, 6, 8),
     "ablate_block_depth": (6, 6, 6, 6),
     "scaling": (8, 16, 16, 48), "ablate_splits": (6, 6, 6, 6), "ablate_layers": (4, 4, 4, 4),
-    "main_results": (4, 8, 8, 16), "draw_samples": (3, 3, 3, 6)}
+    "main_results": (4, 8, 8, 16), "draw_samples": (3, 3, 3, 6), "condition_classes": (4, 12, 4, 4)}
 FREE = {  # the settings that a sweep may change; all others are its base's
     "ablate_coupling": {"kinds", "spatial_splits"},
     "compare_vit_cnn": {"block", "emb_dim", "num_heads"},
@@ -33,6 +33,7 @@ FREE = {  # the settings that a sweep may change; all others are its base's
     "ablate_layers": {"actnorm", "invertible_dense"},
     "scaling": {"data", "total_steps", "num_couplings", "block_depth", "emb_dim", "num_heads",
                 "image_size", "patch_size"}}
+FREE["condition_classes"] = {"condition", "context_dim", "lr", "total_steps"}
 FREE["main_results"] = FREE["draw_samples"] = FREE["scaling"] - {"emb_dim", "num_heads"} | {"lr"}
 
 
@@ -143,7 +144,8 @@ def test_paper_scale_has_the_two_known_sizes_and_the_official_recipe():
         assert sizes_of_it == (64, 5, 512)
         assert 207_177_216 in sizes(name)
     assert train_flops(TrainConfig()) == 3 * forward_flops(JetConfig()) * 1024 * 250_224
-    for point in [point for name in COUNTS for point in experiment(name).configs("paper")]:
+    points = [point for name in COUNTS for point in experiment(name).configs("paper")]
+    for point in [point for point in points if point.config.total_steps]:
         assert point.config.model.num_tokens == 256 and point.config.batch_size == 1024
         num_images = SETS[point.config.data].counts["train"] or 13_000_000
         epochs = point.config.total_steps * 1024 / num_images
@@ -177,7 +179,8 @@ def test_medium_runs_are_trained_for_at_least_1000_steps_of_256_images(name):
     trained = [config for config in configs if config.total_steps]
     assert trained
     assert all(config.batch_size == 256 and config.total_steps >= 1000 for config in trained)
-    assert len(configs) - len(trained) == (2 if name == "main_results" else 0)  # "not-fine-tuned"
+    # "not-fine-tuned"; told other labels or none
+    assert len(configs) - len(trained) == (2 if name in ("main_results", "condition_classes") else 0)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_small.csv")),
@@ -218,6 +221,18 @@ def test_what_is_fine_tuned_begins_with_what_was_pretrained_for_it():
             data = {point.labels["training"]: point.config.data for point in points}
             assert data["pretrained"].endswith("animals")
             assert data["scratch"] == data["fine-tuned"] == data["not-fine-tuned"]
+
+
+def test_what_is_told_otherwise_are_the_weights_that_were_told_the_labels():
+    for scale in style.SCALES:
+        points = experiment("condition_classes").configs(scale)
+        trained = {point.labels["rate"]: point for point in points if point.config.condition == "labels"}
+        for point in points:
+            assert float(point.labels["rate"]) == point.config.lr
+            otherwise = point.config.condition in ("shuffled", "dropped")
+            assert (point.after is not None) == otherwise == (point.config.total_steps == 0)
+            assert not otherwise or point.after is trained[point.labels["rate"]]
+            assert (point.config.condition == "none") == (point.config.model.context_dim == 0)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from convert import load_jet, official_weights
-from data import ImageSet, load_images, training_batch, training_batches
+from data import ImageSet, load_images, training_batch, training_batches, training_labels
 from evaluate import evaluate, measure
 from harness import machine
+from harness.condition import one_hot
 from harness.errors import TrainingError
 from harness.machine import compile_couplings, networks_in
 from harness.memory import fit_memory
@@ -41,9 +42,11 @@ MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), 
                   emb_dim=16, num_heads=2)
 ALL = {"block": "cnn", "actnorm": True, "invertible_dense": True}
 MASKING = {"split_mode": "masking", "gelu": "exact"}
-models = pytest.mark.parametrize("changes", [{}, ALL, MASKING],
-                                 ids=["vit", "cnn+switches", "masking"])
-two_models = pytest.mark.parametrize("changes", [{}, ALL], ids=["vit", "cnn+switches"])
+LABELS = {"context_dim": 10}
+models = pytest.mark.parametrize("changes", [{}, ALL, MASKING, LABELS],
+                                 ids=["vit", "cnn+switches", "masking", "conditional"])
+two_models = pytest.mark.parametrize("changes", [{}, ALL | LABELS],
+                                     ids=["vit", "conditional cnn+switches"])
 precisions = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 
 
@@ -54,14 +57,16 @@ def cuda_only(what):
 def settings(precision="float32", changes=(), **more):
     model = dataclasses.replace(MODEL, **dict(changes))
     return TrainConfig(**{"model": model, "data": "x", "batch_size": 16, "total_steps": 20,
-                          "lr": 1e-2, "precision": precision, **more})
+                          "lr": 1e-2, "precision": precision,
+                          "condition": "labels" if model.context_dim else "none", **more})
 
 
 @functools.cache
 def photos(height=8, width=8):
     """200 small real images."""
-    array = load_images("cifar10-subset", "train").array[:200, ::32 // height, ::32 // width]
-    return ImageSet(array=np.ascontiguousarray(array), labels=None, name="photos",
+    images = load_images("cifar10-subset", "train").first(200)
+    array = images.array[:, ::32 // height, ::32 // width]
+    return ImageSet(array=np.ascontiguousarray(array), labels=images.labels, name="photos",
                     variant="photos", split="train")
 
 
@@ -95,13 +100,23 @@ def batch(config, step=0, device=DEVICE):
     return x.to(device, DTYPES[config.precision])
 
 
+def context_of(config, x, step=0):
+    """What the Jet takes beside a batch: () or (labels, one-hot,)."""
+    if config.condition == "none":
+        return ()
+    labels = training_labels(photos(), config.batch_size, 0, step, config.condition_drop_prob)
+    return (one_hot(labels, config.model.context_dim).to(x),)
+
+
 def steps(config, count=20, device=DEVICE, jet=None, graph=False, compiled=False, micro_batch=None):
     """(losses and gradient norms, float64 (count, 2), the Jet) after so many steps."""
     jet = jet or random_jet(config, device)
     optimizer = make_optimizer(jet.parameters(), config, graph)
     step = make_step(jet, optimizer, config, micro_batch, graph)
-    numbers = [torch.stack(step(batch(config, number, device).requires_grad_(compiled), number))
-               for number in range(count)]
+    numbers = []
+    for number in range(count):
+        x = batch(config, number, device).requires_grad_(compiled)
+        numbers.append(torch.stack(step(x, number, *context_of(config, x, number))))
     return torch.stack(numbers).double().cpu(), jet
 
 
@@ -236,9 +251,10 @@ def test_log_det_in_bfloat16_is_that_of_the_scales_applied(changes):
 def test_the_inverse_undoes_the_forward_pass(switch, precision, bound):
     config = settings(precision, SWITCHES[switch])
     jet, x = random_jet(config), batch(config)
+    context = context_of(config, x)
     with networks_in(precision, x.device):
-        z, logdet = jet(x)
-        back, inverse_logdet = jet.inverse(z)
+        z, logdet = jet(x, *context)
+        back, inverse_logdet = jet.inverse(z, *context)
     assert largest(z, x) > 0.01 and largest(back, x) <= bound
     assert largest(logdet, -inverse_logdet) <= bound * max(1, logdet.abs().max().item())
 
@@ -398,14 +414,15 @@ def test_the_host_waits_for_nothing_in_a_step(switch, precision):
     optimizers = [make_optimizer(jet.parameters(), config, graph) for graph in (False, True)]
     pixels = torch.zeros(16, *x.shape[2:], x.shape[1], dtype=torch.uint8, device=DEVICE)
     noise = torch.rand(pixels.shape, device=DEVICE)
+    context = context_of(config, x)
     with no_waiting():
-        jet.initialize(x)
+        jet.initialize(x, *context)
         for optimizer, micro_batch in zip(optimizers, (None, 5)):
             for number in range(2):
-                training_step(jet, optimizer, x, number, config, micro_batch)
+                training_step(jet, optimizer, x, number, config, micro_batch, context)
         with torch.no_grad(), networks_in(precision, x.device):
-            measure(jet, pixels, noise)
-            jet.inverse(x)
+            measure(jet, pixels, noise, *context)
+            jet.inverse(x, *context)
 
 
 @cuda_only("a debug mode for waiting")

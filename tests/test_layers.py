@@ -18,15 +18,16 @@ ROOMS = {
     "kernels": "jet harness",
     "images": "jet harness",
     "data": "jet harness images",
-    "convert": "jet harness kernels",
-    "coding": "jet harness kernels data convert",
-    "evaluate": "jet harness kernels data convert",
-    "codec": "jet harness kernels data convert coding",
+    "formats": "jet harness",
+    "convert": "jet harness kernels formats",
+    "coding": "jet harness kernels data formats convert",
+    "evaluate": "jet harness kernels data formats convert",
+    "codec": "jet harness kernels data formats convert coding",
     "recipe": "jet harness data",
-    "train": "jet harness kernels data convert evaluate recipe",
-    "sweeps": "jet harness kernels data convert evaluate recipe train "
+    "train": "jet harness kernels data formats convert evaluate recipe",
+    "sweeps": "jet harness kernels data formats convert evaluate recipe train "
               "paper_figures.results_csv paper_figures.per_image",
-    "audit": "jet harness kernels data convert coding evaluate codec recipe train sweeps",
+    "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps",
     "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image",
     "experiments": "*", ".ci": "*", "assets": "*",
 }

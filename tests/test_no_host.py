@@ -30,7 +30,7 @@ SWITCHES = {
     "channels only": {"kinds": ("channels",)}, "actnorm": {"actnorm": True},
     "spatial only": {"kinds": ("spatial",), "spatial_splits": ("hstripes", "checkerboard-inv")},
     "dense": {"invertible_dense": True}, "both": {"actnorm": True, "invertible_dense": True},
-    "not square": {"image_size": (8, 16), "block": "cnn"}}
+    "not square": {"image_size": (8, 16), "block": "cnn"}, "conditional": {"context_dim": 5}}
 WAYS = {"whole": {}, "recomputed": {"recompute": True}, "micro-batches": {"micro_batch": 4},
         "graph": {"graph": True}}  # in which a step is done
 switches = pytest.mark.parametrize("switch", SWITCHES)
@@ -84,7 +84,8 @@ def no_values(device):
 
 def settings(precision, switch):
     model = dataclasses.replace(MODEL, **SWITCHES[switch])
-    return TrainConfig(model=model, data="x", batch_size=BATCH, total_steps=4, precision=precision)
+    return TrainConfig(model=model, data="x", batch_size=BATCH, total_steps=4, precision=precision,
+                       condition="labels" if model.context_dim else "none")
 
 
 def make(config):
@@ -112,6 +113,12 @@ def images(config, device):
             torch.empty(BATCH, C, H, W, dtype=dtype, device=device))
 
 
+def context_of(config, x):
+    """What a Jet takes beside a batch: () or (labels, one-hot,), without values."""
+    dim = config.model.context_dim
+    return (torch.empty(len(x), 1, dim, dtype=x.dtype, device=x.device),) if dim else ()
+
+
 def train_two_steps(config, device, recompute=False, micro_batch=None, graph=False):
     """ActNorm's start and two steps; returns what says whether one was not finite."""
     jet = make(config)
@@ -123,9 +130,11 @@ def train_two_steps(config, device, recompute=False, micro_batch=None, graph=Fal
         if graph:
             group["lr"] = torch.empty((), device=device)
         *_, x = images(config, device)
-        jet.initialize(x)
+        context = context_of(config, x)
+        jet.initialize(x, *context)
         for step in range(2):
-            loss, grad_norm = training_step(jet, optimizer, x, step, config, micro_batch)
+            loss, grad_norm = training_step(jet, optimizer, x, step, config, micro_batch,
+                                            context)
             assert loss.shape == grad_norm.shape == () and loss.dtype == x.dtype
     assert all(len(optimizer.state[parameter]) == 3 for parameter in jet.parameters())
     return optimizer.found_inf
@@ -147,8 +156,9 @@ def score_and_invert(config, device):
         place(jet, device)
         pixels, noise, x = images(config, device)
         with networks_in(config.precision, x.device):
-            results = measure(jet, pixels, noise)
-            (z, logdet), (_, inverse_logdet) = jet(x), jet.inverse(x)
+            context = context_of(config, x)
+            results = measure(jet, pixels, noise, *context)
+            (z, logdet), (_, inverse_logdet) = jet(x, *context), jet.inverse(x, *context)
     assert results.shape == (2, BATCH) and results.dtype == torch.float64
     assert z.dtype == logdet.dtype == inverse_logdet.dtype == dtype and logdet.shape == (BATCH,)
     assert len(answers) == 3 and results.device == z.device == x.device

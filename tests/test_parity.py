@@ -12,7 +12,8 @@ from recipe import make_optimizer, schedule, training_step
 from train import TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL = sorted(path.stem for path in GOLDEN.glob("*.npz") if "port" not in path.stem)
+OFFICIAL = sorted(path.stem for path in GOLDEN.glob("jet_*.npz") if "port" not in path.stem)
+CONDITIONAL = ("conditional_label", "conditional_tokens")
 
 
 def nchw(array, dtype=None):
@@ -78,6 +79,8 @@ def test_each_coupling(golden, jet):
 
 def without_key_bias(name, tensor):
     """The gradient of the keys' bias is 0 but for rounding, which Adam blows up: not compared."""
+    if name.endswith("key_value.bias"):
+        return tensor.chunk(2)[1]
     if not name.endswith("qkv.bias"):
         return tensor
     query, _, value = tensor.chunk(3)
@@ -112,6 +115,39 @@ def test_eight_optimizer_steps(golden, jet):
 def test_schedule(golden):
     steps = golden["traj/schedule"]
     assert np.allclose([schedule(t, len(steps) - 1) for t in range(len(steps))], steps, rtol=0, atol=1e-7)
+
+
+@pytest.fixture(params=CONDITIONAL)
+def conditional(request):
+    return np.load(GOLDEN / f"{request.param}.npz")
+
+
+@torch.no_grad()
+def test_float64_with_a_context(conditional):
+    jet, context = load_jet(conditional.fid.name).double(), torch.tensor(conditional["context"])
+    for this, what in ((context, ""), (0 * context, "_zero_context")):
+        z, logdet = jet(nchw(conditional["x"], torch.float64), this)
+        close(z, nchw(conditional[f"z{what}_f64"]), 1e-11)
+        close(logdet, torch.tensor(conditional[f"logdet{what}_f64"]), 1e-10)
+    x, logdet = jet.inverse(nchw(conditional["z_sample"], torch.float64), context)
+    close(x, nchw(conditional["x_sample_f64"]), 1e-11)
+    close(logdet, torch.tensor(conditional["logdet_sample_f64"]), 1e-10)
+
+
+def test_float32_and_gradients_with_a_context(conditional):
+    jet, context = load_jet(conditional.fid.name), torch.tensor(conditional["context"])
+    z, logdet = jet(nchw(conditional["x"]), context)
+    bits = bits_per_dim(z, logdet)
+    close(z, nchw(conditional["z"]), 3e-5)
+    close(bits, torch.tensor(conditional["bits_per_dim"]), 1e-5)
+    bits.mean().backward()
+    theirs = official_weights({name[5:]: conditional[name] for name in conditional if name.startswith("grad/couplings")})
+    assert theirs.keys() == dict(jet.named_parameters()).keys()
+    for name, parameter in jet.named_parameters():  # those of queries and keys of one token are exactly 0
+        expected = without_key_bias(name, theirs[name])
+        assert (without_key_bias(name, parameter.grad) - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+    with torch.no_grad():
+        close(jet.inverse(nchw(conditional["z"]), context)[0], nchw(conditional["x_rec"]), 2e-4)
 
 
 def test_jet_pytorch():

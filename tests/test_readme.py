@@ -16,7 +16,7 @@ PLACEHOLDERS = {"DIR", "WEIGHTS", "PHOTOS", "DOWNLOADS", "ILSVRC2012", "OUT", "N
 MADE = ("runs/", "sets/", "out/")  # by the commands themselves, and ignored by git
 EXAMPLE = "experiments/ablate_scale.py"  # docs/changing.md makes it
 IN_ROOT = ("assets", "audit", "codec.py", "coding", "convert.py", "data.py", "docs", "evaluate.py", "experiments",
-           "harness", "images", "jet.py", "kernels", "paper_figures", "recipe.py", "results", "sweeps", "tests", "train.py")
+           "formats", "harness", "images", "jet.py", "kernels", "paper_figures", "recipe.py", "results", "sweeps", "tests", "train.py")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

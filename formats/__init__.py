@@ -1,0 +1,1 @@
+"""Weight files of other implementations: what they say of a Jet, and written from one."""
