@@ -5,7 +5,7 @@ from pathlib import Path
 from harness.checkpoint import weights_checksum
 from harness.errors import printable
 from harness.files import read_json
-from harness.machine import ROOT, code_version
+from harness.host import ROOT, code_version
 
 AUDITS = ROOT / "results/audits"
 
