@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from paper_figures import style
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_test_rows
 
 SWEPT_A, SWEPT_B = ("block", "emb_dim"), ("block_depth",)
@@ -20,6 +21,7 @@ NAMES = {"vit": "ViT", "cnn": "CNN"}
 LARGEST = 110  # area of the marker of the most parameters, in points^2
 
 
+@drawn_from("compare_vit_cnn", "figure2a", "Figure 2a")
 def draw_a(path, out_dir=style.OUT):
     """Draw Figure 2a, a line for each kind of block; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "compare_vit_cnn", SWEPT_A, "Figure 2a")
@@ -41,6 +43,7 @@ def draw_a(path, out_dir=style.OUT):
     return style.save(figure, f"figure2a_{rows['scale'].iloc[0]}", out_dir)
 
 
+@drawn_from("ablate_block_depth", "figure2b", "Figure 2b")
 def draw_b(path, out_dir=style.OUT):
     """Draw Figure 2b, one line over the depths; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "ablate_block_depth", SWEPT_B, "Figure 2b")

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from paper_figures import style
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_rows
 
 SWEPT = ("dataset", "num_couplings", "block_depth", "emb_dim")
@@ -24,6 +25,7 @@ def sets(rows):
     return style.ordered(rows["dataset"], style.DATASET_TITLES)
 
 
+@drawn_from("scaling", "figure3", "Figure 3")
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = final_rows(path, "scaling", SWEPT, "Figure 3")

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from paper_figures import style
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_test_rows
 
 SWEPT = ("coupling_ratio", "spatial_split")
@@ -20,6 +21,7 @@ def load(path):
     return final_test_rows(path, "ablate_coupling", SWEPT, "Figure 4")
 
 
+@drawn_from("ablate_coupling", "figure4", "Figure 4")
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = load(path)

@@ -18,6 +18,7 @@ from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
 from jet import JetConfig
 from paper_figures import style
+from paper_figures.regime import drawn_from, is_run, say_not_run
 from paper_figures.reported import DATASETS, KNOWN, REPORTED, read_reported
 from paper_figures.results_csv import ResultsError, final_test_rows
 from paper_figures.table_files import OURS, Part, write
@@ -200,7 +201,9 @@ FIGURE_4 = Grid(
     title="Figure 4 as a table: channel to spatial couplings, kinds of spatial split",
     compared="The paper compares them on ImageNet-1k 64x64",
     names={"coupling_ratio": BY_SHARE, "spatial_split": dict.fromkeys(style.SPLIT_STYLES)})
-draw_splits, draw_layers, draw_figure4 = SPLITS.draw, LAYERS.draw, FIGURE_4.draw
+draw_splits, draw_layers, draw_figure4 = (
+    drawn_from(grid.experiment, grid.name, grid.title, table=True)(grid.draw)
+    for grid in (SPLITS, LAYERS, FIGURE_4))
 
 
 # ---- the main table
@@ -215,9 +218,10 @@ def our_line(size, training, dataset, variant, scale="", **cells):
 
 
 def our_lines(rows):
-    """What our_line makes of a CSV's runs, and of the paper's targets that it has not."""
-    scale, lines, targets = f" ({rows['scale'].iloc[0]} scale)", [], dict(PAPER_COST)
-    for of_run, points in by_run(rows, MAIN_SWEPT, MAIN_ORDER):
+    """What our_line makes of a CSV's runs, if there are some, and of the targets that it has not."""
+    lines, targets = [], dict(PAPER_COST)
+    for of_run, points in [] if rows is None else by_run(rows, MAIN_SWEPT, MAIN_ORDER):
+        scale = f" ({rows['scale'].iloc[0]} scale)"
         cells, variant = summary(of_run), of_run["variant"].iloc[0]
         notes = [note for note in (cells["Note"], beginning(of_run, rows)) if note != NOTHING]
         cells["Note"] = "; ".join(notes)
@@ -341,13 +345,16 @@ def section(title, rows, note):
 
 def draw_main(path, out_dir=style.OUT):
     """The main table from a CSV; returns the paths of the Markdown and the LaTeX file."""
-    rows = final_test_rows(path, "main_results", MAIN_SWEPT, "the main table", MAIN_VARYING)
-    scale = rows["scale"].iloc[0]
+    rows, scale = None, Path(path).stem.rpartition("_")[2]
+    if is_run(path, "main_results"):
+        rows = final_test_rows(path, "main_results", MAIN_SWEPT, "the main table", MAIN_VARYING)
+        scale = rows["scale"].iloc[0]
+    ours = f"{say_not_run('main_results', scale)}." if rows is None else setting(rows)
     caption = (
         f"Main table, our runs of {scale} scale beside published numbers. A section is one image "
         "set, variant and kind of bound, by bits/dim; numbers of two sections are never "
         "comparable, and within one the dequantization matters. Ours: "
-        f"{setting(rows)} {NOTHING}: nothing to say, not run, or not in results/reported.csv, "
+        f"{ours} {NOTHING}: nothing to say, not run, or not in results/reported.csv, "
         "where the published digits come from. Training FLOPs of ours are of the run alone; "
         "GPU-hours are computed for 40 % of an H100's bfloat16 peak.")
     parts = main_parts([*our_lines(rows), *shipped_lines()], read_reported(REPORTED))
