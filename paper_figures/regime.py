@@ -1,4 +1,4 @@
-"""For how many epochs the runs of a CSV were trained: small scale counts as run from 5 epochs on."""
+"""How long and with which rates runs were trained: small scale counts as run from 5 epochs on."""
 import contextlib
 import functools
 from pathlib import Path
@@ -18,19 +18,34 @@ def epochs_of(rows):
                    for run in runs.itertuples() if counts.get(run.dataset) and run.total_steps})
 
 
-def is_run(path, experiment, scale=None):
-    """Whether a CSV is evidence at its scale, by its name or as given: there, and long enough.
+def is_run(path, experiment):
+    """Whether a CSV is evidence at the scale of its name: there, and long enough.
 
-    One that cannot be read counts as run: who reads it says what is wrong.
+    One that cannot be read, or is of another scale, counts as run: its reader says what is wrong.
     """
-    if (least := LEAST.get(scale or Path(path).stem.rpartition("_")[2])) is None:
+    scale = Path(path).stem.rpartition("_")[2]
+    if (least := LEAST.get(scale)) is None:
         return True
     if not Path(path).exists():
         return False
     with contextlib.suppress(ResultsError, ValueError, ArithmeticError):
-        names = ["dataset", "total_steps", "batch_size"]
-        return min(epochs_of(read_csv(Path(path), experiment, usecols=names)), default=least) >= least
+        names = ["scale", "dataset", "total_steps", "batch_size"]
+        rows = read_csv(Path(path), experiment, usecols=names)
+        return set(rows["scale"]) != {scale} or min(epochs_of(rows), default=least) >= least
     return True
+
+
+def regime(rows, path):
+    """"5 epochs, tuned over 3 learning rates": of the rows of a CSV and the search beside it."""
+    epochs = epochs_of(rows)
+    text = " to ".join(f"{number:.3g}" for number in dict.fromkeys((epochs[0], epochs[-1]))) \
+        if epochs else "unknown"
+    experiment, _, scale = Path(path).stem.rpartition("_")
+    search = Path(path).with_name(f"{experiment}_search_{scale}.csv")
+    rates = {row.lr for row in read_csv(search, experiment, usecols=["lr"]).itertuples()} \
+        if search.exists() else ()
+    tuned = f"tuned over {len(rates)} learning rates" if rates else "one learning rate"
+    return f"{text} epochs, {tuned}"
 
 
 def say_not_run(experiment, scale):

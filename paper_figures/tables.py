@@ -18,6 +18,8 @@ from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
 from jet import JetConfig
 from paper_figures import style
+from paper_figures.inference import COLUMNS, Contrast, cells, compare
+from paper_figures.per_image import read_per_image
 from paper_figures.regime import drawn_from, is_run, say_not_run
 from paper_figures.reported import DATASETS, KNOWN, REPORTED, read_reported
 from paper_figures.results_csv import ResultsError, final_test_rows
@@ -130,6 +132,7 @@ class Grid:
     compared: str  # what the paper compares
     corner: str  # the head of the first column
     names: dict  # {swept field: {value: how it is written, if not so}}, in order: down, across
+    contrasts: object = None  # function(rows) -> what is compared
 
     @property
     def swept(self):
@@ -143,8 +146,15 @@ class Grid:
         caption = (
             f"{self.title}, {first['scale']} scale. {title}, variant {first['variant']}, "
             f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; {UNKNOWN}.")
-        return write(f"{self.name}_{first['scale']}", caption,
-                     [self.bits(rows, runs), self.costs(runs)], out_dir)
+        parts = [self.bits(rows, runs), *self.differences(path, rows), self.costs(runs)]
+        return write(f"{self.name}_{first['scale']}", caption, parts, out_dir)
+
+    def differences(self, path, rows):
+        """What the page compares, where there are values per image or several seeds."""
+        found = compare(rows, self.swept, read_per_image(path, rows), self.contrasts(rows)) \
+            if self.contrasts else []
+        return [Part(header=COLUMNS, rows=[*map(cells, found)],
+                     title="Differences, paired over images.")] if found else []
 
     def labels(self, points):
         """The values of each field at the points of one run."""
@@ -189,13 +199,20 @@ SPLITS = Grid(
     title="Table 2a: pairing or masking",
     compared="The paper compares the two for channel and for spatial couplings; masking, and whole "
              "models of one mode, are our reading",
-    names={"coupling_ratio": RATIOS, "split_mode": {"pairing": "pairing", "masking": "masking"}})
+    names={"coupling_ratio": RATIOS, "split_mode": {"pairing": "pairing", "masking": "masking"}},
+    contrasts=lambda rows: [
+        Contrast(f"{ratio}: pairing - masking", {(ratio, "pairing"): 1, (ratio, "masking"): -1})
+        for ratio in style.ordered(rows["coupling_ratio"], RATIOS)])
 LAYERS = Grid(
     name="table2b", experiment="ablate_layers", corner="before each coupling",
     title="Table 2b: ActNorm and invertible dense layers",
     compared="The paper compares the four and leaves both layers off; ours are Glow's",
     names={"actnorm": {"False": "no ActNorm", "True": "ActNorm"},
-           "invertible_dense": {"False": "no dense layers", "True": "dense layers"}})
+           "invertible_dense": {"False": "no dense layers", "True": "dense layers"}},
+    contrasts=lambda rows: [
+        Contrast(f"with {name} - without any", {point: 1, ("False", "False"): -1})
+        for name, point in {"ActNorm": ("True", "False"), "dense layers": ("False", "True"),
+                            "both": ("True", "True")}.items()])
 FIGURE_4 = Grid(
     name="table_figure4", experiment="ablate_coupling", corner="channel : spatial",
     title="Figure 4 as a table: channel to spatial couplings, kinds of spatial split",
@@ -218,7 +235,7 @@ def our_line(size, training, dataset, variant, scale="", **cells):
 
 
 def our_lines(rows):
-    """What our_line makes of a CSV's runs, if there are some, and of the targets that it has not."""
+    """What our_line makes of a CSV's runs, or None, and of the targets that it has not."""
     lines, targets = [], dict(PAPER_COST)
     for of_run, points in [] if rows is None else by_run(rows, MAIN_SWEPT, MAIN_ORDER):
         scale = f" ({rows['scale'].iloc[0]} scale)"
