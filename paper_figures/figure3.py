@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
-from paper_figures import style
+from paper_figures import paper, style
 from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_rows
 
@@ -39,7 +39,10 @@ def draw(path, out_dir=style.OUT):
     for axes in panels.flat[len(datasets):]:
         axes.remove()
     for axes, dataset in zip(panels.flat, datasets):
-        draw_set(axes, rows[rows["dataset"] == dataset], looks, area)
+        of_set = rows[rows["dataset"] == dataset]
+        draw_set(axes, of_set, looks, area)
+        paper.mark(axes, "scaling", SWEPT,
+                   of_set.groupby([*SWEPT])["train_flops"].first().to_dict())
         if scale == "smoke":
             style.mark_smoke(axes, fontsize=7.5, in_layout=False)
     style.compute_axis(axes, rows["train_flops"])

@@ -110,6 +110,9 @@ class Arms:
         squares = sum(((np.array(values) - np.mean(values)) ** 2).sum() for values in arms.values())
         return (squares / df if df else math.nan), df
 
+    def pooled_test(self):
+        return self.pooled(self.test)
+
     def of_seed(self, contrast, place):
         """(value, error over images) of one seed."""
         weights = {self.points[point][place]: weight for point, weight in contrast.weights.items()}

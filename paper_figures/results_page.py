@@ -16,7 +16,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 import numpy as np
 
 from harness.flags import ArgumentParser, one_line_errors
-from paper_figures import figure2, figure3, figure4, figure5, style, tables
+from paper_figures import figure2, figure3, figure4, figure5, lengths, paper, style, tables
 from paper_figures.inference import COLUMNS, Contrast, cells, compare
 from paper_figures.per_image import read_per_image
 from paper_figures.regime import LEAST, is_run, regime
@@ -175,6 +175,10 @@ def item_section(item, results_dir):
             lines += measured(item, item.rows(path), scale, path)
         else:
             missing.append(scale)
+    known = [f"{' '.join(point)} {value}" for point, value in
+             paper.paper_values(item.experiment, item.swept).items()]
+    if known:
+        lines += [f"**The paper's numbers** ([paper.csv](paper.csv)): {'; '.join(known)}.", ""]
     return [*lines, f"Not run: {', '.join(missing)}. The command is `python experiments/"
             f"{item.experiment}.py --scale SCALE --data-root DIR`.", "",
             f"**To tell more:** {item.to_tell}", ""]
@@ -201,12 +205,22 @@ def measured(item, rows, scale, path):
         lines += [f"![{item.title}](../paper_figures/out/{item.figure}_{scale}.png)", ""]
     if item.contrasts:
         images = read_per_image(path, rows)
-        if found := compare(rows, item.swept, images, item.contrasts(rows)):
-            lines += comparisons(found, regime(rows, path), scale)
-    return [*lines, *caps(test), ""]
+        known = paper.paper_values(item.experiment, item.swept)
+        contrasts = [with_sign(contrast, known) for contrast in item.contrasts(rows)]
+        if found := compare(rows, item.swept, images, contrasts):
+            lines += comparisons(found, regime(rows, path), scale, known)
+    return [*lines, *lengths.section(path, rows, item, BEST_DEPTH), *caps(test), ""]
 
 
-def comparisons(findings, regime, scale):
+def with_sign(contrast, known):
+    """The Contrast with the sign that the paper's numbers have, where a claim says none."""
+    theirs = paper.difference(contrast, known)
+    if contrast.wanted or not theirs:
+        return contrast
+    return dataclasses.replace(contrast, wanted=1 if theirs > 0 else -1)
+
+
+def comparisons(findings, regime, scale, known):
     """The table of what was compared, and how much of it has the sign that the paper claims."""
     verdicts = [verdict(one, regime, scale) for one in findings]
     summary, claimed = "The paper's numbers are not known here: no sign to compare with.", [
@@ -215,8 +229,12 @@ def comparisons(findings, regime, scale):
         counts = [f"{claimed.count(words)} {words}" for words in dict.fromkeys(claimed)]
         summary = (f"Of {len(claimed)} comparisons that speak to the claim: "
                    f"{'; '.join(counts)}.")
-    lines = [summary, "", f"| {' | '.join(COLUMNS)} | |", f"|{6 * ' --- |'}"]
-    lines += [f"| {' | '.join(cells(one))} | {words} |" for one, words in zip(findings, verdicts)]
+    theirs = [paper.difference(one.contrast, known) for one in findings]
+    columns = (*COLUMNS, "the paper's") if set(theirs) > {None} else COLUMNS
+    lines = [summary, "", f"| {' | '.join(columns)} | |", f"|{(len(columns) + 1) * ' --- |'}"]
+    for one, words, value in zip(findings, verdicts, theirs):
+        more = ["" if value is None else f"{value:+.4f}"][:len(columns) - len(COLUMNS)]
+        lines.append(f"| {' | '.join([*cells(one), *more])} | {words} |")
     return [*lines, ""]
 
 

@@ -18,6 +18,7 @@ from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
 from jet import JetConfig
 from paper_figures import style
+from paper_figures.paper import paper_values
 from paper_figures.inference import COLUMNS, Contrast, cells, compare
 from paper_figures.per_image import read_per_image
 from paper_figures.regime import drawn_from, is_run, say_not_run
@@ -37,10 +38,9 @@ TRAININGS = {"pretrained": "pretrained", "scratch": "from scratch",
 MAIN_ORDER = {"training": TRAININGS, "dataset": style.DATASET_TITLES}
 H100_RATE = 0.4 * 989e12  # FLOP/s: 40 % of its bfloat16 peak, assumed as in sweeps/plan.py
 SHIPPED = style.ROOT / "assets/jet_cifar10"
-MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "Dequantization", "Parameters", "Training FLOPs",
-                "Seconds", "logdet/cap", "Images", "Source", "Note")
+MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "The paper's", "Dequantization", "Parameters",
+                "Training FLOPs", "Seconds", "logdet/cap", "Images", "Source", "Note")
 NOTHING, SATURATED = "–", 0.9
-UNKNOWN = "the paper's values are not known here (results/reported.csv has none)"
 
 
 def size_of(size):
@@ -145,7 +145,8 @@ class Grid:
         title = style.dataset_title(first["dataset"])
         caption = (
             f"{self.title}, {first['scale']} scale. {title}, variant {first['variant']}, "
-            f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; {UNKNOWN}.")
+            f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; its values, as "
+            "far as they are known here: results/paper.csv.")
         parts = [self.bits(rows, runs), *self.differences(path, rows), self.costs(runs)]
         return write(f"{self.name}_{first['scale']}", caption, parts, out_dir)
 
@@ -163,7 +164,7 @@ class Grid:
 
     def bits(self, rows, runs):
         """bits/dim in a grid."""
-        cells, shared = {}, []
+        cells, shared, known = {}, [], paper_values(self.experiment, self.swept)
         for of_run, points in runs:
             cell = summary(of_run)
             text = f"{cell['bits/dim']} ± {cell['±'].split()[0]}"
@@ -180,7 +181,9 @@ class Grid:
                 shares = sorted(rows.loc[rows[down] == value, "channel_share"].unique())
                 head += f" (channel share {', '.join(f'{share:.3f}' for share in shares)})"
             found = [cells.get((value, column), NOTHING) for column in columns]
-            table.append((head, *found, "not known"))
+            theirs = [f"{names.get(column) or column}: {known[value, column]}"
+                      for column in columns if (value, column) in known]
+            table.append((head, *found, "; ".join(theirs) or "not known"))
         if shared:
             note = f"†: one run for all, since their couplings are the same: {' / '.join(shared)}."
         header = self.corner, *(names.get(column) or column for column in columns), "the paper's"
@@ -230,13 +233,14 @@ def our_line(size, training, dataset, variant, scale="", **cells):
     couplings, depth = size_of(size)
     model = (f"{OURS}Jet {couplings} couplings x depth {depth}, {TRAININGS.get(training, training)}"
              f"{scale}")
-    row = {"Model": model, "Dequantization": "uniform", **cells}
+    known = paper_values("main_results", MAIN_SWEPT).get((size, training, dataset), "")
+    row = {"Model": model, "Dequantization": "uniform", "The paper's": known, **cells}
     return (dataset.removesuffix(f"-{variant}"), variant), row
 
 
 def our_lines(rows):
     """What our_line makes of a CSV's runs, or None, and of the targets that it has not."""
-    lines, targets = [], dict(PAPER_COST)
+    lines, targets, done = [], dict(PAPER_COST), set()
     for of_run, points in [] if rows is None else by_run(rows, MAIN_SWEPT, MAIN_ORDER):
         scale = f" ({rows['scale'].iloc[0]} scale)"
         cells, variant = summary(of_run), of_run["variant"].iloc[0]
@@ -244,7 +248,11 @@ def our_lines(rows):
         cells["Note"] = "; ".join(notes)
         for point in points:
             targets.pop(point, None)
+            done.add(point)
             lines.append(our_line(*point, variant, scale, **cells))
+    known = paper_values("main_results", MAIN_SWEPT)
+    for point in sorted(known.keys() - {*PAPER_COST, *done}):
+        lines.append(our_line(*point, SETS[point[-1]].variant, **{"bits/dim": "not run here"}))
     for point, (flops, hours) in targets.items():
         flops, variant = power(flops), SETS[point[-1]].variant
         note = f"paper scale: {flops} training FLOPs, {hours} GPU-hours of an H100, both computed"

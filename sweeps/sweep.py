@@ -6,7 +6,6 @@ cluster; one that does more (experiments/draw_samples.py) composes parse, carry_
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -22,11 +21,12 @@ from harness.flags import ArgumentParser, one_line_errors
 from harness.machine import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
 from harness.run_folder import has_checkpoint
-from paper_figures.per_image import paired_difference, read_per_image, write_per_image
+from paper_figures.per_image import read_per_image, write_per_image
 from paper_figures.results_csv import SCALES, ResultsError, columns, read_csv, read_results
 from sweeps import cluster, local, plan, watch
 from sweeps.grid import Experiment
 from sweeps.parts import make_parts
+from sweeps.table import print_table
 
 # Small models gain little from two threads, and threads that wait for a core which another process
 # has cost a factor of ten; --jobs uses all cores
@@ -400,32 +400,6 @@ def collect(experiment, scale, runs, csv, pieces=()):
     if per_image:
         print(write_per_image(csv, per_image))
     return rows, per_image
-
-
-def print_table(rows, swept, per_image):
-    """The finished points, those on equal images together, best first.
-
-    behind: by how much a point is behind the best of its seed, image by image, and the error.
-    """
-    train = rows[rows["split"] == "train"]
-    train_bits = dict(zip(zip(train["run_id"], train["step"]), train["bits_per_dim"]))
-    test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
-    keys = zip(test["run_id"], test["step"])
-    table = test[[*swept, "seed"]].assign(**{
-        "channels": test["channel_share"].map("{:.3f}".format),
-        "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
-        "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
-        "train": [f"{train_bits.get(key, math.nan):.4f}" for key in keys],
-        "logdet/cap": ["" if pd.isna(share) else f"{share:.1%}"
-                       for share in test["logdet_cap_share"]],
-        "seconds": test["train_seconds"].map("{:.1f}".format)})
-    best = test.groupby(["dataset", "seed", "step"])["run_id"].transform("first")
-    if set(test["run_id"]) <= per_image.keys():
-        behind = [paired_difference(per_image[one], per_image[other])
-                  for one, other in zip(test["run_id"], best)]
-        for place, name in enumerate(("behind", "+-")):
-            table[name] = [f"{pair[place]:.4f}" if pair[0] else "" for pair in behind]
-    print(table.to_string(index=False))
 
 
 def refuse_other_precision(sweep):

@@ -8,9 +8,11 @@ import pytest
 from grid_rows import grid_rows
 
 from experiments import ablate_layers, scaling
-from paper_figures import inference, results_page, tables
+from paper_figures import figure2, inference, lengths, results_page, tables
 from paper_figures.per_image import write_per_image
 from paper_figures.regime import epochs_of, is_run, regime
+from paper_figures.results_csv import read_results
+from sweeps.table import print_table
 
 mpmath = pytest.importorskip("mpmath")
 COUNT = 50  # images
@@ -163,3 +165,63 @@ def test_a_csv_of_less_than_5_epochs_is_not_run(tmp_path):
         assert "Not run at 5 epochs, small scale: python experiments/ablate_layers.py --scale small" in drawn[0].read_text()
     text = results_page.page(tmp_path, tmp_path).split("## Table 2b")[1]
     assert "**Ours, small scale:** not run at 5 epochs." in text and "| with ActNorm" not in text
+
+
+# ---- training lengths
+
+@pytest.fixture
+def with_lengths(tmp_path):
+    """Figure 2a with a gap that falls by 0.1 from 0.5 to 5 epochs, and 0.05 is left; seeds differ by 0.01."""
+    def bits(row):
+        epochs = row.total_steps * row.batch_size / 50_000
+        return 4 + (row.block == "vit") * (0.05 - 0.1 * math.log10(epochs / 5)) + 0.01 * row.seed
+    for name, seeds in (("compare_vit_cnn", (0, 1, 2)), ("compare_vit_cnn_lengths", (0,))):
+        rows = grid_rows(name, "small", seeds)
+        rows.assign(bits_per_dim=[bits(row) for row in rows.itertuples()]).to_csv(tmp_path / f"{name}_small.csv", index=False)
+    return tmp_path / "compare_vit_cnn_small.csv"
+
+
+def test_the_page_says_what_becomes_of_the_gap_as_training_grows(with_lengths, tmp_path):
+    text = results_page.page(tmp_path, tmp_path).split("## Figure 2a")[1].split("\n## ")[0]
+    assert "| gap | 0.5 epochs | 1.5 epochs | 5 epochs | for ten times as long, 95 % interval |" in text
+    found = [line for line in text.splitlines() if line.startswith("| ViT - CNN, ")]
+    assert [line.split("|")[1].strip() for line in found] == [
+        f"ViT - CNN, width {width}, patch {patch}" for width, patch in ((16, 4), (32, 2), (32, 4), (64, 4))]
+    error = math.sqrt(2 * 0.01 ** 2 / sum((x - np.log10([0.5, 1.5, 5]).mean()) ** 2 for x in np.log10([0.5, 1.5, 5])))
+    reach = inference.quantile(12) * error
+    for line in found:
+        assert "| +0.1500 | " in line and "| +0.0500 | " in line  # there are no values per image
+        assert line.endswith(f"| -0.1000 ({-0.1 - reach:+.4f} to {-0.1 + reach:+.4f}) |")
+    assert "Extrapolated, not measured" in text and text.count("zero at about 16 epochs") == 4  # 5 x 10^0.5
+
+
+def test_a_line_of_each_length_is_drawn_over_compute(with_lengths, tmp_path, drawn):
+    figure2.draw_a(with_lengths, tmp_path / "out")
+    assert [name for _, name in drawn] == ["figure2a_small", "figure2a_lengths_small"]
+    axes, = drawn[1][0].axes
+    lines = [line.get_xydata() for line in axes.lines]
+    assert sorted(map(len, lines)) == [1] * 6 + [3] * 6  # patches of 2 at one width, of 4 at three, times block and length
+    legend = [text.get_text() for text in drawn[1][0].legends[0].get_texts()]
+    assert legend == ["ViT, patches of 4", "CNN, patches of 4", "ViT, patches of 2", "CNN, patches of 2",
+                      "5 epochs", "1.5 epochs", "0.5 epochs"]
+
+
+@pytest.mark.parametrize("gaps, words", [
+    ({1: 0.2, 10: 0.1}, "zero at about 100 epochs"), ({1: 0.1, 10: 0.2}, "it does not shrink to zero"),
+    ({1: 0.1, 10: -0.1}, "it has changed its sign"), ({1: 0.1, 10: 0.0999}, "not zero within 10,000 epochs"), ({1: 0.1}, "one length alone")])
+def test_an_extrapolation_says_where_the_line_crosses_zero(gaps, words):
+    assert lengths.trend(gaps, 0.0)[2].startswith(words)
+
+
+def test_a_sweep_prints_how_far_points_are_behind_over_seeds(tmp_path, capsys):
+    path, images = save(tmp_path, "ablate_layers")
+    rows = read_results(path, "ablate_layers", tables.LAYERS.swept)
+    print_table(rows, tables.LAYERS.swept, images)
+    said = capsys.readouterr().out.partition("over 3 seeds, less ")[2].splitlines()
+    best, *others = said[0].rstrip(":").split("\n")
+    means = rows[rows["split"] == "test"].groupby([*tables.LAYERS.swept])["bits_per_dim"].mean().sort_values()
+    assert tuple(best.split(" ")) == means.index[0] and len(said) == 5
+    for line, point in zip(said[2:], means.index[1:]):
+        assert line.split()[:2] == list(point) and line.split()[2] == f"{means[point] - means.iloc[0]:+.4f}"
+    print_table(rows[rows["seed"] == 0], tables.LAYERS.swept, images)
+    assert "over" not in capsys.readouterr().out
