@@ -77,16 +77,16 @@ def overfitting_and_scaling(rows):
         what = f"{style.dataset_title(dataset)}, {'test - train' if is_smaller else 'test'}"
         of_set = rows[rows["dataset"] == dataset]
         points = set(of_set[[*figure3.SWEPT]].itertuples(index=False, name=None))
-        for field, name in fields.items():
-            place = figure3.SWEPT.index(field)
-            for before, after in itertools.pairwise(style.ordered(of_set[field])):
-                for point in sorted(points):
-                    other = (*point[:place], after, *point[place + 1:])
-                    if point[place] == before and other in points:
-                        rest = ", ".join(f"{fields[key]} {value}" for key, value in zip(
-                            figure3.SWEPT, point) if key in fields and key != field)
-                        found.append(difference(f"{what}: {name} {after} - {before} ({rest})",
-                                                other, point, 1 if is_smaller else -1, is_smaller))
+        for field, point in itertools.product(fields, sorted(points)):
+            place, sizes = figure3.SWEPT.index(field), style.ordered(of_set[field])
+            after = dict(itertools.pairwise(sizes)).get(point[place])
+            other = (*point[:place], after, *point[place + 1:])
+            if other in points:
+                rest = ", ".join(f"{fields[key]} {value}" for key, value in zip(
+                    figure3.SWEPT, point) if key in fields and key != field)
+                found.append(difference(
+                    f"{what}: {fields[field]} {after} - {point[place]} ({rest})", other, point,
+                    1 if is_smaller else -1, is_smaller))
     return found
 
 
@@ -209,7 +209,21 @@ def measured(item, rows, scale, path):
         contrasts = [with_sign(contrast, known) for contrast in item.contrasts(rows)]
         if found := compare(rows, item.swept, images, contrasts):
             lines += comparisons(found, regime(rows, path), scale, known)
+    if item.experiment == "scaling":
+        lines += power_laws(rows)
     return [*lines, *lengths.section(path, rows, item, BEST_DEPTH), *caps(test), ""]
+
+
+def power_laws(rows):
+    """A line for each image set with three seeds: the exponent of compute."""
+    lines = []
+    for dataset in figure3.sets(rows):
+        if law := figure3.power_law(rows[rows["dataset"] == dataset]):
+            low, mean, high = law[1]
+            lines.append(f"{style.dataset_title(dataset)}: over this grid, test bits/dim go with "
+                         f"compute to the power of {mean:+.4f} (95 %: {low:+.4f} to {high:+.4f}, "
+                         "over seeds); a fit, and no law.")
+    return [*lines, ""] if lines else []
 
 
 def with_sign(contrast, known):

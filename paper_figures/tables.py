@@ -147,14 +147,15 @@ class Grid:
             f"{self.title}, {first['scale']} scale. {title}, variant {first['variant']}, "
             f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; its values, as "
             "far as they are known here: results/paper.csv.")
-        parts = [self.bits(rows, runs), *self.differences(path, rows), self.costs(runs)]
+        parts = [self.bits(rows, runs), self.costs(runs), *self.differences(path, rows)]
         return write(f"{self.name}_{first['scale']}", caption, parts, out_dir)
 
     def differences(self, path, rows):
         """What the page compares, where there are values per image or several seeds."""
         found = compare(rows, self.swept, read_per_image(path, rows), self.contrasts(rows)) \
             if self.contrasts else []
-        return [Part(header=COLUMNS, rows=[*map(cells, found)],
+        lines = [tuple(cell or NOTHING for cell in cells(one)) for one in found]
+        return [Part(header=COLUMNS, rows=lines,
                      title="Differences, paired over images.")] if found else []
 
     def labels(self, points):

@@ -48,7 +48,7 @@ def _rows_of(run, values, i, grid_points, swept):
         "init": config.init or np.nan, "channel_share": channel_share(model),
         "num_couplings": model.num_couplings, "block": model.block,
         "block_depth": model.block_depth, "emb_dim": model.emb_dim, "patch_size": model.patch_size, "step": config.total_steps,
-        "batch_size": config.batch_size, "lr": config.lr, "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
+        "batch_size": config.batch_size, "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
         "logdet_cap_share": logdet_cap_share(model, 0.5 * logdet_cap_nats(model)),
         "num_params": num_parameters(model), "train_flops": train_flops(config),
         "train_seconds": 3.25 + i, "hardware": "CPU", "dataset": config.data,

@@ -8,7 +8,7 @@ import pytest
 from grid_rows import grid_rows
 
 from experiments import ablate_layers, scaling
-from paper_figures import figure2, inference, lengths, results_page, tables
+from paper_figures import figure2, figure3, inference, lengths, results_page, tables
 from paper_figures.per_image import write_per_image
 from paper_figures.regime import epochs_of, is_run, regime
 from paper_figures.results_csv import read_results
@@ -225,3 +225,20 @@ def test_a_sweep_prints_how_far_points_are_behind_over_seeds(tmp_path, capsys):
         assert line.split()[:2] == list(point) and line.split()[2] == f"{means[point] - means.iloc[0]:+.4f}"
     print_table(rows[rows["seed"] == 0], tables.LAYERS.swept, images)
     assert "over" not in capsys.readouterr().out
+
+
+def test_a_power_law_has_a_band_where_there_are_three_seeds_alone(drawn, tmp_path):
+    rows = grid_rows("scaling", "small", (0, 1, 2))
+    exponents = [-0.02, -0.021, -0.023]
+    rows = rows.assign(bits_per_dim=[8 * (row.train_flops / 1e12) ** exponents[row.seed] for row in rows.itertuples()])
+    one_set = rows[rows["dataset"] == "cifar10"]
+    curve, (low, mean, high) = figure3.power_law(one_set)
+    reach = inference.quantile(2) * np.std(exponents, ddof=1) / math.sqrt(3)
+    assert abs(mean - np.mean(exponents)) < 1e-9 and abs(low - (mean - reach)) < 1e-9 and abs(high - (mean + reach)) < 1e-9
+    assert all(low < mean < high for low, mean, high in curve.values())
+    assert figure3.power_law(one_set[one_set["seed"] < 2]) is None
+    path = tmp_path / "scaling_small.csv"
+    rows.to_csv(path, index=False)
+    figure3.draw(path)
+    assert [sum(line.get_linestyle() == "-." for line in axes.lines) for axes in drawn[0][0].axes] == [1, 1]
+    assert "CIFAR-10: over this grid, test bits/dim go with compute to the power of -0.0213" in results_page.page(tmp_path, tmp_path)
