@@ -43,6 +43,8 @@ def read_flags(arguments=None):
     medium = parser.add_argument_group("with medium")
     medium.add_argument("--data-root", metavar="DIR", type=os.path.abspath,
                         help="holds CIFAR-10 (default: $JET_DATA)")
+    medium.add_argument("--scale", choices=("medium", "small"),
+                        help="whose grids (default: medium); small: searches learning rates first")
     medium.add_argument("--jobs", metavar="N", type=int,
                         help="runs at a time (default: 1; eager, by GPU memory and cores)")
     medium.add_argument("--experiments", nargs="+", metavar="NAME", help="default: all seven")
@@ -54,7 +56,7 @@ def read_flags(arguments=None):
         flags.seconds, _ = STAGES[flags.stage]
     if flags.seconds < 10:
         parser.error(f"SECONDS {flags.seconds}: must be 10 or more")
-    for name in ("data_root", "jobs", "experiments", "compile", "graph"):
+    for name in ("data_root", "scale", "jobs", "experiments", "compile", "graph"):
         if getattr(flags, name) is not None and flags.stage != "medium":
             parser.error(f"--{name.replace('_', '-')}: only with medium")
     if flags.jobs is not None and flags.jobs < 1:

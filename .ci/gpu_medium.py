@@ -1,9 +1,11 @@
-"""The stage medium of .ci/gpu: runs of seed 0 of the grids of medium scale, as many as end in time.
+"""The stage medium of .ci/gpu: runs of the grids of medium or small scale, as many as end in time.
 
-A run whose id stands in a committed CSV of that scale, or in a shard of one, is not run again. What
-has finished goes into <experiment>_medium.shard-<digest of the run ids>.csv, which --collect merges
-once it lies in results/.
+Of small scale the search of learning rates comes first, of each experiment in turn. A run whose id
+stands in a committed CSV of that scale, or in a shard of one, is not run again. What has finished
+goes into <experiment>_<scale>.shard-<digest of the run ids>.csv, which --collect merges once it
+lies in results/.
 """
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -43,7 +45,8 @@ def check(flags):
     """Raise, in one line, for what no run could begin with."""
     from data import load_images
     for name in flags.experiments:
-        finished_elsewhere(name, ROOT / "results")
+        for part in parts_of(load(name, tiny=False), flags.scale or "medium", ROOT / "runs"):
+            finished_elsewhere(part)
     if flags.device != "cpu":
         load_images("cifar10", "train", flags.data_root)
 
@@ -54,24 +57,28 @@ def load(name, tiny):
     if not tiny:
         return experiment
     return dataclasses.replace(
-        experiment, configs=lambda scale: shrink(experiment.configs(scale), experiment.swept))
+        experiment, configs=lambda scale: shrink(experiment.configs(scale), experiment.swept),
+        also=tuple(dataclasses.replace(one, configs=lambda scale, one=one: shrink(
+            one.configs(scale), one.swept, 1000)) for one in experiment.also))
 
 
-def finished_elsewhere(name, results_dir):
-    """The run ids in the CSV of an experiment at medium scale and in its shards."""
+def finished_elsewhere(part):
+    """The run ids in the CSV of a part of an experiment and in its shards."""
     from paper_figures.results_csv import read_results
-    experiment = load(name, tiny=False)
-    return {run_id for path in sorted(results_dir.glob(f"{name}_medium*.csv")) for run_id in
-            read_results(path, name, experiment.swept, experiment.varying)["run_id"]}
+    experiment = part.experiment
+    return {run_id for path in sorted(part.csv.parent.glob(f"{part.name}*.csv")) for run_id in
+            read_results(path, experiment.name, experiment.swept, experiment.varying)["run_id"]}
 
 
-def runs_of(experiment, runs_dir):
-    """The runs of seed 0 of the grid of medium scale."""
-    from sweeps.grid import make_runs
-    return make_runs(experiment, "medium", [0], runs_dir / f"{experiment.name}_medium")
+def parts_of(experiment, scale, runs_dir):
+    """The Parts of an experiment, with the learning rates that are known by now."""
+    from sweeps.parts import make_parts
+    return make_parts(experiment, argparse.Namespace(
+        scale=scale, seeds=None, shard=None, precision=None, runs_dir=runs_dir,
+        results_dir=ROOT / "results"))
 
 
-def shrink(points, swept):
+def shrink(points, swept, first=0):
     """The same grid, of models and steps that a CPU trains in a moment, on the embedded images."""
     small, numbers = {}, {}
     for point in points:
@@ -79,7 +86,7 @@ def shrink(points, swept):
         model = dataclasses.replace(model, patch_size=8, num_couplings=min(2, model.num_couplings),
                                     block_depth=1, emb_dim=16, num_heads=2)
         # different runs stay different, though they may differ in size alone
-        number = numbers.setdefault((config.hash, id(point.after)), len(numbers) + 1)
+        number = numbers.setdefault((config.hash, id(point.after)), first + len(numbers) + 1)
         config = dataclasses.replace(
             config, model=model, data="cifar10-subset-vehicles", batch_size=4, precision="float32",
             total_steps=min(2, config.total_steps), clip_norm=number)
@@ -158,10 +165,10 @@ def train_run(run, place):
     train(run.config, run.folder, place=Place(**place), init_from=run.init_from, quiet=True)
 
 
-def run_grid(stage, todo, jobs, place):
-    """Run what ends in time; returns ([Finished], the runs that never began)."""
+def run_grid(stage, todo, jobs, place, finished):
+    """Run what ends in time; returns the runs that never began. finished: [Finished], added to."""
     from harness.run_folder import read_progress
-    todo, finished, works = list(todo), [], []  # works: the runs that a process is at
+    todo, works = list(todo), []  # works: the runs that a process is at
     while stage.left_s:
         for work in [work for work in works if not work.process.is_alive()]:
             works.remove(work)
@@ -184,7 +191,7 @@ def run_grid(stage, todo, jobs, place):
         step, *_ = read_progress(work.run.folder)
         leave_out(stage, work.run, f"stopped at step {step} of {work.run.config.total_steps}: "
                   f"{stage.stopped_by or 'the time was up'}", " (begun)")
-    return finished, todo
+    return todo
 
 
 def take_in(stage, work, finished):
@@ -220,20 +227,20 @@ def drop_weights(finished, unfinished):
             path.unlink()
 
 
-def write_csvs(stage, grids, finished):
-    """Write a shard's CSV of each experiment with finished runs, the first ones into OUT, too.
+def write_csvs(stage, parts, finished):
+    """Write a shard's CSV of each part with finished runs, the first ones into OUT, too.
 
-    grids: {experiment: its runs}. Returns their names.
+    Returns their names.
     """
     from sweeps.sweep import collect
     done_ids, names = {one.run.run_id for one in finished}, []
     (stage.work / "results").mkdir(exist_ok=True)
-    for name, grid in grids.items():
-        if not (runs := [run for run in grid if run.run_id in done_ids]):
+    for part in parts:
+        if not (runs := [run for run in part.grid if run.run_id in done_ids]):
             continue
-        csv = stage.work / "results" / shard_name(name, [run.run_id for run in runs])
+        csv = stage.work / "results" / shard_name(part.name, [run.run_id for run in runs])
         with open(stage.log, "a") as log, contextlib.redirect_stdout(log):
-            collect(load(name, stage.rehearsal), "medium", runs, csv)
+            collect(part.experiment, part.scale, runs, csv)
         if len(names) < PLAIN_CSVS:
             (stage.out / csv.name).write_bytes(csv.read_bytes())
         names.append(csv.name)
@@ -243,10 +250,10 @@ def write_csvs(stage, grids, finished):
     return names
 
 
-def shard_name(experiment, run_ids):
-    """A name that --collect finds, and that no CSV of other runs has."""
+def shard_name(name, run_ids):
+    """A name that --collect finds, and that no CSV of other runs has. name: experiment_scale."""
     digest = hashlib.sha256("\n".join(sorted(run_ids)).encode()).hexdigest()[:8]
-    return f"{experiment}_medium.shard-{digest}.csv"
+    return f"{name}.shard-{digest}.csv"
 
 
 def pack(path, work, runs, max_bytes=MAX_BYTES):
@@ -265,43 +272,62 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
     return names == PACKED
 
 
+def run_experiment(stage, experiment, jobs, place, finished):
+    """Run what ends in time, an experiment's search first; returns (its Parts, ids in CSVs)."""
+    for is_search in (True, False):
+        parts = parts_of(experiment, stage.scale, stage.work / "runs")
+        skipped = {run_id for part in parts for run_id in finished_elsewhere(part)}
+        runs = [run for part in parts if part.is_search == is_search for run in part.runs
+                if run.run_id not in skipped and not run.is_done]
+        todo = []
+        for run in runs:
+            if run.awaits:
+                leave_out(stage, run, "awaits the search of its rate", " (rates)")
+            elif is_orphan(run, skipped):
+                leave_out(stage, run, "begins with weights that are in no folder here, of "
+                          f"{run.after.label}", " (weights)")
+            else:
+                todo.append(run)
+        for run in run_grid(stage, todo, jobs, place, finished):
+            seconds = predict(run, finished, 1, stage.device)
+            why = stage.stopped_by or f"takes about {seconds:.0f} s: no time"
+            if run.after and not run.after.is_done:
+                why = f"begins with the weights of {run.after.label}, which has not finished"
+            leave_out(stage, run, why)
+    return parts, skipped
+
+
 def run(stage, flags):
     """The stage medium; returns the body of its table."""
-    names = [name for name in ORDER if name in flags.experiments]
-    grids = {name: runs_of(load(name, stage.rehearsal), stage.work / "runs") for name in names}
-    skipped = {name: finished_elsewhere(name, ROOT / "results") for name in names}
-    new = [(run, is_orphan(run, skipped[name])) for name, grid in grids.items() for run in grid
-           if run.run_id not in skipped[name]]
-    for run in [run for run, orphan in new if orphan]:
-        leave_out(stage, run, "begins with weights that are in no folder here, of "
-                  f"{run.after.label}", " (weights)")
-    todo = [run for run, orphan in new if not orphan]
     jobs = flags.jobs or default_jobs(stage.device, stage.seen["free_gib"],
                                       len(os.sched_getaffinity(0)), flags.graph)
     place = {"device": stage.device, "threads": 1 if stage.rehearsal else 2,
              "checkpoint_every_s": 3600, "compile": bool(flags.compile), "graph": flags.graph}
-    stage.say(f"{len(todo)} runs to do, {jobs} at a time")
-    finished, never = run_grid(stage, todo, jobs, place | {"data_root": flags.data_root})
+    if stage.rehearsal:
+        from sweeps import search
+        search.DATA, search.EPOCHS = "cifar10-subset-vehicles", 0.01
+    stage.say(f"{stage.scale} scale, {jobs} runs at a time")
+    finished, parts, skipped = [], [], set()
+    for name in [name for name in ORDER if name in flags.experiments]:
+        more, elsewhere = run_experiment(stage, load(name, stage.rehearsal), jobs,
+                                         place | {"data_root": flags.data_root}, finished)
+        parts, skipped = parts + more, skipped | elsewhere
     done_ids = {one.run.run_id for one in finished}
-    for run in never:
-        seconds = predict(run, finished, 1, stage.device)
-        why = stage.stopped_by or f"takes about {seconds:.0f} s: no time"
-        if run.after and run.after.run_id not in done_ids:
-            why = f"begins with the weights of {run.after.label}, which has not finished"
-        leave_out(stage, run, why)
-    csvs, runs = write_csvs(stage, grids, finished), [one.run for one in finished]
+    csvs, runs = write_csvs(stage, parts, finished), [one.run for one in finished]
     if finished and not pack(stage.out / "medium_runs.tar.gz", stage.work, runs):
         stage.leave_out("metrics.csv of the packed runs", "the packed file would be too large")
-    if todo and not finished and not stage.failed:
+    ids = {run.run_id for part in parts for run in part.grid}
+    if ids - skipped and not finished and not stage.failed:
         stage.failed.append("medium: no run has finished")
     seconds = [{"run_id": one.run.run_id, "seconds": round(one.seconds, 1),
                 "train_seconds": round(one.done["train_seconds"], 1),
                 "at_a_time": round(one.at_a_time, 2)} for one in finished]
     stage.more |= {"jobs": jobs, "csvs": csvs, "place": place, "finished": seconds}
-    lines = [f"{'experiment':20}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
-    for name, grid in grids.items():
-        ids = {run.run_id for run in grid}
-        here, there = len(ids & done_ids), len(ids & skipped[name])
-        lines.append(f"{name:20}{len(ids):6}{there:9}{here:10}{len(ids) - here - there:9}")
+    lines = [f"{'experiment':27}{'runs':>6}{'in CSVs':>9}{'finished':>10}{'not run':>9}"]
+    for part in parts:
+        ids = {run.run_id for run in part.grid}
+        here, there = len(ids & done_ids), len(ids & skipped)
+        lines.append(f"{part.experiment.name:27}{len(ids):6}{there:9}{here:10}"
+                     f"{len(ids) - here - there:9}")
     training = sum(one.done["train_seconds"] for one in finished)
     return [*lines, f"{jobs} runs at a time; {training:.0f} s of training in {len(finished)} runs"]

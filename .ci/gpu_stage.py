@@ -29,6 +29,7 @@ class Stage:
         self.context, self.seen = multiprocessing.get_context("fork"), {}
         self.parts, self.left_out, self.failed, self.more = [], [], [], {}  # more: for done.json
         self.rehearsal = self.device == "cpu"
+        self.scale = getattr(flags, "scale", None) or "medium"
 
     @property
     def left_s(self):
@@ -56,8 +57,9 @@ class Stage:
 
     def files(self):
         """The stage's files in OUT."""
+        mark = f"_{self.scale if self.name == 'medium' else self.name}.shard-"
         return sorted(path for path in self.out.iterdir() if path.is_file() and (
-            path.name.startswith(f"{self.name}_") or f"_{self.name}.shard-" in path.name))
+            path.name.startswith(f"{self.name}_") or mark in path.name))
 
     def empty(self):
         """Remove the files of this stage that are in OUT."""

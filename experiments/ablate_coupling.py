@@ -21,6 +21,7 @@ from jet import SPATIAL_SPLITS, JetConfig
 from paper_figures import figure4
 from sweeps import sweep
 from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from sweeps.search import Search
 from train import TrainConfig
 
 RATIOS = {"channel-only": ("channels",), "8:1": ("channels",) * 8 + ("spatial",),
@@ -35,7 +36,7 @@ BASE = {
         data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
         model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
     "small": TrainConfig(
-        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+        data="cifar10", batch_size=50, total_steps=5000, lr=1.2e-2,  # 5 epochs
         model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(
         data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
@@ -59,7 +60,10 @@ def configs(scale):
 
 
 EXPERIMENT = Experiment(name="ablate_coupling", description=__doc__, configs=configs,
-                        swept=("coupling_ratio", "spatial_split"), draw=figure4.draw)
+                        swept=("coupling_ratio", "spatial_split"), draw=figure4.draw,
+                        seeds={"small": 2}, search={"small": Search(
+                            arm=("block", "block_depth", "emb_dim"), factors=(0.5, 1, 2),
+                            of={"coupling_ratio": "4:1", "spatial_split": "mix"})})
 
 if __name__ == "__main__":
     sweep.main(EXPERIMENT)

@@ -18,6 +18,7 @@ from jet import JetConfig
 from paper_figures import tables
 from sweeps import sweep
 from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from sweeps.search import Search
 from train import TrainConfig
 
 ACTNORM, INVERTIBLE_DENSE = (False, True), (False, True)
@@ -27,7 +28,7 @@ BASE = {
         data="cifar10-subset", batch_size=16, total_steps=80, lr=4e-3,
         model=JetConfig(image_size=32, num_couplings=10, block_depth=1, emb_dim=32, num_heads=2)),
     "small": TrainConfig(
-        data="cifar10", batch_size=32, total_steps=650, lr=3e-3,
+        data="cifar10", batch_size=50, total_steps=5000, lr=1.2e-2,  # 5 epochs
         model=JetConfig(image_size=32, num_couplings=12, block_depth=1, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(
         data="cifar10", batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
@@ -43,7 +44,9 @@ def configs(scale):
 
 
 EXPERIMENT = Experiment(name="ablate_layers", description=__doc__, configs=configs,
-                        swept=("actnorm", "invertible_dense"), draw=tables.draw_layers)
+                        swept=("actnorm", "invertible_dense"), draw=tables.draw_layers,
+                        seeds={"small": 2}, search={"small": Search(
+                            arm=("actnorm", "invertible_dense"), factors=(0.5, 1, 2))})
 
 if __name__ == "__main__":
     sweep.main(EXPERIMENT)

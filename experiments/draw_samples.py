@@ -204,7 +204,7 @@ def load_splits(data, root):
 def sample_runs(samples):
     """Save the samples of each run of the sweep; one seed is shown."""
     flags, place = samples.flags, samples.place
-    for run in [run for run in samples.runs if run.config.seed == 0]:
+    for run in [run for run in samples.own.runs if run.config.seed == 0]:
         images = load_splits(run.config.data, place.data_root)
         about = {"run_id": run.run_id, "dataset": run.config.data,
                  "variant": images["train"].variant, "weights": run.config.hash}
@@ -256,7 +256,7 @@ def sample_checkpoint(arguments):
 EXPERIMENT = Experiment(
     name="draw_samples", description=__doc__, configs=configs,
     swept=("size", "training", "dataset"),
-    varying=main_results.EXPERIMENT.varying, draw=figure5.draw, runs_of="main_results")
+    varying=main_results.EXPERIMENT.varying, draw=figure5.draw, runs_of=main_results.EXPERIMENT)
 
 
 def main(arguments=None):
@@ -269,7 +269,8 @@ def main(arguments=None):
         samples = sweep.parse(EXPERIMENT, parser, arguments)
         check_sample_flags(samples.flags)
         if sweep.carry_out(samples):
-            if all(run.is_done for run in samples.runs):  # else the CSV is of shards alone
+            samples = sweep.replan(samples)  # the rates that were searched for are known now
+            if all(run.is_done for run in samples.own.runs):  # else the CSV is of shards alone
                 sample_runs(samples)
             sweep.draw(samples)
 

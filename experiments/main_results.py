@@ -23,6 +23,7 @@ from jet import JetConfig
 from paper_figures import tables
 from sweeps import sweep
 from sweeps.grid import Experiment, Point, at_paper_scale, steps, with_model
+from sweeps.search import Search
 from train import TrainConfig
 
 SIZES = {  # couplings, blocks in each
@@ -33,8 +34,8 @@ STAGES = {  # how it is trained, on what, for how many steps; what begins with o
               ("scratch", "cifar10-subset-vehicles", 40),
               ("fine-tuned", "cifar10-subset-vehicles", 40),
               ("not-fine-tuned", "cifar10-subset-vehicles", 0)),
-    "small": (("pretrained", "cifar10-animals", 1000), ("scratch", "cifar10-vehicles", 250),
-              ("fine-tuned", "cifar10-vehicles", 250), ("not-fine-tuned", "cifar10-vehicles", 0)),
+    "small": (("pretrained", "cifar10-animals", 3000), ("scratch", "cifar10-vehicles", 2000),
+              ("fine-tuned", "cifar10-vehicles", 2000), ("not-fine-tuned", "cifar10-vehicles", 0)),
     "medium": (("pretrained", "cifar10-animals", 2000), ("scratch", "cifar10-vehicles", 1000),
                ("fine-tuned", "cifar10-vehicles", 1000), ("not-fine-tuned", "cifar10-vehicles", 0)),
     "paper": (("pretrained", "imagenet21k-64-box", steps("imagenet21k-64-box", 50)),
@@ -49,7 +50,7 @@ STAGES = {  # how it is trained, on what, for how many steps; what begins with o
 BASE = {
     "smoke": TrainConfig(batch_size=16, lr=4e-3,
                          model=JetConfig(image_size=32, emb_dim=32, num_heads=2)),
-    "small": TrainConfig(batch_size=32, lr=3e-3,
+    "small": TrainConfig(batch_size=50, lr=1.2e-2,  # 5 epochs of each set
                          model=JetConfig(image_size=32, emb_dim=32, num_heads=2)),
     "medium": TrainConfig(batch_size=256, lr=1e-3, precision="bfloat16",
                           model=JetConfig(image_size=32, emb_dim=256, num_heads=4)),
@@ -84,7 +85,7 @@ EXPERIMENT = Experiment(
     name="main_results", description=__doc__, configs=configs,
     swept=("size", "training", "dataset"),
     varying=("num_couplings", "block_depth", "emb_dim", "total_steps", "lr", "init"),
-    draw=tables.draw_main)
+    draw=tables.draw_main, search={"small": Search(arm=("size",), factors=(0.5, 1, 2))})
 
 if __name__ == "__main__":
     sweep.main(EXPERIMENT)

@@ -22,6 +22,7 @@ from jet import JetConfig
 from paper_figures import figure3
 from sweeps import sweep
 from sweeps.grid import Experiment, Point, at_paper_scale, with_model
+from sweeps.search import Search
 from train import TrainConfig
 
 GRID = {  # image sets (a smaller and a larger one), couplings, blocks in each, width
@@ -33,7 +34,9 @@ GRID = {  # image sets (a smaller and a larger one), couplings, blocks in each, 
 HEAD_DIM = {"smoke": 16, "small": 16, "medium": 64, "paper": 64}  # width of an attention head
 BASE = {
     "smoke": TrainConfig(batch_size=16, total_steps=80, lr=4e-3, model=JetConfig(image_size=32)),
-    "small": TrainConfig(batch_size=32, total_steps=400, lr=3e-3, model=JetConfig(image_size=32)),
+    # 5 epochs of CIFAR-10, 122 of its subset
+    "small": TrainConfig(batch_size=50, total_steps=5000, lr=1.2e-2,
+                         model=JetConfig(image_size=32)),
     "medium": TrainConfig(batch_size=256, total_steps=1000, lr=1e-3, precision="bfloat16",
                           model=JetConfig(image_size=32)),
     "paper": TrainConfig(),
@@ -54,7 +57,9 @@ def configs(scale):
 
 EXPERIMENT = Experiment(name="scaling", description=__doc__, configs=configs,
                         swept=("dataset", "num_couplings", "block_depth", "emb_dim"),
-                        draw=figure3.draw)
+                        draw=figure3.draw, search={"small": Search(
+                            arm=("block_depth", "emb_dim"), factors=(0.5, 1, 2),
+                            of={"num_couplings": "20"})})
 
 if __name__ == "__main__":
     sweep.main(EXPERIMENT)

@@ -10,6 +10,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 
 from paper_figures import style
 from paper_figures.per_image import paired_difference, read_per_image
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_test_rows
 from paper_figures.table_files import Part, write
 from paper_figures.tables import commit_of, power, setting
@@ -20,6 +21,7 @@ TOLD = {"none": "nothing: no cross-attention", "labels": "its label",
 NOT_KEPT = "not kept"
 
 
+@drawn_from("condition_classes", "conditions", "What labels are worth", table=True)
 def draw(path, out_dir=style.OUT):
     """Write the table of a CSV; returns the paths of the Markdown and the LaTeX file."""
     rows = final_test_rows(path, "condition_classes", SWEPT, "the table of conditions", VARYING)

@@ -9,10 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 
 import numpy as np
-from matplotlib.colors import to_rgb
 
 from harness.flags import ArgumentParser, one_line_errors
-from jet import spatial_order
 from paper_figures import style
 
 KEPT, MOVED, PLAIN = "#0072B2", "#E69F00", "#333333"  # x1, x2, what is computed
@@ -28,6 +26,7 @@ def pattern(split):
     if split == "channels":  # the same half of every token
         moved[np.random.default_rng(0).permutation(SIDE ** 2)[SIDE ** 2 // 2:]] = True
         return np.tile(moved.reshape(SIDE, SIDE), (SIDE, SIDE))
+    from jet import spatial_order  # torch takes seconds to import: where it is used
     moved[spatial_order(split, SIDE, SIDE)[SIDE ** 2 // 2:].numpy()] = True
     return moved.reshape(SIDE, SIDE).repeat(SIDE, 0).repeat(SIDE, 1)
 
@@ -80,7 +79,8 @@ def draw(out_dir=style.OUT):
         size = 0.62
         left = (number + 0.5) * width / len(SPLITS) - size / 2
         axes = figure.add_axes((left / width, 0.06 / HEIGHT, size / width, size / HEIGHT))
-        colors = np.where(pattern(split)[..., None], to_rgb(MOVED), to_rgb(KEPT))
+        moved, kept = map(style.matplotlib.colors.to_rgb, (MOVED, KEPT))
+        colors = np.where(pattern(split)[..., None], moved, kept)
         axes.imshow(colors, interpolation="nearest", extent=(0, SIDE, 0, SIDE))
         axes.set_xticks(range(1, SIDE), [])
         axes.set_yticks(range(1, SIDE), [])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
-from paper_figures import style
+from paper_figures import lengths, paper, style
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_test_rows
 
 SWEPT_A, SWEPT_B = ("block", "emb_dim"), ("block_depth",)
@@ -20,6 +21,7 @@ NAMES = {"vit": "ViT", "cnn": "CNN"}
 LARGEST = 110  # area of the marker of the most parameters, in points^2
 
 
+@drawn_from("compare_vit_cnn", "figure2a", "Figure 2a")
 def draw_a(path, out_dir=style.OUT):
     """Draw Figure 2a, a line for each kind of block; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "compare_vit_cnn", SWEPT_A, "Figure 2a")
@@ -29,6 +31,8 @@ def draw_a(path, out_dir=style.OUT):
         points = style.over_seeds(rows[rows["block"] == block], ["block", "emb_dim"])
         axes.plot(points["train_flops"], points["mean"], color=look["color"], lw=0.7)
         style.draw_points(axes, points["train_flops"], points, area, look)
+    places = rows.groupby([*SWEPT_A])["train_flops"].first()
+    paper.mark(axes, "compare_vit_cnn", SWEPT_A, places.to_dict())
     style.compute_axis(axes, rows["train_flops"])
     axes.set_xlabel("training compute (FLOPs)")
     lines = [style.line(NAMES.get(block, block), lw=0.7, **look) for block, look in looks.items()]
@@ -38,9 +42,11 @@ def draw_a(path, out_dir=style.OUT):
     figure.legend(handles=lines, title=title, title_fontsize=6.5, ncols=2, handlelength=1.4,
                   columnspacing=1, loc="outside lower left")
     style.parameter_legend(figure, rows["num_params"], area, ncols=3, loc="outside lower right")
-    return style.save(figure, f"figure2a_{rows['scale'].iloc[0]}", out_dir)
+    drawn = style.save(figure, f"figure2a_{rows['scale'].iloc[0]}", out_dir)
+    return drawn + lengths.draw(path, rows, "compare_vit_cnn", "figure2a", "Figure 2a", out_dir)
 
 
+@drawn_from("ablate_block_depth", "figure2b", "Figure 2b")
 def draw_b(path, out_dir=style.OUT):
     """Draw Figure 2b, one line over the depths; returns the paths of the PDF and the PNG."""
     rows = final_test_rows(path, "ablate_block_depth", SWEPT_B, "Figure 2b")
@@ -49,6 +55,7 @@ def draw_b(path, out_dir=style.OUT):
     depths = points["block_depth"].astype(int)
     axes.plot(depths, points["mean"], color=look["color"], lw=0.7)
     style.draw_points(axes, depths, points, area, look)
+    paper.mark(axes, "ablate_block_depth", SWEPT_B, {(str(depth),): depth for depth in depths})
     couplings, width = rows[["num_couplings", "emb_dim"]].iloc[0]
     axes.set_xlabel(f"ViT blocks in each of {couplings} couplings (width {width})")
     axes.set_xticks(depths)
@@ -60,7 +67,8 @@ def draw_b(path, out_dir=style.OUT):
     top.set_xlabel(f"training compute ($10^{{{unit}}}$ FLOPs)")
     top.tick_params(length=2, pad=1)
     style.parameter_legend(figure, rows["num_params"], area, ncols=3, loc="outside lower center")
-    return style.save(figure, f"figure2b_{rows['scale'].iloc[0]}", out_dir)
+    drawn = style.save(figure, f"figure2b_{rows['scale'].iloc[0]}", out_dir)
+    return drawn + lengths.draw(path, rows, "ablate_block_depth", "figure2b", "Figure 2b", out_dir)
 
 
 def new_figure(rows, title):

@@ -11,7 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
-from paper_figures import style
+
+import numpy as np
+
+from paper_figures import paper, style
+from paper_figures.inference import quantile
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_rows
 
 SWEPT = ("dataset", "num_couplings", "block_depth", "emb_dim")
@@ -24,6 +29,7 @@ def sets(rows):
     return style.ordered(rows["dataset"], style.DATASET_TITLES)
 
 
+@drawn_from("scaling", "figure3", "Figure 3")
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = final_rows(path, "scaling", SWEPT, "Figure 3")
@@ -37,7 +43,10 @@ def draw(path, out_dir=style.OUT):
     for axes in panels.flat[len(datasets):]:
         axes.remove()
     for axes, dataset in zip(panels.flat, datasets):
-        draw_set(axes, rows[rows["dataset"] == dataset], looks, area)
+        of_set = rows[rows["dataset"] == dataset]
+        draw_set(axes, of_set, looks, area)
+        paper.mark(axes, "scaling", SWEPT,
+                   of_set.groupby([*SWEPT])["train_flops"].first().to_dict())
         if scale == "smoke":
             style.mark_smoke(axes, fontsize=7.5, in_layout=False)
     style.compute_axis(axes, rows["train_flops"])
@@ -59,6 +68,27 @@ def draw(path, out_dir=style.OUT):
     return style.save(figure, f"figure3_{scale}", out_dir)
 
 
+def power_law(rows):
+    """{compute: (low, mean, high)} of bits/dim = a x compute^b, and (low, mean, high) of b.
+
+    A line through the test numbers of each seed, in logarithms; 95 % t intervals over seeds. None
+    with fewer than three seeds or points. rows: of one image set.
+    """
+    test = rows[rows["split"] == "test"]
+    if test["seed"].nunique() < 3 or test["train_flops"].nunique() < 3:
+        return None
+    at = np.geomspace(test["train_flops"].min(), test["train_flops"].max(), 30)
+    fits = [np.polyfit(np.log(of_seed["train_flops"]), np.log(of_seed["bits_per_dim"]), 1)
+            for _, of_seed in test.groupby("seed")]
+
+    def interval(values):
+        reach = quantile(len(values) - 1) * np.std(values, axis=0, ddof=1) / len(values) ** 0.5
+        mean = np.mean(values, axis=0)
+        return mean - reach, mean, mean + reach
+    curves = interval([np.polyval(fit, np.log(at)) for fit in fits])
+    return dict(zip(at, np.exp(curves).T)), interval([slope for slope, _ in fits])
+
+
 def draw_set(axes, rows, looks, area):
     """One panel: the test and training bits/dim of the models of one image set."""
     for (depth, width), look in looks.items():
@@ -70,6 +100,10 @@ def draw_set(axes, rows, looks, area):
         axes.plot(test["train_flops"], test["mean"], color=look["color"], lw=0.7)
         style.draw_points(axes, test["train_flops"], test, area, look)
         style.draw_points(axes, train["train_flops"], train, area, look, hollow=True)
+    if law := power_law(rows):
+        low, mean, high = zip(*law[0].values())
+        axes.plot(list(law[0]), mean, color="#999999", lw=0.7, ls="-.", zorder=1)
+        axes.fill_between(list(law[0]), low, high, color="#999999", alpha=0.25, lw=0, zorder=1)
     num_images = rows.groupby("split")["num_images"].first()
     axes.set_title(f"{style.dataset_title(rows['dataset'].iloc[0])}\n{num_images['test']:,} test, "
                    f"{num_images['train']:,} train", fontsize=6.5)

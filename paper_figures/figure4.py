@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
-from paper_figures import style
+from paper_figures import paper, style
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import final_test_rows
 
 SWEPT = ("coupling_ratio", "spatial_split")
@@ -20,6 +21,7 @@ def load(path):
     return final_test_rows(path, "ablate_coupling", SWEPT, "Figure 4")
 
 
+@drawn_from("ablate_coupling", "figure4", "Figure 4")
 def draw(path, out_dir=style.OUT):
     """Draw the figure from a CSV; returns the paths of the PDF and the PNG."""
     rows = load(path)
@@ -33,6 +35,8 @@ def draw(path, out_dir=style.OUT):
         if num_seeds > 1:
             axes.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2,
                               lw=0)
+    paper.mark(axes, "ablate_coupling", SWEPT,
+               rows.groupby([*SWEPT])["channel_share"].first().to_dict())
     # One run stands for all splits where there is no spatial coupling.
     no_spatial = rows[rows["channel_share"] == 1]
     axes.plot(1, no_spatial["bits_per_dim"].mean(), "o", color="black", zorder=3,

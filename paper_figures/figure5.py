@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.files import check_npz, parse_json
 from paper_figures import style, tables
+from paper_figures.regime import drawn_from
 from paper_figures.results_csv import ResultsError, final_test_rows, is_cell
 
 SWEPT = tables.MAIN_SWEPT
@@ -125,6 +126,7 @@ def show(files, title, name, out_dir):
     return style.save(figure, name, out_dir)
 
 
+@drawn_from("draw_samples", "figure5", "Figure 5")
 def draw(path, out_dir=style.OUT):
     """Draw samples of the models of a scale, from its CSV and the files beside it."""
     rows = final_test_rows(path, "draw_samples", SWEPT, "Figure 5", tables.MAIN_VARYING)

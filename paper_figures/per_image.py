@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from harness.files import check_npz, write_atomically
-from harness.run_folder import misfit
 from paper_figures.results_csv import ResultsError
 
 
@@ -22,6 +21,7 @@ def read_per_image(csv, rows):
 
     Raises ResultsError where they are not those of the rows.
     """
+    from harness.run_folder import misfit  # with torch, which takes seconds: where it is used
     path = path_beside(csv)
     try:
         check_npz(path)

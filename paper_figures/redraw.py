@@ -29,9 +29,12 @@ def redraw(results_dir, out_dir):
     """
     if not results_dir.is_dir():
         raise ResultsError(f"{results_dir}: no such folder")
-    for csv in sorted(results_dir.glob("*.csv")):
+    small = {results_dir / f"{name}_small.csv" for name in DRAWS if name != "throughput"}
+    for csv in sorted({*results_dir.glob("*.csv"), *small}):
         experiment, _, scale = csv.stem.rpartition("_")
-        if csv.name == "reported.csv" or scale == "smoke" or ".shard-" in csv.name:
+        if csv.name in ("reported.csv", "paper.csv") or scale == "smoke" or ".shard-" in csv.name:
+            continue
+        if experiment.endswith(("_search", "_lengths")):  # drawn with what they belong to
             continue
         if experiment not in DRAWS:
             raise ResultsError(f"{csv}: is of none of {', '.join(DRAWS)}: move it away")

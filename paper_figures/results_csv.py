@@ -34,6 +34,7 @@ TEXTS = ("experiment", "scale", "run_id", "split", "dataset", "variant", *FINGER
 MAX_BYTES, MAX_COLUMNS, MAX_CELL = 2 ** 24, 1000, 1000
 SAME = ("num_couplings", "block", "block_depth", "emb_dim", "patch_size", "batch_size",
         "total_steps", "lr", "precision", "init", "dataset", "variant")  # in all rows, if not swept
+SEARCHED = ("small",)  # scales at which each arm of a grid has a learning rate of its own
 
 
 class ResultsError(UserError, ValueError):
@@ -123,6 +124,8 @@ def read_results(path, experiment, swept, varying=()):
         raise ResultsError(f"{path}: is of {stated} scale by its rows, and of {named} by its name")
     if rows["experiment"].iloc[0] != experiment:
         raise ResultsError(f"{path}: is of {rows['experiment'].iloc[0]}, not of {experiment}")
+    if stated in SEARCHED:
+        varying = (*varying, "lr")
     sets = rows.groupby("dataset") if "dataset" in swept else [("", rows)]
     for _, one_set in sets:
         _check_same(path, one_set, [name for name in SAME if name not in (*swept, *varying)])
@@ -159,10 +162,10 @@ def _check_values(path, rows, swept):
         wrong = ~numbers.between(low, high)
         if name in WHOLE:
             wrong |= numbers % 1 != 0
-        if name in swept:  # and stays text
-            wrong |= ~given.str.fullmatch("[0-9]+")
-        else:
+        if name not in swept:  # else it stays text
             rows[name] = numbers
+        elif name in WHOLE:
+            wrong |= ~given.str.fullmatch("[0-9]+")
         if name in MAYBE:
             wrong &= given.notna()
         if not wrong.any():

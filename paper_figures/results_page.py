@@ -5,6 +5,7 @@
 Every number on the page is computed here from a CSV or a file of samples; none is typed.
 """
 import dataclasses
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -15,99 +16,33 @@ import harness  # noqa: F401 (first: it says what is not installed)
 import numpy as np
 
 from harness.flags import ArgumentParser, one_line_errors
-from paper_figures import figure2, figure3, figure4, figure5, style, tables
-from paper_figures.results_csv import ResultsError, final_rows
+from paper_figures import figure2, figure3, figure4, figure5, lengths, paper, style, tables
+from paper_figures.inference import COLUMNS, Contrast, cells, compare
+from paper_figures.per_image import read_per_image
+from paper_figures.regime import LEAST, is_run, regime
+from paper_figures.results_csv import final_rows
 
-SURE = 2  # standard errors from which on a difference counts
-VERDICTS = {"agrees": "agree", "disagrees": "disagree", "cannot tell": "cannot tell"}
 BEST_DEPTH = 5  # of the paper
 INTRODUCTION = """# Results
 
-Written by `python paper_figures/redraw.py` from the CSVs beside it; [README.md](README.md) explains
-their columns. Small and medium scale are not the paper's: they show which of its comparisons come
-out in small models after little training, and how surely. There, a disagreement is no verdict on
-the paper, and an agreement no proof.
+Written by `python paper_figures/redraw.py` from the CSVs beside it and `per_image/`;
+[README.md](README.md) explains their columns. Small and medium scale are not the paper's: what
+they show is said for their training length and learning rates, and is no verdict on the paper.
 
-A difference is one side minus the other, in bits/dim (lower is better). Its standard error adds,
-for each side, the standard error over the test images (as if each run had other images: too much,
-since they share images and noise) and the deviation between seeds{pooled}
-over the root of their number. Below {SURE} standard errors we cannot tell. The comparisons of an
-item share runs, and their number is not corrected for. All are evaluated with the same one draw of
-dequantization noise per image.
+A difference is one side minus the other, in bits/dim (lower is better), of the same test images
+with the same noise: the mean over seeds of the mean over images. Its s.e. over images is that of
+the paired differences, the largest of the seeds. The interval is Student's, two-sided, 95 %, over
+seeds: its variance is pooled over the runs of an item that differ in more than the seed. Holm's
+rule at 5 % corrects for all comparisons of an item at a scale. With one seed there is no test: how
+another seed would come out is not known. Images are the test split's, drawn once.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """What one side scores above the other, in bits/dim (lower is better)."""
-    name: str
-    value: float
-    error: float
-    wanted: int  # the sign that the paper's claim implies; 0 where it is not known to say
-    sure: bool = True  # whether the error holds the deviation between seeds; else no verdict
-
-    @property
-    def verdict(self):
-        if not self.sure or not abs(self.value) > SURE * self.error > 0:
-            return "cannot tell"
-        if not self.wanted:
-            return "higher" if self.value > 0 else "lower"
-        return "agrees" if (self.value > 0) == (self.wanted > 0) else "disagrees"
-
-    def row(self):
-        times = f"{self.value / self.error:+.1f}" if self.error else ""
-        return f"| {self.name} | {self.value:+.4f} | {self.error:.4f} | {times} | {self.verdict} |"
-
-
-def seed_deviation(results_dir, scale):
-    """Standard deviation of bits/dim between seeds at a scale, pooled over the runs of Figure 4.
-
-    nan with one seed.
-    """
-    try:
-        rows = figure4.load(results_dir / f"ablate_coupling_{scale}.csv")
-    except ResultsError:
-        return math.nan
-    rows = rows.sort_values([*figure4.SWEPT]).drop_duplicates("run_id")
-    groups = rows.groupby([*figure4.SWEPT])["bits_per_dim"]
-    freedom = len(rows) - groups.ngroups
-    squares = (rows["bits_per_dim"] - groups.transform("mean")).pow(2).sum()
-    return math.sqrt(squares / freedom) if freedom else math.nan
-
-
-class Scores:
-    """Means over seeds, found by the values of the swept fields: of test rows, if not by split."""
-
-    def __init__(self, rows, swept, seed_sd):
-        if "split" not in swept:
-            rows = rows[rows["split"] == "test"]
-        groups, self.sure = rows.groupby([*swept]), not math.isnan(seed_sd)
-        self.means, self.runs = groups["bits_per_dim"].mean(), groups["run_id"].first()
-        # Over the images, as if each run had drawn its own, and over the seeds.
-        self.variances = groups["bits_per_dim_se"].max() ** 2
-        if self.sure:
-            self.variances += seed_sd ** 2 / groups["bits_per_dim"].count()
-
-    def combined(self, name, weights, wanted):
-        """The sum of the means of some keys, each times its weight."""
-        value = sum(weight * self.means[key] for key, weight in weights.items())
-        variance = sum(weight ** 2 * self.variances[key] for key, weight in weights.items())
-        return Difference(name, value, math.sqrt(variance), wanted, self.sure)
-
-    def difference(self, name, one, other, wanted):
-        return self.combined(name, {one: 1, other: -1}, wanted)
-
-    def differences(self, comparisons):
-        """Of those of the (name, one, other, wanted) whose sides are both there."""
-        return [self.difference(*comparison) for comparison in comparisons
-                if all(side in self.means.index for side in comparison[1:3])]
 
 
 # ---- the claims: each gives the differences that speak to it
 
-def vit_against_cnn(rows, seed_sd):
+def vit_against_cnn(rows):
     """At the compute of each ViT, the CNN's line between its points, over the log of compute."""
-    scores, found = Scores(rows, figure2.SWEPT_A, seed_sd), []
+    found = []
     at = np.log(rows.groupby([*figure2.SWEPT_A])["train_flops"].first()).sort_values()
     vits, cnns = (at[at.index.get_level_values("block") == block] for block in ("vit", "cnn"))
     for vit, here in vits.items() if len(cnns) > 1 else ():
@@ -115,69 +50,61 @@ def vit_against_cnn(rows, seed_sd):
             right = max(1, int(np.searchsorted(cnns, here)))
             (left, low), (right, high) = [*cnns.items()][right - 1:right + 1]
             share = (here - low) / (high - low)
-            found.append(scores.combined(f"ViT of width {vit[1]} - CNN of equal compute",
-                                         {vit: 1, left: share - 1, right: -share}, -1))
+            found.append(Contrast(f"ViT of width {vit[1]} - CNN of equal compute",
+                                  {vit: 1, left: share - 1, right: -share}, -1))
     return found
 
 
-def deeper_blocks(rows, seed_sd):
+def difference(name, one, other, wanted=0, gap=False):
+    return Contrast(name, {one: 1, other: -1}, wanted, gap)
+
+
+def deeper_blocks(rows):
     """Each depth and the one before it; the paper's claim ends at its best depth."""
     depths = style.ordered(rows["block_depth"])
-    claimed = [depth for depth in depths if int(depth) <= BEST_DEPTH]
-    pairs = [*zip(claimed[1:], claimed)]
-    if len(pairs) > 1:
-        pairs.append((claimed[-1], claimed[0]))
-    beyond = depths[len(claimed):]
-    pairs += zip(beyond, depths[len(claimed) - 1:])
-    return Scores(rows, figure2.SWEPT_B, seed_sd).differences(
-        (f"depth {depth} - depth {before}", depth, before, 0 if depth in beyond else -1)
-        for depth, before in pairs)
+    return [difference(f"depth {depth} - depth {before}", (depth,), (before,),
+                       -1 if int(depth) <= BEST_DEPTH else 0)
+            for before, depth in itertools.pairwise(depths)]
 
 
-def overfitting_and_scaling(rows, seed_sd):
-    """The gap between test and training images, and what the largest gains over the smallest."""
-    scores, found = Scores(rows, ("split", *figure3.SWEPT), seed_sd), []
+def overfitting_and_scaling(rows):
+    """Every step of the grid: on the smaller set of a pair the gap between test and training
+    images, on the larger one the test images.
+    """
+    found, fields = [], {"num_couplings": "couplings", "block_depth": "depth", "emb_dim": "width"}
     for position, dataset in enumerate(figure3.sets(rows)):
-        flops = rows[rows["dataset"] == dataset].groupby([*figure3.SWEPT])["train_flops"].first()
-        small, large = flops.idxmin(), flops.idxmax()
-        name, wanted = "the largest - the smallest, test", -1
-        weights = {("test", *large): 1, ("test", *small): -1}
-        if position % 2 == 0:  # the smaller set of each pair
-            name, wanted = "test - train of the largest - the same of the smallest", 1
-            weights |= {("train", *large): -1, ("train", *small): 1}
-        found.append(scores.combined(f"{style.dataset_title(dataset)}: {name}", weights, wanted))
+        is_smaller = position % 2 == 0
+        what = f"{style.dataset_title(dataset)}, {'test - train' if is_smaller else 'test'}"
+        of_set = rows[rows["dataset"] == dataset]
+        points = set(of_set[[*figure3.SWEPT]].itertuples(index=False, name=None))
+        for field, point in itertools.product(fields, sorted(points)):
+            place, sizes = figure3.SWEPT.index(field), style.ordered(of_set[field])
+            after = dict(itertools.pairwise(sizes)).get(point[place])
+            other = (*point[:place], after, *point[place + 1:])
+            if other in points:
+                rest = ", ".join(f"{fields[key]} {value}" for key, value in zip(
+                    figure3.SWEPT, point) if key in fields and key != field)
+                found.append(difference(
+                    f"{what}: {fields[field]} {after} - {point[place]} ({rest})", other, point,
+                    1 if is_smaller else -1, is_smaller))
     return found
 
 
-def official_couplings(rows, seed_sd):
-    scores, ours = Scores(rows, figure4.SWEPT, seed_sd), ("4:1", "mix")
+def official_couplings(rows):
+    runs, ours = rows.groupby([*figure4.SWEPT])["run_id"].first(), ("4:1", "mix")
     others = [(ratio, "mix") for ratio in style.ordered(rows["coupling_ratio"], tables.BY_SHARE)]
     others += [("4:1", split)
                for split in style.ordered(rows["spatial_split"], style.SPLIT_STYLES)]
-    return scores.differences((f"4:1 mix - {' '.join(other)}", ours, other, 0) for other in others
-                              if scores.runs.get(other) != scores.runs.get(ours))
+    return [difference(f"4:1 mix - {' '.join(other)}", ours, other)
+            for other in others if runs.get(other) != runs.get(ours)]
 
 
-def pairing_against_masking(rows, seed_sd):
-    return Scores(rows, tables.SPLITS.swept, seed_sd).differences(
-        (f"{ratio}: pairing - masking", (ratio, "pairing"), (ratio, "masking"), 0)
-        for ratio in style.ordered(rows["coupling_ratio"], tables.RATIOS))
-
-
-def layers_that_are_left_off(rows, seed_sd):
-    names = {"ActNorm": ("True", "False"), "dense layers": ("False", "True"),
-             "both": ("True", "True")}
-    return Scores(rows, tables.LAYERS.swept, seed_sd).differences(
-        (f"with {name} - without any", key, ("False", "False"), 0) for name, key in names.items())
-
-
-def pretraining(rows, seed_sd):
+def pretraining(rows):
     """The claim is on training from scratch; what fine-tuning adds to pretraining is beside it."""
     targets = style.points(rows, ("size", "dataset"), tables.MAIN_ORDER)
-    return Scores(rows, tables.MAIN_SWEPT, seed_sd).differences(
-        (f"{size} on {style.dataset_title(name)}: fine-tuned - {other}",
-         (size, "fine-tuned", name), (size, other, name), wanted)
-        for size, name in targets for other, wanted in (("scratch", -1), ("not-fine-tuned", 0)))
+    return [difference(f"{size} on {style.dataset_title(name)}: fine-tuned - {other}",
+                       (size, "fine-tuned", name), (size, other, name), wanted)
+            for size, name in targets for other, wanted in (("scratch", -1), ("not-fine-tuned", 0))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +114,7 @@ class Item:
     experiment: str
     swept: tuple
     claim: str
-    differences: object  # function(rows, seed_sd), or None where there is no number to compare
+    contrasts: object  # function(rows), or None where there is no number to compare
     to_tell: str  # what a verdict on the paper's claim itself would need
     varying: tuple = ()
     figure: str = ""  # its file, without scale and ending
@@ -206,13 +133,13 @@ ITEMS = (
     Item("Figure 2b: blocks in each network", "ablate_block_depth", figure2.SWEPT_B,
          "bits/dim improve with the depth of the ViT up to 5 (ImageNet-21k 32 x 32).",
          deeper_blocks,
-         "Longer training and more seeds: few steps may favour shallow networks, and one learning "
-         "rate serves all depths.", figure="figure2b"),
+         "Longer training and the paper's width: few steps may favour shallow networks.",
+         figure="figure2b"),
     Item("Figure 3: scaling", "scaling", figure3.SWEPT,
          "On the smaller set (ImageNet-1k) large models overfit; on the larger one (ImageNet-21k) "
          "more compute keeps helping.", overfitting_and_scaling,
-         "Many more epochs of the smaller set. The training images are others than the test "
-         "images: what counts is how the gap between them grows with the model, not the gap.",
+         "More seeds and larger models. The training images are others than the test images: what "
+         "counts is how the gap between them grows with the model, not the gap.",
          figure="figure3"),
     Item("Figure 4: which couplings", "ablate_coupling", figure4.SWEPT,
          "The official configuration takes 4 channel couplings to 1 spatial one, of mixed "
@@ -231,28 +158,33 @@ ITEMS = (
          "training on, not that they are worth as much.", tables.MAIN_VARYING),
     Item("Table 2a: masking or pairing", "ablate_splits", tables.SPLITS.swept,
          "It compares the two; the official model pairs. The values are not known here.",
-         pairing_against_masking, "The paper's values and its masking: ours is our reading."),
+         tables.SPLITS.contrasts, "The paper's values and its masking: ours is our reading."),
     Item("Table 2b: ActNorm and invertible dense layers", "ablate_layers", tables.LAYERS.swept,
          "It compares the four; the official model has neither. The values are not known here.",
-         layers_that_are_left_off,
+         tables.LAYERS.contrasts,
          "Training to the end: both layers start well, and may help most in the first steps."))
 
 
-def item_section(item, results_dir, deviations):
-    """deviations: between seeds, by scale (seed_deviation)."""
+def item_section(item, results_dir):
     lines, missing = [f"## {item.title}", "", f"**The paper:** {item.claim}", ""], []
-    for scale, deviation in deviations.items():
+    for scale in style.SCALES[1:]:
         path = results_dir / f"{item.experiment}_{scale}.csv"
-        if path.exists():
-            lines += measured(item, item.rows(path), scale, deviation)
+        if not is_run(path, item.experiment):
+            lines += [f"**Ours, {scale} scale:** not run at {LEAST[scale]} epochs.", ""]
+        if path.exists() and is_run(path, item.experiment):
+            lines += measured(item, item.rows(path), scale, path)
         else:
             missing.append(scale)
+    known = [f"{' '.join(point)} {value}" for point, value in
+             paper.paper_values(item.experiment, item.swept).items()]
+    if known:
+        lines += [f"**The paper's numbers** ([paper.csv](paper.csv)): {'; '.join(known)}.", ""]
     return [*lines, f"Not run: {', '.join(missing)}. The command is `python experiments/"
             f"{item.experiment}.py --scale SCALE --data-root DIR`.", "",
             f"**To tell more:** {item.to_tell}", ""]
 
 
-def measured(item, rows, scale, seed_sd):
+def measured(item, rows, scale, path):
     """What a CSV shows."""
     test = rows[rows["split"] == "test"].drop_duplicates("run_id")
     sets = []
@@ -265,30 +197,74 @@ def measured(item, rows, scale, seed_sd):
     if (test["git_dirty"] == "True").any():
         commits += " (with changes)"
     lines = [f"**Ours, {scale} scale:** {len(test)} runs, "
-             f"{style.counted(test['seed'].nunique(), 'seed')}. {'; '.join(sets)}. "
+             f"{style.counted(test['seed'].nunique(), 'seed')}, {regime(rows, path)}. "
+             f"{'; '.join(sets)}. "
              f"{test['train_seconds'].sum() / 60:.0f} minutes of training in all on "
              f"{', '.join(test['hardware'].fillna('unknown').unique())}; commit {commits}.", ""]
     if item.figure:
         lines += [f"![{item.title}](../paper_figures/out/{item.figure}_{scale}.png)", ""]
-    if item.differences and (found := item.differences(rows, seed_sd)):
-        lines += comparisons(found)
-    return [*lines, *caps(test), ""]
+    if item.contrasts:
+        images = read_per_image(path, rows)
+        known = paper.paper_values(item.experiment, item.swept)
+        contrasts = [with_sign(contrast, known) for contrast in item.contrasts(rows)]
+        if found := compare(rows, item.swept, images, contrasts):
+            lines += comparisons(found, regime(rows, path), scale, known)
+    if item.experiment == "scaling":
+        lines += power_laws(rows)
+    return [*lines, *lengths.section(path, rows, item, BEST_DEPTH), *caps(test), ""]
 
 
-def comparisons(differences):
-    """The table of the differences, and how many speak for the claim."""
-    verdicts = [difference.verdict for difference in differences if difference.wanted]
-    summary = "No verdict on the paper: what it found is not known here."
-    if verdicts:
-        counts = [f"{verdicts.count(verdict)} {words}" for verdict, words in VERDICTS.items()]
-        summary = f"Of {len(verdicts)} comparisons that speak to the claim: {', '.join(counts)}."
-    lines = [summary, "", "| bits/dim | difference | s.e. | in s.e. | |", f"|{5 * ' --- |'}",
-             *(difference.row() for difference in differences), ""]
-    if not all(difference.sure for difference in differences):
-        lines += ["The deviation between seeds at this scale is not known (Figure 4 with "
-                  "`--seeds 2` tells it): errors are over the images alone, and no verdict is "
-                  "given.", ""]
-    return lines
+def power_laws(rows):
+    """A line for each image set with three seeds: the exponent of compute."""
+    lines = []
+    for dataset in figure3.sets(rows):
+        if law := figure3.power_law(rows[rows["dataset"] == dataset]):
+            low, mean, high = law[1]
+            lines.append(f"{style.dataset_title(dataset)}: over this grid, test bits/dim go with "
+                         f"compute to the power of {mean:+.4f} (95 %: {low:+.4f} to {high:+.4f}, "
+                         "over seeds); a fit, and no law.")
+    return [*lines, ""] if lines else []
+
+
+def with_sign(contrast, known):
+    """The Contrast with the sign that the paper's numbers have, where a claim says none."""
+    theirs = paper.difference(contrast, known)
+    if contrast.wanted or not theirs:
+        return contrast
+    return dataclasses.replace(contrast, wanted=1 if theirs > 0 else -1)
+
+
+def comparisons(findings, regime, scale, known):
+    """The table of what was compared, and how much of it has the sign that the paper claims."""
+    verdicts = [verdict(one, regime, scale) for one in findings]
+    summary, claimed = "The paper's numbers are not known here: no sign to compare with.", [
+        one for one, finding in zip(verdicts, findings) if finding.contrast.wanted]
+    if claimed:
+        counts = [f"{claimed.count(words)} {words}" for words in dict.fromkeys(claimed)]
+        summary = (f"Of {len(claimed)} comparisons that speak to the claim: "
+                   f"{'; '.join(counts)}.")
+    theirs = [paper.difference(one.contrast, known) for one in findings]
+    columns = (*COLUMNS, "the paper's") if set(theirs) > {None} else COLUMNS
+    lines = [summary, "", f"| {' | '.join(columns)} | |", f"|{(len(columns) + 1) * ' --- |'}"]
+    for one, words, value in zip(findings, verdicts, theirs):
+        more = ["" if value is None else f"{value:+.4f}"][:len(columns) - len(COLUMNS)]
+        lines.append(f"| {' | '.join([*cells(one), *more])} | {words} |")
+    return [*lines, ""]
+
+
+def verdict(finding, regime, scale):
+    """What may be said of a Finding; of the paper's claim itself at its scale alone."""
+    wanted = finding.contrast.wanted
+    if math.isnan(finding.p):
+        return "no test: one seed" if len(finding.by_seed) == 1 else "no test"
+    if not finding.is_sure:
+        return "cannot tell"
+    if not wanted:
+        return "higher" if finding.value > 0 else "lower"
+    is_same = (finding.value > 0) == (wanted > 0)
+    if scale == "paper":
+        return "agrees" if is_same else "disagrees"
+    return f"{'the claimed' if is_same else 'opposite'} sign at {regime}"
 
 
 def caps(test):
@@ -332,14 +308,9 @@ def model_section(folder):
 
 def page(results_dir, assets_dir=style.ROOT / "assets"):
     """The whole page. Raises ResultsError for a CSV that must not be used."""
-    deviations = {scale: seed_deviation(results_dir, scale) for scale in style.SCALES[1:]}
-    known = "; ".join(f"{scale}: {value:.4f}" for scale, value in deviations.items()
-                      if not math.isnan(value))
-    pooled = f" ({known} bits/dim, pooled over the runs of Figure 4)" if known else ""
-    lines = [INTRODUCTION.format(pooled=pooled, SURE=SURE),
-             *model_section(assets_dir / "jet_cifar10")]
+    lines = [INTRODUCTION, *model_section(assets_dir / "jet_cifar10")]
     for item in ITEMS:
-        lines += item_section(item, results_dir, deviations)
+        lines += item_section(item, results_dir)
     return "\n".join(lines).rstrip() + "\n"
 
 

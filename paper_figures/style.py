@@ -246,6 +246,8 @@ def main(script, description, draws, arguments=None, flag="scale", choices=SCALE
             todo = [(draws[read_experiment(flags["csv"], draws)], flags["csv"])]
         elif flags.get("samples"):
             todo = [(samples, flags["samples"])]
+        elif not todo and "small" in choices:  # it says that it is not run
+            todo = [(draw, ROOT / f"results/{name}_small.csv") for name, draw in draws.items()]
         elif not todo:
             raise ResultsError(f"results/ has no CSV of {' or '.join(draws)}: python experiments/"
                                f"{next(iter(draws))}.py --{flag} {choices[0]} makes one")

@@ -15,6 +15,10 @@ from data import SETS
 from harness.files import read_json
 from harness.flops import forward_flops, logdet_cap_share
 from paper_figures import style
+from paper_figures.paper import paper_values
+from paper_figures.inference import COLUMNS, Contrast, cells, compare
+from paper_figures.per_image import read_per_image
+from paper_figures.regime import drawn_from, is_run, say_not_run
 from paper_figures.reported import DATASETS, KNOWN, REPORTED, read_reported
 from paper_figures.results_csv import ResultsError, final_test_rows
 from paper_figures.table_files import OURS, Part, write
@@ -31,13 +35,13 @@ TRAININGS = {"pretrained": "pretrained", "scratch": "from scratch",
 MAIN_ORDER = {"training": TRAININGS, "dataset": style.DATASET_TITLES}
 H100_RATE = 0.4 * 989e12  # FLOP/s: 40 % of its bfloat16 peak, assumed as in sweeps/plan.py
 SHIPPED = style.ROOT / "assets/jet_cifar10"
-MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "Dequantization", "IW", "Augm.", "Cond.",
-                "Parameters", "Training FLOPs", "Seconds", "logdet/cap", "Images", "Source", "Note")
+MAIN_COLUMNS = ("Model", "Year", "bits/dim", "±", "The paper's", "Dequantization", "IW", "Augm.",
+                "Cond.", "Parameters", "Training FLOPs", "Seconds", "logdet/cap", "Images",
+                "Source", "Note")
 SHORT = {"bits_per_dim": "bits/dim", "iw_samples": "IW", "augmentation": "Augm.",
          "conditional": "Cond."}  # heads of reported.csv's columns
 OUR_SETTING = {"Dequantization": "uniform", "Augm.": "no", "Cond.": "no"}
 NOTHING, SATURATED = "–", 0.9
-UNKNOWN = "the paper's values are not known here (results/reported.csv has none)"
 
 
 def size_of(size):
@@ -133,6 +137,7 @@ class Grid:
     compared: str  # what the paper compares
     corner: str  # the head of the first column
     names: dict  # {swept field: {value: how it is written, if not so}}, in order: down, across
+    contrasts: object = None  # function(rows) -> what is compared
 
     @property
     def swept(self):
@@ -145,9 +150,18 @@ class Grid:
         title = style.dataset_title(first["dataset"])
         caption = (
             f"{self.title}, {first['scale']} scale. {title}, variant {first['variant']}, "
-            f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; {UNKNOWN}.")
-        return write(f"{self.name}_{first['scale']}", caption,
-                     [self.bits(rows, runs), self.costs(runs)], out_dir)
+            f"{first['num_images']:,} test images; {setting(rows)} {self.compared}; its values, as "
+            "far as they are known here: results/paper.csv.")
+        parts = [self.bits(rows, runs), self.costs(runs), *self.differences(path, rows)]
+        return write(f"{self.name}_{first['scale']}", caption, parts, out_dir)
+
+    def differences(self, path, rows):
+        """What the page compares, where there are values per image or several seeds."""
+        found = compare(rows, self.swept, read_per_image(path, rows), self.contrasts(rows)) \
+            if self.contrasts else []
+        lines = [tuple(cell or NOTHING for cell in cells(one)) for one in found]
+        return [Part(header=COLUMNS, rows=lines,
+                     title="Differences, paired over images.")] if found else []
 
     def labels(self, points):
         """The values of each field at the points of one run."""
@@ -156,7 +170,7 @@ class Grid:
 
     def bits(self, rows, runs):
         """bits/dim in a grid."""
-        cells, shared = {}, []
+        cells, shared, known = {}, [], paper_values(self.experiment, self.swept)
         for of_run, points in runs:
             cell = summary(of_run)
             text = f"{cell['bits/dim']} ± {cell['±'].split()[0]}"
@@ -173,7 +187,9 @@ class Grid:
                 shares = sorted(rows.loc[rows[down] == value, "channel_share"].unique())
                 head += f" (channel share {', '.join(f'{share:.3f}' for share in shares)})"
             found = [cells.get((value, column), NOTHING) for column in columns]
-            table.append((head, *found, "not known"))
+            theirs = [f"{names.get(column) or column}: {known[value, column]}"
+                      for column in columns if (value, column) in known]
+            table.append((head, *found, "; ".join(theirs) or "not known"))
         if shared:
             note = f"†: one run for all, since their couplings are the same: {' / '.join(shared)}."
         header = self.corner, *(names.get(column) or column for column in columns), "the paper's"
@@ -192,19 +208,28 @@ SPLITS = Grid(
     title="Table 2a: pairing or masking",
     compared="The paper compares the two for channel and for spatial couplings; masking, and whole "
              "models of one mode, are our reading",
-    names={"coupling_ratio": RATIOS, "split_mode": {"pairing": "pairing", "masking": "masking"}})
+    names={"coupling_ratio": RATIOS, "split_mode": {"pairing": "pairing", "masking": "masking"}},
+    contrasts=lambda rows: [
+        Contrast(f"{ratio}: pairing - masking", {(ratio, "pairing"): 1, (ratio, "masking"): -1})
+        for ratio in style.ordered(rows["coupling_ratio"], RATIOS)])
 LAYERS = Grid(
     name="table2b", experiment="ablate_layers", corner="before each coupling",
     title="Table 2b: ActNorm and invertible dense layers",
     compared="The paper compares the four and leaves both layers off; ours are Glow's",
     names={"actnorm": {"False": "no ActNorm", "True": "ActNorm"},
-           "invertible_dense": {"False": "no dense layers", "True": "dense layers"}})
+           "invertible_dense": {"False": "no dense layers", "True": "dense layers"}},
+    contrasts=lambda rows: [
+        Contrast(f"with {name} - without any", {point: 1, ("False", "False"): -1})
+        for name, point in {"ActNorm": ("True", "False"), "dense layers": ("False", "True"),
+                            "both": ("True", "True")}.items()])
 FIGURE_4 = Grid(
     name="table_figure4", experiment="ablate_coupling", corner="channel : spatial",
     title="Figure 4 as a table: channel to spatial couplings, kinds of spatial split",
     compared="The paper compares them on ImageNet-1k 64x64",
     names={"coupling_ratio": BY_SHARE, "spatial_split": dict.fromkeys(style.SPLIT_STYLES)})
-draw_splits, draw_layers, draw_figure4 = SPLITS.draw, LAYERS.draw, FIGURE_4.draw
+draw_splits, draw_layers, draw_figure4 = (
+    drawn_from(grid.experiment, grid.name, grid.title, table=True)(grid.draw)
+    for grid in (SPLITS, LAYERS, FIGURE_4))
 
 
 # ---- the main table
@@ -214,20 +239,26 @@ def our_line(size, training, dataset, variant, scale="", **cells):
     couplings, depth = size_of(size)
     model = (f"{OURS}Jet {couplings} couplings x depth {depth}, {TRAININGS.get(training, training)}"
              f"{scale}")
-    row = {"Model": model, **OUR_SETTING, **cells}
+    known = paper_values("main_results", MAIN_SWEPT).get((size, training, dataset), "")
+    row = {"Model": model, "The paper's": known, **OUR_SETTING, **cells}
     return (dataset.removesuffix(f"-{variant}"), variant), row
 
 
 def our_lines(rows):
-    """What our_line makes of a CSV's runs, and of the paper's targets that it has not."""
-    scale, lines, targets = f" ({rows['scale'].iloc[0]} scale)", [], paper_costs()
-    for of_run, points in by_run(rows, MAIN_SWEPT, MAIN_ORDER):
+    """What our_line makes of a CSV's runs, or None, and of the targets that it has not."""
+    lines, targets, done = [], paper_costs(), set()
+    for of_run, points in [] if rows is None else by_run(rows, MAIN_SWEPT, MAIN_ORDER):
+        scale = f" ({rows['scale'].iloc[0]} scale)"
         cells, variant = summary(of_run), of_run["variant"].iloc[0]
         notes = [note for note in (cells["Note"], beginning(of_run, rows)) if note != NOTHING]
         cells["Note"] = "; ".join(notes)
         for point in points:
             targets.pop(point, None)
+            done.add(point)
             lines.append(our_line(*point, variant, scale, **cells))
+    known = paper_values("main_results", MAIN_SWEPT)
+    for point in sorted(known.keys() - {*paper_costs(), *done}):
+        lines.append(our_line(*point, SETS[point[-1]].variant, **{"bits/dim": "not run here"}))
     for point, (flops, hours) in targets.items():
         flops, variant = power(flops), SETS[point[-1]].variant
         note = f"paper scale: {flops} training FLOPs, {hours} GPU-hours of an H100, both computed"
@@ -347,14 +378,17 @@ def section(title, rows, note):
 
 def draw_main(path, out_dir=style.OUT):
     """The main table from a CSV; returns the paths of the Markdown and the LaTeX file."""
-    rows = final_test_rows(path, "main_results", MAIN_SWEPT, "the main table", MAIN_VARYING)
-    scale = rows["scale"].iloc[0]
+    rows, scale = None, Path(path).stem.rpartition("_")[2]
+    if is_run(path, "main_results"):
+        rows = final_test_rows(path, "main_results", MAIN_SWEPT, "the main table", MAIN_VARYING)
+        scale = rows["scale"].iloc[0]
+    ours = f"{say_not_run('main_results', scale)}." if rows is None else setting(rows)
     caption = (
         f"Main table, our runs of {scale} scale beside published numbers. A section is one image "
         "set, variant and kind of bound, by bits/dim; numbers of two sections are never "
         "comparable, and within one the dequantization matters, and IW: importance samples, "
         "Augm.: trained on augmented images, Cond.: class, where it is told the class. Ours: "
-        f"{setting(rows)} {NOTHING}: nothing to say, not run, or not in results/reported.csv, "
+        f"{ours} {NOTHING}: nothing to say, not run, or not in results/reported.csv, "
         "where the published digits come from. Training FLOPs of ours are of the run alone; "
         "GPU-hours are computed for 40 % of an H100's bfloat16 peak.")
     parts = main_parts([*our_lines(rows), *shipped_lines()], read_reported(REPORTED))

@@ -49,7 +49,9 @@ class Experiment:
     name: of the script, the CSVs and the run folders. configs: a pure function, scale -> [Point].
     swept: the fields by which a grid's points are told apart, columns of the CSV. draw(csv,
     folder): draws it and returns the paths. varying: what may differ from run to run besides
-    (results_csv.read_results). runs_of: another experiment, whose run folders are used.
+    (results_csv.read_results). runs_of: another experiment, whose run folders and rates are
+    used. search: {scale: the sweeps.search.Search of its learning rates}. seeds: {scale: how many,
+    if not 1}. also: experiments that the same command runs, with seed 0, where they have points.
     """
     name: str
     description: str
@@ -57,7 +59,10 @@ class Experiment:
     swept: tuple[str, ...]
     draw: Callable
     varying: tuple[str, ...] = ()
-    runs_of: str = ""
+    runs_of: "Experiment | None" = None
+    search: dict = dataclasses.field(default_factory=dict)
+    seeds: dict = dataclasses.field(default_factory=dict)
+    also: tuple["Experiment", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class Run:
 
     name: the values of the swept fields at the first of its points, like "4:1 row" or
     "vit emb_dim=64". points: these values, {field: text}, at each point that it stands for.
+    arm: which of the searched learning rates it takes. awaits: that rate is not known yet.
     """
     name: str
     points: tuple
@@ -73,6 +79,8 @@ class Run:
     runs_dir: Path
     run_id: str
     after: "Run | None" = None
+    arm: tuple = ()
+    awaits: bool = False
 
     @property
     def label(self):
@@ -121,11 +129,12 @@ class Run:
         return [{**fixed, **row, **values} for values in self.points for row in measured]
 
 
-def make_runs(experiment, scale, seeds, runs_dir, precision=None):
+def make_runs(experiment, scale, seeds, runs_dir, precision=None, rates=None):
     """The runs of a grid for each of the seeds, in its order.
 
     A run that begins with another's weights takes those of the same seed. precision: of all of
-    them; None is the configurations' own.
+    them; None is the configurations' own. rates: the sweeps.search.Rates that were found for its
+    arms; None is the configurations' own, too.
     """
     try:
         points = experiment.configs(scale)
@@ -140,12 +149,14 @@ def make_runs(experiment, scale, seeds, runs_dir, precision=None):
         raise TrainingError(f"{experiment.name}: two points of its grid are {shown}: swept must "
                             "name what tells them apart")
     return [run for seed in seeds
-            for run in _runs_of_seed(points, experiment.swept, seed, runs_dir, precision)]
+            for run in _runs_of_seed(points, experiment.swept, seed, runs_dir, precision, rates)]
 
 
-def _runs_of_seed(points, swept, seed, runs_dir, precision):
+def _runs_of_seed(points, swept, seed, runs_dir, precision, rates):
     def config_of(point):
         changes = {"seed": seed, "precision": precision or point.config.precision}
+        if rates and (factor := rates.factor(point)):
+            changes["lr"] = point.config.lr * factor
         if point.after:
             changes["init"] = config_of(point.after).hash
         return dataclasses.replace(point.config, **changes)
@@ -158,9 +169,11 @@ def _runs_of_seed(points, swept, seed, runs_dir, precision):
     for digest, (point, config, values) in found.items():
         name = name_of(values[0])
         after = runs[config_of(point.after).hash] if point.after else None
-        run_id = f"{name}_seed{seed}_{digest}".replace(" ", "_").replace(":", "to")
+        awaits = bool(rates) and not rates.factor(point)  # then its configuration has no hash yet
+        run_id = f"{name}_seed{seed}_{'awaits-its-rate' if awaits else digest}"
         runs[digest] = Run(name=name, points=tuple(values), config=config, runs_dir=runs_dir,
-                           run_id=run_id, after=after)
+                           run_id=run_id.replace(" ", "_").replace(":", "to"), after=after,
+                           arm=rates.arm_of(point) if rates else (), awaits=awaits)
     return list(runs.values())
 
 

@@ -186,6 +186,8 @@ def failures(runs, unrecorded):
 def why_unfinished(run, unrecorded):
     if known := read_error(run.folder) or unrecorded.get(run.run_id):
         return known
+    if run.awaits:
+        return "the search of its learning rate has not finished"
     if run.after and not run.after.is_done:
         return f"{run.after.label}, whose weights it begins with, has not finished"
     return "not finished"

@@ -86,7 +86,7 @@ def print_plan(runs, finished, device, images_per_s, processes):
     images = len({(config.data, config.total_steps, config.batch_size) for config in configs})
     table = plan_table(runs, statuses, with_images=images > 1)
     seed = ["seed"] if len(set(table["seed"])) == 1 else []
-    print(watch.fit(table, ["images", "channel share", "GPU-hours", *seed, "FLOPs"]))
+    print(watch.fit(table, ["images", "channel share", "GPU-hours", *seed, "FLOPs", "parameters"]))
     config, flops = configs[0], sum(map(train_flops, configs))
     each = (f"each {config.total_steps:,} steps of {config.batch_size:,} images of {config.data}; "
             if images == 1 else "")
@@ -112,9 +112,10 @@ def plan_table(runs, statuses, with_images):
     flops = [train_flops(config) for config in configs]
     images = {"images": [config.data for config in configs],
               "steps": [f"{config.total_steps:,}" for config in configs]}
+    rates = {"lr": ["searched for" if run.awaits else f"{run.config.lr:g}" for run in runs]}
     return {
         "run": [run.name for run in runs], "seed": [config.seed for config in configs],
-        **(images if with_images else {}),
+        **(images if with_images else {}), **(rates if any(run.arm for run in runs) else {}),
         "channel share": [f"{channel_share(config.model):.3f}" for config in configs],
         "parameters": [f"{num_parameters(config.model):,}" for config in configs],
         "FLOPs": [f"{value:.3g}" for value in flops],

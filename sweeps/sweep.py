@@ -6,7 +6,6 @@ cluster; one that does more (experiments/draw_samples.py) composes parse, carry_
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -15,16 +14,18 @@ from pathlib import Path
 import torch
 
 from data import sets_root
-from harness.errors import TrainingError
+from harness.errors import TrainingError, UserError
 from harness.files import locked, remove_leftovers, write_atomically
 from harness.flags import ArgumentParser, one_line_errors
 from harness.host import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
 from harness.run_folder import has_checkpoint
-from paper_figures.per_image import paired_difference, read_per_image, write_per_image
+from paper_figures.per_image import read_per_image, write_per_image
 from paper_figures.results_csv import SCALES, ResultsError, columns, read_csv, read_results
 from sweeps import cluster, local, plan, watch
-from sweeps.grid import Experiment, first_of, make_runs
+from sweeps.grid import Experiment
+from sweeps.parts import make_parts
+from sweeps.table import print_table
 
 # Small models gain little from two threads, and threads that wait for a core which another process
 # has cost a factor of ten; --jobs uses all cores
@@ -36,21 +37,24 @@ DIRS = {"runs": "runs", "results": "results", "figures": "paper_figures/out"}
 class Sweep:
     """What one command line asks for.
 
-    grid: all runs; runs: those of the shard. settings: of sbatch. csv: of all runs or the shard's.
+    parts: the search of learning rates, the experiment, what is beside it. settings: of sbatch.
     """
     program: str
     experiment: Experiment
     flags: argparse.Namespace
     place: Place
-    grid: list
-    runs: list
-    runs_dir: Path
-    csv: Path
+    parts: list
     settings: dict
 
     @property
-    def name(self):
-        return f"{self.experiment.name}_{self.flags.scale}"
+    def own(self):
+        """The part of the experiment itself."""
+        return next(part for part in self.parts if part.experiment is self.experiment)
+
+    @property
+    def runs(self):
+        """Those of all parts that are to be run here, or were."""
+        return [run for part in self.parts for run in part.runs]
 
 
 def main(experiment, arguments=None):
@@ -79,7 +83,8 @@ def carry_out(sweep):
         cluster.check_slurm()
     if not flags.collect:
         local.check(sweep.runs, sweep.place, on_slurm)
-    for folder in (sweep.runs_dir, flags.results_dir, flags.figures_dir):
+    runs_dirs = [part.runs_dir for part in sweep.parts]
+    for folder in (*runs_dirs, flags.results_dir, flags.figures_dir):
         folder.mkdir(parents=True, exist_ok=True)
     if on_slurm:
         submit(sweep)
@@ -89,7 +94,7 @@ def carry_out(sweep):
 
 def draw(sweep):
     """Draw the figure or table from the CSV."""
-    for path in sweep.experiment.draw(sweep.csv, sweep.flags.figures_dir):
+    for path in sweep.experiment.draw(sweep.own.csv, sweep.flags.figures_dir):
         print(path)
 
 
@@ -99,8 +104,9 @@ def make_parser(experiment):
     """The command line of an experiment."""
     parser = ArgumentParser(prog=f"{experiment.name}.py", description=experiment.description)
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="default: smoke")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N",
-                        help="seeds 0 to N-1 (default: 1)")
+    more = "".join(f", at {scale} scale {count}" for scale, count in experiment.seeds.items())
+    parser.add_argument("--seeds", type=int, metavar="N",
+                        help=f"seeds 0 to N-1 (default: 1{more})")
     parser.add_argument("--precision", choices=plan.GPU_PEAKS,
                         help="train all runs in it (default: the grid's own, bfloat16 at medium "
                              "and paper scale, else float32)")
@@ -139,19 +145,20 @@ def parse(experiment, parser, arguments=None):
     flags = parser.parse_args(arguments)
     check_flags(parser, flags)
     place = place_from_flags(vars(flags), threads=THREADS[flags.scale])
-    runs_dir = flags.runs_dir.absolute() / f"{experiment.runs_of or experiment.name}_{flags.scale}"
-    grid = make_runs(experiment, flags.scale, range(flags.seeds), runs_dir, flags.precision)
-    runs, csv = grid, flags.results_dir / f"{experiment.name}_{flags.scale}.csv"
     try:
-        if flags.shard:
-            part, parts = parse_shard(flags.shard)
-            runs = runs_of_shard(grid, part, parts)
-            csv = csv.with_suffix(f".shard-{part}-of-{parts}.csv")
+        parts = make_parts(experiment, flags)
         settings = cluster.sbatch_settings(flags, place.threads)
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         parser.error(str(error))
-    return Sweep(program=parser.prog, experiment=experiment, flags=flags, place=place, grid=grid,
-                 runs=runs, runs_dir=runs_dir, csv=csv, settings=settings)
+    return Sweep(program=parser.prog, experiment=experiment, flags=flags, place=place, parts=parts,
+                 settings=settings)
+
+
+def replan(sweep):
+    """The same with the learning rates that are known now."""
+    return dataclasses.replace(sweep, parts=make_parts(sweep.experiment, sweep.flags))
 
 
 def is_watching(flags):
@@ -180,27 +187,6 @@ def check_flags(parser, flags):
                      "limits runs at a time")
 
 
-def parse_shard(text):
-    """"2/8" -> (2, 8). Raises ValueError."""
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise ValueError(f"--shard {text}: must be i/n with i from 1 to n, like 2/8")
-    return int(part), int(parts)
-
-
-def runs_of_shard(grid, part, parts):
-    """Every parts-th run from the part-th on, with all that begin with its weights.
-
-    Raises ValueError where there is none.
-    """
-    firsts = [run for run in grid if not run.after]
-    chosen = [run.run_id for run in firsts[part - 1::parts]]
-    if not chosen:
-        which = " that begin with no other's weights" if len(firsts) < len(grid) else ""
-        raise ValueError(f"--shard {part}/{parts}: the grid has only {len(firsts)} runs{which}")
-    return [run for run in grid if first_of(run).run_id in chosen]
-
-
 # ---- plan and watch
 
 def show_plan(sweep):
@@ -208,7 +194,8 @@ def show_plan(sweep):
     flags, settings = sweep.flags, sweep.settings
     is_cuda = sweep.place.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
-    plan.print_plan(sweep.runs, plan.trained(sweep.grid), device, flags.images_per_s,
+    grid = [run for part in sweep.parts for run in part.grid]
+    plan.print_plan(sweep.runs, plan.trained(grid), device, flags.images_per_s,
                     settings["nodes"] * settings["ntasks_per_node"])
     if flags.cluster == "slurm":
         cluster.print_settings(settings, len(sweep.runs), flags.max_parallel)
@@ -233,36 +220,29 @@ def watch_runs(sweep):
 # ---- run
 
 def run_and_collect(sweep):
-    """Run what is not done (without --collect) and write the CSV; whether it is to be drawn now."""
-    flags, runs = sweep.flags, sweep.runs
-    state = f"{sum(run.is_done for run in runs)} of them done"
+    """Run what is not done (without --collect) and write the CSVs; whether to draw them now."""
+    flags, unrecorded = sweep.flags, {}
+    tell_runs(sweep)
     if not flags.collect:
-        in_debug = flags.cluster == "debug"
-        jobs = 1 if in_debug else local.count_jobs(runs, sweep.place, flags.jobs)
-        if resumed := sum(has_checkpoint(run.folder) for run in runs if not run.is_done):
-            state += f", {resumed} to be resumed"
-        if jobs > 1:
-            state += f", {jobs} at a time"
-    print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in {sweep.runs_dir}, "
-          f"{state}")
-    failed, pieces = [], ()
-    if flags.collect:
-        pieces = sorted(flags.results_dir.glob(f"{sweep.csv.stem}.shard-*.csv"))
-    else:
-        unrecorded, signals = local.run_here(runs, sweep.place, jobs, in_debug)
-        if signals.stop:
-            signals.end_program(f"{sweep.program}: stopped: the same command goes on")
-    rows, per_image = collect(sweep.experiment, flags.scale, runs, sweep.csv, pieces)
-    if not rows.empty:
-        print_table(rows, sweep.experiment.swept, per_image)
+        sweep, unrecorded = run_in_order(sweep)
+    finished, has_own = set(), False
+    for part in sweep.parts:
+        pieces = part.pieces(flags.collect)
+        runs = part.grid if part.is_search and not flags.shard else part.runs
+        rows, per_image = collect(part.experiment, flags.scale, runs, part.csv, pieces)
+        finished |= set(rows["run_id"])
+        has_own |= part is sweep.own and not rows.empty
+        if not rows.empty:
+            print_table(rows, part.experiment.swept, per_image)
+    runs = sweep.runs
+    failed = []
     if not flags.collect:
-        finished = set(rows["run_id"])
         failed = local.failures([run for run in runs if run.run_id not in finished], unrecorded)
     if failed and flags.cluster == "local":
         more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
         sys.exit(f"{sweep.program}: error: {len(failed)} of {len(runs)} runs failed: "
                  f"{'; '.join(failed[:3])}{more}")
-    if rows.empty:
+    if not has_own:
         sys.exit(f"{sweep.program}: error: no run of {flags.scale} scale has finished: nothing to "
                  "collect (without --collect, the same command runs them)")
     if failed:
@@ -271,35 +251,76 @@ def run_and_collect(sweep):
     return not (failed or flags.shard)
 
 
-def submit(sweep):
-    """Submit what is not done, running or queued."""
+def tell_runs(sweep):
+    """A line on what there is to do."""
     flags, runs = sweep.flags, sweep.runs
+    state = f"{sum(run.is_done for run in runs)} of them done"
+    if not flags.collect:
+        if resumed := sum(has_checkpoint(run.folder) for run in runs if not run.is_done):
+            state += f", {resumed} to be resumed"
+        if flags.cluster != "debug" and (
+                jobs := local.count_jobs(runs, sweep.place, flags.jobs)) > 1:
+            state += f", {jobs} at a time"
+    where = " and ".join(str(part.runs_dir) for part in sweep.parts)
+    print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in {where}, {state}")
+
+
+def run_in_order(sweep):
+    """Run what is not done; what awaits a learning rate as soon as its search is over.
+
+    Returns (the Sweep with the rates that were found, {run id: why} as local.run_here does).
+    """
+    flags, unrecorded, tried = sweep.flags, {}, set()
+    in_debug = flags.cluster == "debug"
+    jobs = 1 if in_debug else local.count_jobs(sweep.runs, sweep.place, flags.jobs)
+    while True:
+        ready = [run for run in sweep.runs if not run.awaits]
+        more, signals = local.run_here(ready, sweep.place, jobs, in_debug)
+        if signals.stop:
+            signals.end_program(f"{sweep.program}: stopped: the same command goes on")
+        unrecorded |= more
+        tried |= {run.run_id for run in ready}
+        sweep = replan(sweep)
+        if in_debug or tried >= {run.run_id for run in sweep.runs if not run.awaits}:
+            return sweep, unrecorded
+
+
+def submit(sweep):
+    """Submit what is not done, running or queued, but what awaits the learning rate of its arm."""
+    flags, runs, jobs, count = sweep.flags, sweep.runs, [], 0
     place = sweep.place
     if root := sets_root(place.data_root):  # a job's copy of the code has no sets/
         place = dataclasses.replace(place, data_root=os.path.abspath(root))
     if flags.gpus_per_node and place.device == "auto":
         place = dataclasses.replace(place, device="cuda")  # a node without it fails, and says so
-    with locked(sweep.runs_dir / "submit.lock"):  # two would both submit what is not queued yet
+    with locked(sweep.own.runs_dir / "submit.lock"):  # two would both submit what is not queued yet
         found = watch.statuses(runs)
-        todo = [run for run, status in zip(runs, found)
-                if status.state not in ("done", "running", "queued")]
         print(f"{sweep.experiment.name}, {flags.scale} scale: {len(runs)} runs in "
-              f"{sweep.runs_dir}: {watch.count(found)}")
-        if not todo:
+              f"{sweep.own.runs_dir}: {watch.count(found)}")
+        known = {run.folder: status.state for run, status in zip(runs, found)}
+        for part in sweep.parts:
+            todo = [run for run in part.runs if not run.awaits
+                    and known[run.folder] not in ("done", "running", "queued")]
+            if todo:
+                more, number = submit_in_order(part, todo, sweep.settings, place, flags)
+                jobs, count = jobs + more, count + number
+        if waiting := sum(run.awaits for run in runs):
+            print(f"{waiting} runs await the search of their learning rates: give the same command "
+                  "when it has ended (--wait)")
+        if not jobs:
             return print("nothing to submit")
-        jobs, count = submit_in_order(sweep, todo, place)
         each = " each" if len(jobs) > 1 else ""
         print(f"submitted {count} runs as job {', '.join(jobs)}, at most "
               f"{min(flags.max_parallel or count, count)} at a time{each}")
     print(f"from any shell: {same_command(flags)} --status (or --wait, --collect, --cancel)")
 
 
-def submit_in_order(sweep, todo, place):
+def submit_in_order(part, todo, settings, place, flags):
     """One job array, then one for all that begin with the weights of the same run.
 
     Returns (job ids, how many runs).
     """
-    flags, left, jobs, count = sweep.flags, todo, [], 0
+    left, jobs, count = todo, [], 0
     while left:
         after = next(first for run in left if (first := awaited(run)) not in left)
         group = [run for run in left if awaited(run) == after]
@@ -310,7 +331,7 @@ def submit_in_order(sweep, todo, place):
                   "whose weights they begin with, is being trained here: give the same command "
                   "when it is done")
             continue
-        jobs += cluster.submit(group, sweep.name, sweep.settings, place, sweep.runs_dir,
+        jobs += cluster.submit(group, part.name, settings, place, part.runs_dir,
                                flags.max_parallel, flags.allow_dirty, job and job["job"])
         count += len(group)
     return jobs, count
@@ -323,7 +344,7 @@ def awaited(run):
 
 def same_command(flags):
     """The command line that means the same runs."""
-    defaults = {"scale": "smoke", "seeds": 1, "precision": None, "shard": None}
+    defaults = {"scale": "smoke", "seeds": None, "precision": None, "shard": None}
     given = {name: getattr(flags, name) for name, default in defaults.items()
              if getattr(flags, name) != default}
     for name, default in DIRS.items():
@@ -381,41 +402,17 @@ def collect(experiment, scale, runs, csv, pieces=()):
     return rows, per_image
 
 
-def print_table(rows, swept, per_image):
-    """The finished points, those on equal images together, best first.
-
-    behind: by how much a point is behind the best of its seed, image by image, and the error.
-    """
-    train = rows[rows["split"] == "train"]
-    train_bits = dict(zip(zip(train["run_id"], train["step"]), train["bits_per_dim"]))
-    test = rows[rows["split"] == "test"].sort_values(["dataset", "bits_per_dim"])
-    keys = zip(test["run_id"], test["step"])
-    table = test[[*swept, "seed"]].assign(**{
-        "channels": test["channel_share"].map("{:.3f}".format),
-        "bits/dim": test["bits_per_dim"].map("{:.4f}".format),
-        "+- s.e.": test["bits_per_dim_se"].map("{:.4f}".format),
-        "train": [f"{train_bits.get(key, math.nan):.4f}" for key in keys],
-        "logdet/cap": ["" if math.isnan(share) else f"{share:.1%}"
-                       for share in test["logdet_cap_share"].astype(float)],
-        "seconds": test["train_seconds"].map("{:.1f}".format)})
-    best = test.groupby(["dataset", "seed", "step"])["run_id"].transform("first")
-    if set(test["run_id"]) <= per_image.keys():
-        behind = [paired_difference(per_image[one], per_image[other])
-                  for one, other in zip(test["run_id"], best)]
-        for place, name in enumerate(("behind", "+-")):
-            table[name] = [f"{pair[place]:.4f}" if pair[0] else "" for pair in behind]
-    print(table.to_string(index=False))
-
-
 def refuse_other_precision(sweep):
     """Raise ResultsError where a CSV of this name, or a shard's, would lose runs in another one."""
-    precision = sweep.grid[0].config.precision
-    for path in sorted(sweep.flags.results_dir.glob(f"{sweep.name}.*csv")):
-        found = set()
-        with contextlib.suppress(OSError, ValueError):  # no CSV of ours: refused where it is read
-            rows = read_csv(path, sweep.name, usecols=["precision"], dtype=str, na_values=[""])
-            found = set(rows["precision"].dropna()) - {precision}
-        if found:
-            raise ResultsError(f"{path}: holds runs in {' and '.join(sorted(found))}, and these "
-                               f"are in {precision}: give another --results-dir and --figures-dir, "
-                               "or the --precision of that file")
+    for part in sweep.parts:
+        precision = part.grid[0].config.precision
+        for path in sorted(sweep.flags.results_dir.glob(f"{part.name}.*csv")):
+            found = set()
+            with contextlib.suppress(OSError, ValueError):  # no CSV of ours: its reader refuses
+                rows = read_csv(path, part.name, usecols=["precision"], dtype=str, na_values=[""])
+                found = set(rows["precision"].dropna()) - {precision}
+            if found:
+                raise ResultsError(
+                    f"{path}: holds runs in {' and '.join(sorted(found))}, and these are in "
+                    f"{precision}: give another --results-dir and --figures-dir, or the "
+                    "--precision of that file")

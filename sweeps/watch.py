@@ -43,6 +43,8 @@ def statuses(runs, before=()):
 def _status(run, entry, clock):
     """entry: (state, reason, job id) in Slurm's queue, or None. clock: files.time_there."""
     folder, total = run.folder, run.config.total_steps
+    if run.awaits:
+        return Status(state="new", note="awaits the search of its rate")
     try:
         if done := run.done:
             cost = f"{done['train_seconds']:.0f} s"

@@ -25,7 +25,9 @@ def grid_rows(experiment, scale, seeds=(0,)):
 
 @functools.cache
 def _grid_rows(name, scale, seeds):
-    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    experiment = importlib.import_module(f"experiments.{name.removesuffix('_lengths')}").EXPERIMENT
+    if name.endswith("_lengths"):
+        (experiment,) = experiment.also
     swept, points = experiment.swept, experiment.configs(scale)
     places = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
     rows = []
@@ -45,8 +47,8 @@ def _rows_of(run, values, i, grid_points, swept):
         "run_id": run.run_id, "seed": config.seed, "grid_points": grid_points,
         "init": config.init or np.nan, "channel_share": channel_share(model),
         "num_couplings": model.num_couplings, "block": model.block,
-        "block_depth": model.block_depth, "emb_dim": model.emb_dim, "step": config.total_steps,
-        "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
+        "block_depth": model.block_depth, "emb_dim": model.emb_dim, "patch_size": model.patch_size, "step": config.total_steps,
+        "batch_size": config.batch_size, "total_steps": config.total_steps, "bits_per_dim_se": 0.0031 + 1e-4 * i,
         "logdet_cap_share": logdet_cap_share(model, 0.5 * logdet_cap_nats(model)),
         "num_params": num_parameters(model), "train_flops": train_flops(config),
         "train_seconds": 3.25 + i, "hardware": "CPU", "dataset": config.data,

@@ -19,8 +19,7 @@ import torch
 from experiments import throughput
 from harness import claim, flops
 from paper_figures.results_csv import ResultsError
-from sweeps import plan, sweep
-from sweeps.grid import make_runs
+from sweeps import plan, search, sweep
 from tests import tiny_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -370,9 +369,14 @@ def test_runs_whose_first_weights_are_elsewhere_are_orphans():
     assert gpu_medium.is_orphan(run_of("grandchild", after=child), {"parent"}) and not gpu_medium.is_orphan(child, {"child"})
 
 
+def medium_runs(experiment, folder):
+    (part,) = gpu_medium.parts_of(experiment, "medium", folder)
+    return part.grid
+
+
 def test_the_rehearsed_grids_are_the_medium_ones_but_for_size(tmp_path):
     for name in gpu_medium.ORDER:
-        real, tiny = (gpu_medium.runs_of(gpu_medium.load(name, small), tmp_path) for small in (False, True))
+        real, tiny = (medium_runs(gpu_medium.load(name, small), tmp_path) for small in (False, True))
         assert [run.name for run in real] == [run.name for run in tiny] and {run.config.seed for run in real} == {0}
         assert [run.after and run.after.name for run in real] == [run.after and run.after.name for run in tiny]
         assert len({run.run_id for run in tiny}) == len(tiny)
@@ -413,7 +417,7 @@ def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, 
     assert f"results/per_image/{csv.stem}.npz" in names
     assert len(names) == 4 * 4 + 2 and not any("checkpoint" in name for name in names)
     assert (tmp_path / "results" / csv.name).read_bytes() == csv.read_bytes()
-    runs = gpu_medium.runs_of(EXPERIMENT, tmp_path / "runs")
+    runs = medium_runs(EXPERIMENT, tmp_path / "runs")
     assert all(run.is_done for run in runs)
     merged = tmp_path / "results/tiny_experiment_medium.csv"
     pieces = sorted(merged.parent.glob(f"{merged.stem}.shard-*.csv"))  # as --collect does
@@ -425,11 +429,39 @@ def test_finished_runs_come_as_a_shard_and_folders_that_are_not_run_again(tiny, 
     assert gpu_medium.run(again, tiny)[1].split() == ["tiny_experiment", "4", "4", "0", "0"] and not again.failed
 
 
+def test_small_scale_searches_first_and_a_later_call_goes_on_with_what_its_csvs_say(tiny, stage, tmp_path, monkeypatch):
+    how = search.Search(arm=("heads",), factors=(0.5, 1, 2))
+    points = tiny_experiment.configs("smoke")[:2]
+    monkeypatch.setattr(tiny_experiment, "EXPERIMENT", dataclasses.replace(
+        EXPERIMENT, configs=lambda scale: points, search={"small": how}, seeds={"small": 2}))
+    for name in ("DATA", "EPOCHS"):
+        monkeypatch.setattr(search, name, getattr(search, name))  # the rehearsal's are taken back
+    first = stage()
+    first.scale, real = "small", gpu_medium.run_grid
+    monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *more: real(stage, [
+        run for run in todo if "lr" in run.points[0]], *more))  # the time is up after the search
+    assert [line.split() for line in gpu_medium.run(first, tiny)[1:3]] == [
+        ["tiny_experiment_search", "6", "0", "6", "0"], ["tiny_experiment", "4", "0", "0", "4"]]
+    for path in first.out.glob("*.csv"):
+        assert path.name.startswith("tiny_experiment_search_small.shard-")
+        (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(gpu_medium, "run_grid", real)
+    again = stage()
+    again.scale = "small"
+    assert [line.split() for line in gpu_medium.run(again, tiny)[1:3]] == [
+        ["tiny_experiment_search", "6", "6", "0", "0"], ["tiny_experiment", "4", "0", "4", "0"]]
+    found = pd.concat(map(pd.read_csv, first.out.glob("*_search_small*.csv")))
+    found = found[found["split"] == "test"]
+    best = {heads: of_arm.loc[of_arm["bits_per_dim"].idxmin(), "lr"] for heads, of_arm in found.groupby("heads")}
+    rows = pd.read_csv(next(again.out.glob("tiny_experiment_small*.csv")))
+    assert set(zip(rows["heads"], rows["lr"])) == set(best.items()) and set(rows["seed"]) == {0, 1}
+
+
 def test_a_chain_whose_parent_is_in_a_csv_is_left_out(tiny, stage, tmp_path, monkeypatch):
-    runs = gpu_medium.runs_of(EXPERIMENT, tmp_path)
+    runs = medium_runs(EXPERIMENT, tmp_path)
     monkeypatch.setattr(gpu_medium, "finished_elsewhere", lambda *_: {runs[0].run_id})
     begun = []
-    monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *_: begun.extend(todo) or ([], []))
+    monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *_: begun.extend(todo) or [])
     stage = stage()
     gpu_medium.run(stage, tiny)
     assert [run.name for run in begun] == [runs[3].name]
@@ -445,7 +477,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, stage, monkeypatch
         if run.run_id == runs[0].run_id:
             sys.exit(3)
         real(run, place)
-    runs = gpu_medium.runs_of(EXPERIMENT, stage.work / "runs")
+    runs = medium_runs(EXPERIMENT, stage.work / "runs")
     monkeypatch.setattr(gpu_medium, "train_run", train_run)
     body = gpu_medium.run(stage, tiny)
     assert stage.failed == [f"tiny_experiment_medium: {runs[0].label}: its process has ended (3)"]
@@ -456,9 +488,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, stage, monkeypatch
 
 def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):
     # A run of half a minute that is believed to take no time, in a stage of a few seconds.
-    monkeypatch.setattr(gpu_medium, "runs_of", lambda *_: make_runs(EXPERIMENT, "small", [0], stages.work / "runs"))
     monkeypatch.setattr(gpu_medium, "predict", lambda *_: 0.0)
     stages, begun = stage(seconds=5), time.monotonic()
+    stages.scale = "small"
     gpu_medium.run(stages, tiny)
     assert time.monotonic() - begun < 5 and stages.failed == ["medium: no run has finished"]
     assert re.search(r"stopped at step \d+ of 4000: the time was up", stages.left_out[0]["why"])
@@ -467,31 +499,30 @@ def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeyp
 def test_a_damaged_csv_is_refused(tiny, tmp_path):
     (tmp_path / "results/tiny_experiment_medium.shard-1-of-2.csv").write_text("run_id\nx\n")
     with pytest.raises(ResultsError, match="shard-1-of-2.csv: missing columns"):
-        gpu_medium.check(types.SimpleNamespace(experiments=["tiny_experiment"], device="cpu", data_root=None))
+        gpu_medium.check(types.SimpleNamespace(experiments=["tiny_experiment"], device="cpu", data_root=None, scale=None))
 
 
 def test_the_images_are_looked_for_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("JET_DATA", raising=False)
     with pytest.raises(ValueError, match="cifar10 .* is needed as the folder .*--data-root or JET_DATA"):
-        gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cuda", data_root=None))
-    gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cpu", data_root=None))
+        gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cuda", data_root=None, scale=None))
+    gpu_medium.check(types.SimpleNamespace(experiments=["scaling"], device="cpu", data_root=None, scale=None))
 
 
 def test_at_most_four_csvs_lie_beside_the_packed_file(stage, monkeypatch):
     stage, names = stage(), list("abcdef")
     monkeypatch.setattr(sweep, "collect", lambda experiment, scale, runs, csv: csv.write_text(experiment))
-    monkeypatch.setattr(gpu_medium, "load", lambda name, tiny: name)
-    grids = {name: [run_of(name)] for name in names}
+    parts = [types.SimpleNamespace(name=f"{name}_medium", experiment=name, scale="medium", grid=[run_of(name)]) for name in names]
     finished = [types.SimpleNamespace(run=run_of(name)) for name in "abdef"]
-    csvs = gpu_medium.write_csvs(stage, grids, finished)
+    csvs = gpu_medium.write_csvs(stage, parts, finished)
     assert [csv.partition("_")[0] for csv in csvs] == list("abdef") == sorted(
         path.name[0] for path in (stage.work / "results").iterdir())
     assert sorted(path.name[0] for path in stage.out.glob("*.csv")) == list("abde")
 
 
 def test_a_shards_name_tells_its_runs_apart():
-    name = gpu_medium.shard_name("scaling", ["b", "a"])
-    assert name == gpu_medium.shard_name("scaling", ["a", "b"]) != gpu_medium.shard_name("scaling", ["a"])
+    name = gpu_medium.shard_name("scaling_medium", ["b", "a"])
+    assert name == gpu_medium.shard_name("scaling_medium", ["a", "b"]) != gpu_medium.shard_name("scaling_medium", ["a"])
     assert re.fullmatch(r"scaling_medium\.shard-\w+\.csv", name)
 
 

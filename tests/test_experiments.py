@@ -17,7 +17,7 @@ from harness.host import ROOT
 from jet import Jet, JetConfig
 from paper_figures import style
 from paper_figures.results_csv import ResultsError, read_results
-from sweeps import plan, sweep
+from sweeps import plan, search, sweep
 from sweeps.grid import make_runs
 from train import TrainConfig
 
@@ -163,13 +163,13 @@ def test_networks_are_in_bfloat16_at_medium_and_paper_scale_alone(name):
     assert TrainConfig().precision == "float32"
 
 
-def test_hashes_of_smoke_and_small_runs_stay():
+def test_hashes_of_smoke_and_medium_runs_stay():
     """Committed CSVs, and folders of finished runs, are known by them."""
-    pinned = {"ablate_coupling": ("dd8fd993ed", "64ed1e8cf3"),
-              "scaling": ("7e1ccc4ecf", "7aa8a2d0c6"),
-              "main_results": ("a696fc9646", "88a8df3398")}
+    pinned = {"ablate_coupling": ("dd8fd993ed", "bc249dd75d"),
+              "scaling": ("7e1ccc4ecf", "e9750a0828"),
+              "main_results": ("a696fc9646", "a0e851d6e0")}
     for name, hashes in pinned.items():
-        first = [experiment(name).configs(scale)[0].config for scale in ("smoke", "small")]
+        first = [experiment(name).configs(scale)[0].config for scale in ("smoke", "medium")]
         assert tuple(config.hash for config in first) == hashes
 
 
@@ -183,13 +183,21 @@ def test_medium_runs_are_trained_for_at_least_1000_steps_of_256_images(name):
     assert len(configs) - len(trained) == (2 if name in ("main_results", "condition_classes") else 0)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_small.csv")),
-                         ids=lambda path: path.stem)
-def test_committed_rows_are_those_of_the_grid(path):
-    declared = experiment(path.stem.removesuffix("_small")).EXPERIMENT
+SMALL = {one.name: (declared, one) for name in COUNTS
+         for declared in [experiment(name).EXPERIMENT] for one in (declared, *declared.also)}
+
+
+@pytest.mark.parametrize("path", [path for name in SMALL if (
+    path := ROOT / f"results/{name}_small.csv").exists()], ids=lambda path: path.stem)
+def test_committed_rows_are_those_of_the_grid(path, tmp_path):
+    """With the learning rates that the committed search has found."""
+    parent, declared = SMALL[path.stem.removesuffix("_small")]
     rows = read_results(path, declared.name, declared.swept, declared.varying)
     seeds, points = sorted(rows["seed"].unique().tolist()), declared.configs("small")
-    runs = make_runs(declared, "small", seeds, ROOT)
+    found, how = search.search_of(parent, "small"), (parent.runs_of or parent).search["small"]
+    tried = make_runs(found, "small", [0], tmp_path)
+    rates = search.find_rates(how, tried, search.read_bits(found, "small", tried, path.parent))
+    runs = make_runs(declared, "small", seeds, ROOT, rates=rates)
     wanted = {(run.run_id, run.config.init, *values.values())
               for run in runs for values in run.points}
     found = zip(rows["run_id"], rows["init"].fillna(""), *(rows[name] for name in declared.swept))

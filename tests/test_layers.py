@@ -15,6 +15,7 @@ ROOMS = {
     "harness": "jet",
     "paper_figures.results_csv": "harness",
     "paper_figures.per_image": "harness paper_figures.results_csv",
+    "paper_figures.inference": "",
     "kernels": "jet harness",
     "images": "jet harness",
     "data": "jet harness images",
@@ -26,9 +27,9 @@ ROOMS = {
     "recipe": "jet harness data",
     "train": "jet harness kernels data formats convert evaluate recipe",
     "sweeps": "jet harness kernels data formats convert evaluate recipe train "
-              "paper_figures.results_csv paper_figures.per_image",
+              "paper_figures.results_csv paper_figures.per_image paper_figures.inference",
     "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps",
-    "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image",
+    "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image paper_figures.inference",
     "experiments": "*", ".ci": "*", "assets": "*",
 }
 

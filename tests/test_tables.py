@@ -66,7 +66,7 @@ def reported(**changes):
 def test_table_2a_has_each_number_in_its_cell(write):
     rows = fixture_rows("ablate_splits", "small")
     text, _ = write(rows)
-    grid, costs = sections(text).values()
+    grid, costs, *_ = sections(text).values()
     assert [row["couplings"].split(" (ch")[0] for row in grid] == [
         "channel couplings alone", "spatial couplings alone", "4:1 (official)"]
     for row, ratio in zip(grid, ("channel-only", "spatial-only", "4:1")):
@@ -79,13 +79,13 @@ def test_table_2a_has_each_number_in_its_cell(write):
             assert float(cost["Training FLOPs"]) == pytest.approx(mine["train_flops"], rel=5e-3)
         assert row["the paper's"] == "not known"
     caption = text.splitlines()[0]
-    assert "none" in caption and "one seed (0): ± standard error over images" in caption and "10,000 test images" in caption
+    assert "results/paper.csv" in caption and "one seed (0): ± standard error over images" in caption and "10,000 test images" in caption
     assert "CIFAR-10, variant cifar10," in caption and "ELBO" in caption and "no evidence" not in caption
 
 
 def test_table_2b_has_no_cap_where_layers_add_to_the_log_det(write):
     text, _ = write(fixture_rows("ablate_layers"))
-    grid, costs = sections(text).values()
+    grid, costs, *_ = sections(text).values()
     assert [(row["before each coupling"], row["no dense layers"], row["dense layers"]) for row in grid] == [
         ("no ActNorm", "4.0000 ± 0.0031", "4.0100 ± 0.0032"), ("ActNorm", "4.0200 ± 0.0033", "4.0300 ± 0.0034")]
     assert [cost["logdet/cap"] for cost in costs] == ["50.0%", "no cap", "no cap", "no cap"]
@@ -98,7 +98,7 @@ def test_table_2b_has_no_cap_where_layers_add_to_the_log_det(write):
 def test_figure_4_as_a_table_marks_a_run_that_stands_for_several(write, scale, shared):
     rows = fixture_rows("ablate_coupling", scale)
     text, _ = write(rows.sample(frac=1, random_state=0))
-    grid, costs = sections(text).values()
+    grid, costs, *_ = sections(text).values()
     test = rows[rows["split"] == "test"]
     assert len(grid) == len(RATIOS[scale]) and len(costs) == rows["run_id"].nunique() < len(test)
     for row, ratio in zip(grid, RATIOS[scale]):
@@ -113,7 +113,7 @@ def test_figure_4_as_a_table_marks_a_run_that_stands_for_several(write, scale, s
 
 def test_several_seeds_are_a_mean_and_a_standard_deviation(write):
     text, _ = write(fixture_rows("ablate_splits", "small", seeds=(0, 1, 2)))
-    grid, costs = sections(text).values()
+    grid, costs, *_ = sections(text).values()
     assert "3 seeds (0, 1, 2): mean ± standard deviation over seeds" in text and grid[0]["pairing"] == "4.0200 ± 0.0200"
     assert len(costs) == 6 and "seed0_" in costs[0]["Source"] and "and 2 more" in costs[0]["Source"]
     text, _ = write(fixture_rows("main_results", "small", seeds=(0, 1, 2)))
@@ -124,7 +124,7 @@ def test_several_seeds_are_a_mean_and_a_standard_deviation(write):
 def test_a_saturated_run_says_that_its_number_says_little(write, share, saturated):
     rows = fixture_rows("ablate_splits")
     rows.loc[rows["split_mode"] == "masking", "logdet_cap_share"] = share
-    grid, costs = sections(write(rows)[0]).values()
+    grid, costs, *_ = sections(write(rows)[0]).values()
     assert ["saturated" in row["masking"] for row in grid] == [saturated] * 3
     assert not any("saturated" in row["pairing"] for row in grid)
     assert [("saturated" in cost["Note"], cost["logdet/cap"]) for cost in costs[:2]] == [

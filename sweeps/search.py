@@ -1,0 +1,105 @@
+"""The search of learning rates that a grid begins with: an epoch with each, for each of its arms.
+
+Its runs are a grid of their own, <experiment>_search, on images that no other run is tested on.
+"""
+import contextlib
+import dataclasses
+import math
+
+from harness.errors import TrainingError
+from harness.run_folder import read_error
+from paper_figures.results_csv import read_results
+from sweeps.grid import Experiment, Point, steps
+
+DATA, EPOCHS = "cifar10-search", 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """arm: the fields by which arms are told apart; the points of one have a rate in common.
+
+    factors: what is tried, times each point's own rate. of: {field: value} of the points that may
+    stand for their arm; the first of them does.
+    """
+    arm: tuple[str, ...]
+    factors: tuple[float, ...]
+    of: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """factors: {arm: what multiplies the rate of its points}, of those whose search is over."""
+    fields: tuple[str, ...]
+    factors: dict
+
+    def arm_of(self, point):
+        return tuple(point.values(self.fields).values())
+
+    def factor(self, point):
+        return self.factors.get(self.arm_of(point))
+
+
+def search_of(experiment, scale):
+    """The Experiment whose points are the arms of another and of what is beside it, at each rate.
+
+    None where nothing is searched at this scale.
+    """
+    owner = experiment.runs_of or experiment
+    if not (search := owner.search.get(scale)):
+        return None
+
+    def configs(scale):
+        arms = {}
+        for one in (owner, *owner.also):
+            for point in one.configs(scale):
+                if point.values(search.of) == search.of:
+                    arms.setdefault(tuple(point.values(search.arm).items()), point)
+        return [Point(config=searched(point.config, factor), labels=point.values(search.arm))
+                for point in arms.values() for factor in search.factors]
+    return Experiment(
+        name=f"{owner.name}_search", description=owner.description,
+        configs=configs, swept=(*search.arm, "lr"), draw=None,
+        varying=("num_couplings", "block", "block_depth", "emb_dim", "patch_size"))
+
+
+def searched(config, factor):
+    """The configuration of a run of the search, for a point's own."""
+    return dataclasses.replace(config, data=DATA, lr=config.lr * factor,
+                               total_steps=steps(DATA, EPOCHS, config.batch_size))
+
+
+def arms_of(search, runs):
+    """{arm: its runs, by rate} of all runs of a search."""
+    arms = {}
+    for run in runs:
+        arms.setdefault(tuple(run.points[0][name] for name in search.arm), []).append(run)
+    return arms
+
+
+def read_bits(experiment, scale, runs, results_dir):
+    """{run_id: test bits/dim} of the runs of a search that are over: of their folders, and of CSVs.
+
+    Infinity where a run's numbers were not finite.
+    """
+    bits = {}
+    for csv in sorted(results_dir.glob(f"{experiment.name}_{scale}*.csv")):
+        rows = read_results(csv, experiment.name, experiment.swept, experiment.varying)
+        test = rows[(rows["split"] == "test") & (rows["step"] == rows["total_steps"])]
+        bits |= dict(zip(test["run_id"], test["bits_per_dim"]))
+    for run in runs:
+        with contextlib.suppress(TrainingError):  # a damaged result: its status says so
+            if done := run.done:
+                bits[run.run_id] = done["bits_per_dim"]
+            elif "not finite" in (read_error(run.folder) or ""):
+                bits[run.run_id] = math.inf
+    return bits
+
+
+def find_rates(search, runs, bits):
+    """The Rates of the arms whose runs are all over, and one of them finite."""
+    factors = {}
+    for arm, of_arm in arms_of(search, runs).items():
+        found = [bits.get(run.run_id) for run in of_arm]
+        if None not in found and min(found) < math.inf:
+            factors[arm] = search.factors[found.index(min(found))]
+    return Rates(search.arm, factors)

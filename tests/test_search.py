@@ -1,0 +1,210 @@
+"""The search of learning rates that small scale begins with: what is tried, chosen, and run then."""
+import dataclasses
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from data import SETS
+from harness.machine import ROOT
+from paper_figures.results_csv import read_results
+from sweeps import cluster, search, sweep
+from sweeps.grid import make_runs
+from sweeps.parts import make_parts
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_experiment
+
+SEARCHING = ("ablate_coupling", "compare_vit_cnn", "ablate_block_depth", "scaling", "ablate_splits", "ablate_layers", "main_results",
+             "draw_samples")
+HOW = search.Search(arm=("heads",), factors=(0.5, 1, 2))
+BESIDE = dataclasses.replace(
+    tiny_experiment.EXPERIMENT, name="tiny_experiment_lengths",
+    configs=lambda scale: [dataclasses.replace(point, config=dataclasses.replace(point.config, total_steps=4))
+                           for point in tiny_experiment.configs("smoke")[:2]])
+EXPERIMENT = dataclasses.replace(tiny_experiment.EXPERIMENT, search={"smoke": HOW}, seeds={"smoke": 2}, also=(BESIDE,))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A search of two steps on embedded images."""
+    monkeypatch.setattr(search, "DATA", "cifar10-subset-vehicles")
+    monkeypatch.setattr(search, "EPOCHS", 0.02)
+    # learning rates are a column that may differ at this scale, too
+    monkeypatch.setattr("paper_figures.results_csv.SEARCHED", ("smoke", "small"))
+
+
+def run(folder, *flags, experiment=EXPERIMENT):
+    sweep.main(experiment, ["--runs-dir", str(folder / "runs"), "--results-dir", str(folder / "results"),
+                            "--figures-dir", str(folder / "figures"), *flags])
+
+
+def rows_of(folder, name):
+    return pd.read_csv(folder / f"results/tiny_experiment{name}.csv", dtype={"heads": str})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        quick.__wrapped__(monkeypatch)
+        run(folder)
+    return folder
+
+
+def chosen(folder):
+    """{arm: the rate with the fewest bits/dim of its three}, from the search's CSV alone."""
+    found = rows_of(folder, "_search_smoke")
+    found = found[found["split"] == "test"]
+    return {heads: of_arm.loc[of_arm["bits_per_dim"].idxmin(), "lr"] for heads, of_arm in found.groupby("heads")}
+
+
+def test_one_command_searches_chooses_and_runs_the_grid_with_what_it_found(finished):
+    found = rows_of(finished, "_search_smoke")
+    assert len(found) == 2 * 9 and set(found["seed"]) == {0} and set(found["dataset"]) == {"cifar10-subset-vehicles"}
+    assert set(found["lr"]) == {0.005, 0.01, 0.02}
+    assert all(len(of_arm["bits_per_dim"].unique()) == 3 for _, of_arm in found[found["split"] == "test"].groupby("heads"))
+    for name, seeds, heads in (("_smoke", {0, 1}, {"1", "2", "4"}), ("_lengths_smoke", {0}, {"1", "2"})):
+        rows = rows_of(finished, name)
+        assert set(rows["seed"]) == seeds and set(rows["heads"]) == heads
+        assert all(row.lr == chosen(finished)[row.heads] for row in rows.itertuples())
+    assert {path.name for path in (finished / "runs").iterdir()} == {
+        "tiny_experiment_smoke", "tiny_experiment_search_smoke", "tiny_experiment_lengths_smoke"}
+
+
+def test_again_nothing_is_trained_and_the_files_are_the_same(finished, capsys):
+    before = {path: path.read_bytes() for path in (finished / "results").glob("*.csv")}
+    run(finished)
+    assert "17 runs in" in (said := capsys.readouterr().out) and "17 of them done" in said
+    assert len(before) == 3 and before == {path: path.read_bytes() for path in before}
+
+
+def test_whoever_has_the_csv_of_the_search_need_not_search_again(finished, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    name = "results/tiny_experiment_search_smoke.csv"
+    (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run(tmp_path, "--dry-run")
+    assert "8 runs (8 new)" in (said := capsys.readouterr().out) and "searched for" not in said
+    run(tmp_path, "--seeds", "1")
+    assert not list((tmp_path / "runs/tiny_experiment_search_smoke").iterdir())
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()  # and it is still there
+    same = [rows.set_index(["run_id", "split"])["bits_per_dim"] for rows in (rows_of(tmp_path, "_smoke"), rows_of(finished, "_smoke"))]
+    assert same[0].equals(same[1].loc[same[0].index])
+
+
+def test_what_waits_for_its_rate_is_shown_and_has_no_folder(tmp_path, capsys):
+    run(tmp_path, "--dry-run")
+    said = capsys.readouterr().out
+    assert "17 runs (17 new)" in said and said.count("searched for") == 8 and max(map(len, said.splitlines())) <= 100
+    run(tmp_path, "--status")
+    said = capsys.readouterr().out
+    assert said.count("awaits the search of its rate") == 8 and "17 runs: 17 new" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shards_bring_the_search_of_their_arms_and_merge_to_the_whole(finished, tmp_path):
+    for part in ("1/2", "2/2"):
+        run(tmp_path / part[0], "--shard", part)
+        for path in (tmp_path / part[0] / "results").rglob("*.csv"):
+            (tmp_path / "results").mkdir(exist_ok=True)
+            (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
+    own = {part: {path.name.split("_seed")[0] for path in (tmp_path / part / "runs/tiny_experiment_search_smoke").iterdir()}
+           for part in "12"}
+    assert own["1"] == {f"heads={heads}_{lr}" for heads in "124" for lr in (0.005, 0.01, 0.02)}
+    run(tmp_path, "--collect")
+    for name in ("_search_smoke", "_smoke", "_lengths_smoke"):
+        columns = ["run_id", "split", "bits_per_dim", "lr"]
+        assert rows_of(tmp_path, name)[columns].equals(rows_of(finished, name)[columns]), name
+
+
+def test_a_shard_without_an_arm_does_not_search_it(tmp_path, capsys):
+    run(tmp_path, "--shard", "2/4", "--seeds", "1", "--dry-run")  # of 3 runs and 2 beside them
+    said = capsys.readouterr().out
+    assert "4 runs (4 new)" in said and said.count("heads=2") == 4
+
+
+def test_a_rate_whose_run_is_not_finite_is_not_chosen(finished):
+    runs = make_runs(search.search_of(EXPERIMENT, "smoke"), "smoke", [0], finished / "runs/tiny_experiment_search_smoke")
+    bits = {run.run_id: number for run, number in zip(runs, (1.0, 2, 3, 6, 5, 4, math.inf, 9, 8))}
+    assert search.find_rates(HOW, runs, bits).factors == {("1",): 0.5, ("2",): 2, ("4",): 2}
+    del bits[runs[4].run_id]
+    bits |= {run.run_id: math.inf for run in runs[6:]}
+    assert search.find_rates(HOW, runs, bits).factors == {("1",): 0.5}  # not over; and none finite
+
+
+def test_an_arm_that_fails_leaves_its_runs_out_and_the_others_go_on(tmp_path):
+    parts = make_parts(EXPERIMENT, sweep.make_parser(EXPERIMENT).parse_args(
+        ["--runs-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results")]))
+    folder = parts[0].grid[0].folder
+    folder.parent.mkdir(parents=True)
+    folder.touch()  # where it would have to be
+    with pytest.raises(SystemExit, match="4 of 17 runs failed: heads=1 0.005 seed 0: .*; heads=1 seed 0: the search of its"):
+        run(tmp_path)
+    assert set(rows_of(tmp_path, "_smoke")["heads"]) == {"2", "4"}
+    folder.unlink()
+    run(tmp_path)
+    assert set(rows_of(tmp_path, "_smoke")["heads"]) == {"1", "2", "4"}
+
+
+def test_on_a_cluster_the_search_comes_first_and_the_rest_when_it_is_over(finished, tmp_path, monkeypatch, capsys):
+    submitted = []
+    monkeypatch.setattr(cluster, "check_slurm", lambda: None)
+    monkeypatch.setattr(cluster, "submit", lambda runs, name, *more: submitted.append((name, len(runs))) or ["7"])
+    flags = ("--cluster", "slurm", "--partition", "p", "--allow-dirty")
+    run(tmp_path, *flags)
+    assert submitted == [("tiny_experiment_search_smoke", 9)]
+    assert "8 runs await the search of their learning rates: give the same command" in capsys.readouterr().out
+    name = "results/tiny_experiment_search_smoke.csv"
+    (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run(tmp_path, *flags)
+    assert submitted[1:] == [("tiny_experiment_smoke", 6), ("tiny_experiment_lengths_smoke", 2)]
+    assert "await" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_every_experiment_of_small_scale_searches_and_trains_5_epochs(name, monkeypatch):
+    monkeypatch.undo()
+    declared = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    owner = declared.runs_of or declared
+    how, found = owner.search["small"], search.search_of(declared, "small")
+    assert len(how.factors) == 3 and found.name == f"{owner.name}_search"
+    arms = {tuple(point.values(how.arm).values()) for one in (owner, *owner.also) for point in one.configs("small")}
+    points = found.configs("small")
+    assert len(points) == 3 * len(arms) == len({point.config.hash for point in points})
+    for point in points:
+        assert point.config.data == "cifar10-search" and point.config.total_steps * point.config.batch_size == 45_000
+        assert point.config.lr in (6e-3, 1.2e-2, 2.4e-2)
+    for point in declared.configs("small"):
+        config = point.config
+        assert tuple(point.values(how.arm).values()) in arms
+        epochs = config.total_steps * config.batch_size / SETS[config.data].counts["train"]
+        assert epochs >= (100 if config.data == "cifar10-subset" else 5) or not config.total_steps
+    for scale in ("smoke", "medium", "paper"):
+        assert search.search_of(declared, scale) is None and not any(one.configs(scale) for one in declared.also)
+
+
+def test_figure_2_has_three_training_lengths_and_patches_of_two_pixels():
+    for name, arms in (("compare_vit_cnn", 2), ("ablate_block_depth", 6)):
+        (beside,) = importlib.import_module(f"experiments.{name}").EXPERIMENT.also
+        epochs = [(float(point.labels["epochs"]), point.config) for point in beside.configs("small")]
+        assert all(config.total_steps * config.batch_size == 50_000 * number for number, config in epochs)
+        assert {number for number, _ in epochs} >= {0.5, 1.5}
+    fine = [(config.model.block, number) for number, config in epochs if config.model.patch_size == 2]
+    assert not fine  # of Figure 2a alone
+    points = importlib.import_module("experiments.compare_vit_cnn").ALSO.configs("small")
+    fine = [(point.config.model.block, point.labels["epochs"]) for point in points if point.config.model.patch_size == 2]
+    assert sorted(fine) == sorted((block, epochs) for block in ("vit", "cnn") for epochs in ("0.5", "1.5", "5"))
+    assert {point.config.model.emb_dim for point in points if point.config.model.patch_size == 2} == {32}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_search_small.csv")), ids=lambda path: path.stem)
+def test_committed_searches_are_those_of_the_grids(path):
+    declared = importlib.import_module(f"experiments.{path.stem.removesuffix('_search_small')}").EXPERIMENT
+    found = search.search_of(declared, "small")
+    rows = read_results(path, found.name, found.swept, found.varying)
+    assert set(rows["run_id"]) <= {run.run_id for run in make_runs(found, "small", [0], ROOT)}
