@@ -243,7 +243,8 @@ def evaluate_weights(weights: str | Path, images: ImageSet, flags: Namespace,
     total = settings.get("draws", 1) * len(images.array)
     try:
         with progress(total=total, desc=f"evaluate {Path(weights).name}", leave=False) as bar:
-            numbers = evaluate(jet, images, batch_size=flags.batch_size, precision=precision,
+            measured = images if jet.config.context_dim else images.array
+            numbers = evaluate(jet, measured, batch_size=flags.batch_size, precision=precision,
                                each_batch=lambda done: bar.update(done - bar.n), **settings)
     except torch.OutOfMemoryError:
         raise DataError("out of memory: give a smaller --batch-size") from None
