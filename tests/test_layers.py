@@ -26,7 +26,8 @@ ROOMS = {
     "train": "jet harness kernels data convert evaluate recipe",
     "sweeps": "jet harness kernels data convert evaluate recipe train "
               "paper_figures.results_csv paper_figures.per_image",
-    "audit": "jet harness kernels data convert coding evaluate codec recipe train sweeps",
+    "audit": "jet harness kernels data convert coding evaluate codec recipe train sweeps "
+             "paper_figures.per_image",
     "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image",
     "experiments": "*", ".ci": "*", "assets": "*",
 }
