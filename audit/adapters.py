@@ -31,7 +31,7 @@ class Worker:
     """A process that runs an adapter, and answers in numbers alone."""
 
     def __init__(self, path, threads):
-        self.path, self.files = path, {}
+        self.path, self.files, self.seconds = path, {}, 0.0  # of its CPU
         self.folder = tempfile.TemporaryDirectory(prefix="audit-")
         (request_end, to_it), (from_it, answer_end) = os.pipe(), os.pipe()
         self.requests, self.answers = os.fdopen(to_it, "wb"), os.fdopen(from_it, "rb")
@@ -52,10 +52,10 @@ class Worker:
         """The line of JSON of an answer."""
         try:
             head = json.loads(self.answers.readline(MAX_LINE))
-            error = head.get("error")
+            error, self.seconds = head.get("error"), float(head.get("seconds", 0))
             self.files |= {str(path): digest for path, digest in head.get("files", {}).items()
                            if is_fingerprint(digest)}
-        except (ValueError, AttributeError, RecursionError, OSError):
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError):
             error = "its process ended"
         if error:
             hint = ": its weights must be of the type of x" if "dtype" in error else ""

@@ -59,7 +59,7 @@ def audit(request, reported=(), tell=lambda one: None):
         except AuditError as error:
             if not section:
                 raise
-            add([check(section, "its checks", None, OPEN, "", str(error))])
+            add([check(section, "what the model refuses", None, OPEN, "", str(error))])
 
     rng = np.random.default_rng(list(bytes.fromhex(request.entropy)))
     add(check_data(images, other_split, recorded, rng, whole))
@@ -73,11 +73,8 @@ def audit(request, reported=(), tell=lambda one: None):
         subject = Subject(model, images, measured, request.entropy, trusted_to(claim))
         if request.jacobians is None:
             request = dataclasses.replace(request, jacobians=how_many(subject, NUM_JACOBIANS))
-        layers, scales = [], []
-        if isinstance(model, Jet):
-            x = subject.x(subject.choose(subject.rng("couplings"), 16))
-            layers, scales = check_layers(subject.model, x.to(device_of(model)))
-        claimed = claim and request.claim_precision
+        layers, scales = check_layers(subject) if isinstance(model, Jet) else ([], [])
+        claimed = request.claim_precision
         allowance = 2 * subject.allowance(request.draws) / subject.dims / math.log(2)
         add(check_estimate(model, images, measured, recorded, scales, allowance))
         add(check_whole_images(subject, request.jacobians), "Identity")

@@ -132,8 +132,8 @@ def verdict(claim, images, whole, measured, is_sound=True):
     value, precision = measured_like(claim, measured)
     noise = noise_error(measured)
     error = math.hypot(noise, noise / math.sqrt(measured["draws"]), precision)
-    ours = f"{value:.4f} +- {error:.4f} bits/dim on {ours}"
-    outside = max(low - value, value - high, 0)
+    ours = f"{value:.4f} +- {error:.1g} bits/dim on {ours}"
+    outside = max(low - value, value - high, 0.0)
     count = 0.0
     if outside:
         count = outside / error if error else math.inf
@@ -142,12 +142,12 @@ def verdict(claim, images, whole, measured, is_sound=True):
     digits = max(4, len(claim.text))
     theirs = f"{theirs} (from {low:.{digits}g} to {high:.{digits}g})"
     if outside <= 2 * error:
-        where = f"{outside:.4f} outside, {count:.1f} standard errors" if outside else "inside"
+        where = f"{outside:.4f} outside, {count:.1f} errors" if outside else "inside"
         return about | {"result": "reproduced",
                         "sentence": f"Reproduced: {theirs}; measured {ours}, {where}."}
     result, where = ("better", "below") if value < low else ("worse", "above")
     sentence = (f"{result.capitalize()}: measured {ours}, {outside:.4f} {where} what the claim "
-                f"{theirs} allows: {count:.1f} standard errors.")
+                f"{theirs} allows: {count:.1f} errors of the noise.")
     logdet = measured["rows"]["logdet"][:measured["draws"]].mean() / measured["dims"] / math.log(2)
     for mistake, formula in MISTAKES.items():
         wrong = formula(value, logdet, images.array.shape[-1])

@@ -12,7 +12,7 @@ from jet import Coupling, Jet
 
 INVERSE_TOLERANCE = {"float64": (1e-6, 1.0), "float32": (0.05, 0.999), "bfloat16": (math.inf, 0.9)}
 QUARTER_LEVEL = 0.25 / 127.5  # of what is no Jet: solvers and fixed points do not come nearer
-INVERSE_IMAGES = 16
+IMAGES = 16  # chosen at random
 COUPLING_TOLERANCE = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 1e-3}
 LOGDET_TOLERANCE = {"float64": 1e-6, "float32": 1e-2, "bfloat16": 1e-2}
 
@@ -51,9 +51,10 @@ def jacobian(function, x, chunk=64):
 
 # ---- identity: float64 log-det against the scales that are applied
 
-def check_layers(model, x):
+def check_layers(subject):
     """(checks of a Jet's layers on their own, all scales that were applied)."""
-    line = functools.partial(check, "Identity")
+    line, model = functools.partial(check, "Identity"), subject.model
+    x = subject.x(subject.choose(subject.rng("couplings"), IMAGES)).to(device_of(model))
     gaps, kept, crossed, scales = [], [], [], []
     for number, layer, tokens in BAR(list(layers_with_input(model, x)), "log-det by coupling"):
         if isinstance(layer, Coupling):
@@ -103,7 +104,7 @@ def check_inverse(subject, model, claimed=None):
     claimed: the precision of a claim, which must hold; of those that are not, a Jet's float32 must.
     """
     rng = subject.rng("inverse")
-    indices = subject.choose(rng, INVERSE_IMAGES)
+    indices = subject.choose(rng, IMAGES)
     array, noise = np.array(subject.array[indices]), subject.noise_of(indices, rng)
     noise = noise * 0.5 + 0.25  # in the middle of the levels: else rounding alone would move some
     matters = {"float64", claimed} | ({"float32"} if isinstance(model, Jet) else set())

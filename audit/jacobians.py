@@ -5,7 +5,6 @@ would be too large, gradients serve a stochastic estimate, each held to finite d
 """
 import functools
 import math
-import time
 
 import numpy as np
 import torch
@@ -35,9 +34,10 @@ def how_many(subject, most):
         return min(most, max(int(JET_FLOPS / flops), 1 if flops < MOST_JET_FLOPS else 0))
     x = subject.x(subject.rng("cost").integers(len(subject.array), size=32))
     subject.forward(x)
-    begun = time.monotonic()
+    begun = subject.model.worker.seconds
     subject.forward(x)
-    seconds = (time.monotonic() - begun) / len(x) * dims + dims ** 3 * 2 / 3 / LU_FLOPS
+    seconds = max(subject.model.worker.seconds - begun, 0.0) / subject.model.threads
+    seconds = seconds / len(x) * dims + dims ** 3 * 2 / 3 / LU_FLOPS
     return min(most, max(int(SECONDS / seconds), 1 if seconds < MOST_SECONDS else 0))
 
 

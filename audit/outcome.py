@@ -20,9 +20,10 @@ def judge(certificate):
     """(the outcome, its reasons) by the checks and the verdict on the claim."""
     failed, missing = ([title(one) for one in certificate["checks"] if one["result"] == result]
                        for result in (FAIL, OPEN))
-    claim = (certificate["verdict"] or {}).get("result")
+    found = certificate["verdict"] or {"result": None}
+    claim = found["result"]
     if claim in ("better", "worse"):
-        failed.append(f"the claim: what is measured is {claim}")
+        failed.append(f"the claim of {found['claim']}: measured {found['bits_per_dim']:.4f}")
     if failed:
         return REFUTED, failed
     if claim == "not comparable":

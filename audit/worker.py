@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 
 FILES = {".pt", ".pth", ".ckpt", ".bin", ".npz", ".npy", ".safetensors", ".pkl", ".h5", ".msgpack"}
@@ -20,7 +21,7 @@ HASHED = {}
 def serve(path, requests, answers):
     """Run the file, then answer until the pipe is closed."""
     def answer(body=b"", **head):
-        answers.write(json.dumps(head).encode() + b"\n" + body)
+        answers.write(json.dumps({**head, "seconds": time.process_time()}).encode() + b"\n" + body)
         answers.flush()
 
     space, opened = {"__name__": "adapter", "__file__": str(path)}, watch_files()

@@ -47,7 +47,7 @@ def made(plain, tmp_path_factory):
     make_run(folder / "run", folder / "set")
     with pytest.raises(SystemExit) as ended:
         audit_bpd.main(["--checkpoint", f"{folder}/run", "--data", f"{folder}/set", *FAST,
-                        "--claim", "8.5", "--out", str(folder)])
+                        "--claim", "8.7", "--out", str(folder)])
     path, = folder.glob("*.json")
     assert ended.value.code == 0
     return json.loads(path.read_text()), path

@@ -66,6 +66,22 @@ def forward(x):
 def inverse(z):
     return (torch.special.ndtr(z.double()) * 256 / 127.5 - 1).to(z), -logdet(z)
 """
+# Its density waves within a level, so that a bound of two draws is another number.
+UNIFORM_BUT_ROUGH = """
+import math, torch
+W = 2 * math.pi * 127.5
+def forward(x):
+    z = x / 0.5 + 0.9 / 0.5 / W * torch.sin(W * x)
+    return z, ((1 + 0.9 * torch.cos(W * x)) / 0.5).log().flatten(1).sum(1)
+def inverse(z):
+    x = z * 0.5
+    low, high = x - 0.01, x + 0.01
+    for _ in range(60):
+        x = (low + high) / 2
+        above = x / 0.5 + 0.9 / 0.5 / W * torch.sin(W * x) > z
+        low, high = torch.where(above, low, x), torch.where(above, x, high)
+    return x, -forward(x)[1]
+"""
 MULTI_SCALE = """
 import torch
 torch.manual_seed(1)
@@ -128,6 +144,36 @@ def inverse(z):
     x, logdet = flow(z.flatten(1), -1 / STEPS)
     return x.view_as(z) * 0.5, logdet - C
 """
+ADAPTIVE = """
+import torch
+torch.manual_seed(2)
+A = torch.randn(192, 192, dtype=torch.float64) / 20
+def velocity(h):
+    return torch.tanh(h @ A.T)
+def trace(h):
+    return ((1 - velocity(h) ** 2) * A.diagonal()).sum(1)
+def flow(h, sign):  # a step that suits the whole batch, as solvers take it
+    logdet, t, dt = h.new_zeros(len(h)), 0.0, 0.1
+    while t < 1 - 1e-12:
+        dt = min(dt, 1 - t)
+        k1 = sign * velocity(h)
+        k2 = sign * velocity(h + dt / 2 * k1)
+        k3 = sign * velocity(h - dt * k1 + 2 * dt * k2)
+        error = float((dt * (k1 - 2 * k2 + k3) / 6).abs().max())
+        if error < 2e-4:
+            logdet = logdet + sign * dt / 6 * (
+                trace(h) + 4 * trace(h + dt / 2 * k2) + trace(h - dt * k1 + 2 * dt * k2))
+            h, t = h + dt / 6 * (k1 + 4 * k2 + k3), t + dt
+        dt = dt * min(2.0, max(0.3, 0.9 * (2e-4 / (error + 1e-12)) ** (1 / 3)))
+    return h, logdet
+C = 0.6931471805599453 * 192
+def forward(x):
+    z, logdet = flow(x.flatten(1) / 0.5, 1)
+    return z.view_as(x), logdet + C
+def inverse(z):
+    x, logdet = flow(z.flatten(1), -1)
+    return x.view_as(z) * 0.5, logdet - C
+"""
 RESIDUAL = """
 import torch
 torch.manual_seed(3)
@@ -148,9 +194,10 @@ def inverse(z):
 
 
 @pytest.mark.parametrize("source", [
-    AFFINE, UNIFORM, MULTI_SCALE, CONTINUOUS.format(stochastic=False),
+    AFFINE, UNIFORM, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
     CONTINUOUS.format(stochastic=True), RESIDUAL],
-    ids=["affine", "uniform", "multi-scale", "continuous", "stochastic trace", "residual"])
+    ids=["affine", "uniform", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
+         "residual"])
 def test_honest_models_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
 
@@ -163,6 +210,47 @@ def test_an_honest_model_is_certified_with_its_own_value_and_refuted_with_anothe
     for off in (0.02, -0.02):
         outcome, reasons, _ = audit(AFFINE, "--claim", f"{bits + off:.2f}")
         assert outcome == "refuted" and "the claim" in reasons
+
+
+BORDERED = """
+import math, torch, numpy as np
+images = np.load({path!r})[:144].astype(float).transpose(0, 3, 1, 2)
+mean = torch.from_numpy((images.mean(0) + 0.5) / 127.5 - 1)
+std = torch.from_numpy(np.sqrt(images.var(0) + 1 / 12) / 127.5)
+def forward(x):
+    return (x - mean.to(x)) / std.to(x), -std.log().sum().to(x).expand(len(x))
+def inverse(z):
+    return z * std.to(z) + mean.to(z), std.log().sum().to(z).expand(len(z))
+"""
+
+
+def test_images_that_are_mostly_black_are_no_cheat(audit, tmp_path):
+    images = IMAGES.copy()
+    images[:, :3] = images[:, :, 5:] = images[:, :, :1] = 0
+    np.save(tmp_path / "images.npy", images)
+    folder = write_set(tmp_path / "bordered", images[:144], images[144:])
+    assert audit(BORDERED.format(path=f"{tmp_path}/images.npy"), data=folder)[:2] == ("certified", "")
+
+
+def test_two_models_are_told_apart_image_by_image(audit, tmp_path, capsys):
+    path, = (tmp_path / "out").glob("*.json") if audit(AFFINE) else ()
+    (tmp_path / "other.py").write_text(AFFINE.replace("0.48", "0.5"))
+    for other in (path, tmp_path / "other.py"):
+        audit(AFFINE.replace("0.48", "0.5"), "--against", str(other))
+    with pytest.raises(SystemExit):
+        audit_bpd.main(["--adapter", f"{tmp_path}/model.py", "--data", "cifar10-subset", "--num-images",
+                        "8", *FAST, "--against", str(path), "--out", f"{tmp_path}/out"])
+    assert "other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, outcome", [
+    (["--claim-precision", "float64"], "certified"), (["--claim-k", "2"], "refuted"),
+    (["--claim-bound", "exact"], "not certified"), (["--claim-variant", "8px"], "certified"),
+    (["--claim-dequantization", "variational"], "not certified"), (["--claim-variant", "oord"], "not certified"),
+    (["--claim-bound", "importance-weighted"], "not certified")])
+def test_a_claim_says_what_it_is_of(audit, flags, outcome):
+    bits = audit(UNIFORM_BUT_ROUGH)[2]["bits_per_dim"]
+    assert audit(UNIFORM_BUT_ROUGH, "--claim", f"{bits:.3f}", *flags)[0] == outcome
 
 
 def test_a_part_of_a_set_is_called_one(audit):

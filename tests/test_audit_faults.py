@@ -26,7 +26,8 @@ class LocalWorker:
     """What a Worker answers, without its process."""
 
     def __init__(self, path, threads):
-        self.path, self.files, self.space = path, {}, {"__name__": "adapter", "__file__": str(path)}
+        self.path, self.files, self.seconds = path, {}, 0.0
+        self.space = {"__name__": "adapter", "__file__": str(path)}
         exec(compile(open(path).read(), str(path), "exec"), self.space)
         self.about = {"stochastic": self.space.get("STOCHASTIC") is True}
 
