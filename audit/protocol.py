@@ -13,6 +13,7 @@ import torch
 
 from audit.adapters import Adapter
 from audit.checks import INFO, OPEN, at_precision, check, dequantized, device_of, largest_of
+from audit.copies import is_photo
 from data import evaluation_noise
 
 IMAGES = 16  # that most checks look at
@@ -266,12 +267,10 @@ def check_memory(subject, other_split):
     error = float(gap.std(ddof=1) / math.sqrt(len(gap))) if len(gap) > 1 else math.inf
     allowed = 0.05 + 4 * error
     text = "; ".join(f"{name} {mean:+.3f}" for name, mean in means.items())
-    counts = np.bincount(pixels.ravel(), minlength=256)
-    is_photo = counts.max() < 0.2 * counts.sum()
-    holds = value < allowed or (False if is_photo else INFO)
+    holds = value < allowed or (False if is_photo(pixels) else INFO)
     yield line("images much like these", value, holds, f"below {allowed:.2g}",
                f"bits/dim more than these {len(gap)}: {text}"
-               + ("" if is_photo else "; most values are one level: not as photos are"), allowed)
+               + ("" if is_photo(pixels) else "; most values are one level: not as photos are"), allowed)
     if other_split is None or other_split.array.shape[1:] != pixels.shape[1:]:
         yield line("the other split", None, None, "", "there is no other split")
         return

@@ -39,14 +39,16 @@ class Request:
         None, "what the claim is of, like imagenet64-oord (default: the audited images)", kind=str)
     claim_variant: str | None = setting(None, "of these images (default: the set's)", kind=str)
     claim_bound: str | None = setting(
-        None, "of the claim (default: elbo)", ("elbo", "importance-weighted", "exact", "ode"))
+        None, "of the claim (default: elbo)", ("elbo", "importance-weighted", "exact", "ode"),
+        kind=str)
     claim_dequantization: str | None = setting(
-        None, "of the claim (default: uniform)", ("uniform", "variational", "none"))
+        None, "of the claim (default: uniform)", ("uniform", "variational", "none"),
+        kind=str)
     claim_k: int | None = setting(
         None, "draws of an importance-weighted claim", maximum=10_000, kind=int)
     claim_precision: str | None = setting(
         None, "that the claim was computed in (default: float32)",
-        ("float64", "float32", "bfloat16"))
+        ("float64", "float32", "bfloat16"), kind=str)
     against: str | None = setting(
         None, "another model (weights, FILE.py) or a certificate of one: the paired difference",
         kind=str)

@@ -225,8 +225,8 @@ def inverse(z):
 
 
 def test_images_that_are_mostly_black_are_no_cheat(audit, tmp_path):
-    images = IMAGES.copy()
-    images[:, :3] = images[:, :, 5:] = images[:, :, :1] = 0
+    images = load_images("cifar10-subset", "test").array[:208, :16, :16].copy()
+    images[:, :3] = images[:, 13:] = images[:, :, :3] = images[:, :, 13:] = 0
     np.save(tmp_path / "images.npy", images)
     folder = write_set(tmp_path / "bordered", images[:144], images[144:])
     assert audit(BORDERED.format(path=f"{tmp_path}/images.npy"), data=folder)[:2] == ("certified", "")
