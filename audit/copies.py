@@ -81,6 +81,6 @@ def check_near_copies(images, other_split, rng):
             is_near = rmse.min() < min(largest, rmse.max() / FAR)
             near += bool(is_near and details(found[[rmse.argmin()]]) @ fine > alike)
         yield line(f"near copies, {name}", near, near <= allowed, f"at most {allowed} of {count:,}",
-                   f"images less than {largest:.2g} levels (RMSE) from one of the {len(others):,} of "
-                   f"{other_split.name} {other_split.split}, with its details; the nearest is "
+                   f"images less than {largest:.2g} levels (RMSE) from one of the {len(others):,} "
+                   f"of {other_split.name} {other_split.split}, with its details; the nearest is "
                    f"{min(errors):.1f} away")

@@ -67,10 +67,10 @@ def check_levels(images):
         counts += np.bincount(part.ravel(), minlength=256)
     used = np.flatnonzero(counts)
     span = used[-1] - used[0] + 1
-    holds = len(used) > span / 2 and span > 64
+    holds = len(used) > 0.6 * span and span > 64
     if counts.sum() < 20 * 256:
         holds = None  # too few values
-    return line("levels of grey in use", len(used), holds, f"more than {max(span // 2, 64)}",
+    return line("levels of grey in use", len(used), holds, f"more than {max(int(0.6 * span), 64)}",
                 f"of the {span} from {used[0]} to {used[-1]}: images of fewer bits have fewer, and "
                 "their number is no number of 8 bits")
 

@@ -54,7 +54,14 @@ def format_value(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def check_lines(one, colour=False):
+def coloured(text, number):
+    """A text as a terminal colours it, and as it is elsewhere."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return f"\x1b[{number}m{text}\x1b[0m"
+    return text
+
+
+def check_lines(one):
     """A Check on the terminal: the result, the value, and below it what it means."""
     value, tolerance = format_value(one.value), one.tolerance
     if len(value) > 28:
@@ -64,9 +71,7 @@ def check_lines(one, colour=False):
     name = f"{one.section}: {one.name}"
     allowed = f" [{tolerance}]" if tolerance else ""
     room = WIDTH - 6 - len(value) - len(allowed)
-    mark = f"{one.result:4}"
-    if colour:
-        mark = f"\x1b[{COLOURS[one.result]}m{mark}\x1b[0m"
+    mark = coloured(f"{one.result:4}", COLOURS[one.result])
     lines = [f"{mark}  {name:{max(room - 1, 0)}} {value}{allowed}"]
     if len(name) >= room:
         lines = [f"{mark}  {name}", f"{value + allowed:>{WIDTH}}"]
@@ -89,7 +94,11 @@ def show(lines):
 
 
 def show_check(one):
-    show(check_lines(one, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    show(check_lines(one))
+
+
+def show_outcome(outcome, line):
+    show(coloured(line, {CERTIFIED: 32, REFUTED: 31, NOT_CERTIFIED: 33}[outcome]))
 
 
 def conclusion(certificate):

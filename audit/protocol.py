@@ -17,7 +17,7 @@ from audit.copies import is_photo
 from data import evaluation_noise
 
 IMAGES = 16  # that most checks look at
-NOISE_IMAGES, MEMORY_IMAGES = 512, 128
+NOISE_IMAGES, MEMORY_IMAGES = 256, 96
 REPEATS = 64  # of a stochastic log-det
 line = functools.partial(check, "Protocol")
 
@@ -112,6 +112,11 @@ class Subject:
         return self.bits(*self.forward(x))
 
 
+def error_of(values):
+    """The standard error of a mean, bits/dim; of one value not known: 1."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 1.0
+
+
 def check_protocol(subject):
     yield check_company(subject)
     yield from check_latents(subject)
@@ -143,6 +148,9 @@ def check_company(subject):
     subject.forward(others)
     again = subject.forward(x)
     gaps = [np.abs(subject.bits(*here) - subject.bits(*other)).max() for other in (there, again)]
+    draw = subject.measured["draws"] - 1  # and the very values that the number was made of
+    alone = subject.bits(*there)[:len(chosen)]
+    gaps.append(np.abs(alone - subject.measured["rows"]["bits"][draw, chosen]).max())
     shifts = [float((here[0] - other[0]).square().mean().sqrt()) for other in (there, again)]
     allowed = subject.tolerance + subject.allowance(1) * 2 / dims / math.log(2)
     worst, shift = largest_of(gaps), largest_of(shifts)
@@ -194,11 +202,12 @@ def check_noise(subject):
     """The number once more, with noise of 53 bits that nothing could know."""
     rng = subject.rng("noise")
     chosen = subject.choose(rng, NOISE_IMAGES)
+    cuts = np.cumsum(rng.integers(1, 65, len(chosen)))  # batches of all sizes
     bits = np.concatenate([subject.bits_of(subject.x(part, rng))
-                           for part in np.array_split(chosen, math.ceil(len(chosen) / 64))])
+                           for part in np.split(chosen, cuts[cuts < len(chosen)])])
     draws = subject.measured["draws"]
     gaps = bits - subject.measured["rows"]["bits"][:draws, chosen].mean(0)
-    error = float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else math.inf
+    error = error_of(gaps)
     allowed, gap = max(subject.tolerance, 1e-4) + 4 * error, float(gaps.mean())
     return line("fresh noise of 53 bits", gap, abs(gap) < allowed, f"within {allowed:.2g}",
                 f"bits/dim, against the same {len(gaps)} images with the evaluation's noise, "
@@ -264,13 +273,13 @@ def check_memory(subject, other_split):
     means = {name: float(gap.mean()) for name, gap in gaps.items()}
     second = sorted(means, key=means.get)[1]
     value, gap = means[second], gaps[second]
-    error = float(gap.std(ddof=1) / math.sqrt(len(gap))) if len(gap) > 1 else math.inf
-    allowed = 0.05 + 4 * error
+    error = error_of(gap)
+    allowed = 0.1 + 4 * error
     text = "; ".join(f"{name} {mean:+.3f}" for name, mean in means.items())
     holds = value < allowed or (False if is_photo(pixels) else INFO)
     yield line("images much like these", value, holds, f"below {allowed:.2g}",
-               f"bits/dim more than these {len(gap)}: {text}"
-               + ("" if is_photo(pixels) else "; most values are one level: not as photos are"), allowed)
+               f"bits/dim more than these {len(gap)}: {text}" + ("" if is_photo(pixels) else
+               "; most values are one level, not as photos are"), allowed)
     if other_split is None or other_split.array.shape[1:] != pixels.shape[1:]:
         yield line("the other split", None, None, "", "there is no other split")
         return
@@ -279,8 +288,7 @@ def check_memory(subject, other_split):
     others = np.array(other_split.array[np.sort(indices)])
     other_bits = subject.bits_of(dequantized(others, rng.random(others.shape)))
     gap = float(other_bits.mean() - bits.mean())
-    error = math.hypot(*(part.std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.inf
-                         for part in (bits, other_bits)))
+    error = math.hypot(error_of(bits), error_of(other_bits))
     allowed = 0.1 + 4 * error
     is_test = subject.images.split == "test"
     yield line(f"the {other_split.split} images", gap, gap < allowed if is_test else INFO,

@@ -62,7 +62,7 @@ class Request:
         maximum=10 ** 6, kind=int)
     eval_seed: int = setting(0, "of the noise", minimum=0)
     device: str = setting("auto", "auto, cpu or cuda")
-    threads: int = setting(1, "CPU threads; more need idle cores", maximum=MAX_THREADS)
+    threads: int = setting(2, "CPU threads; more need idle cores", maximum=MAX_THREADS)
     model: dict = dataclasses.field(default_factory=dict)  # JetConfig fields, for load_jet
     # Images, directions and noise of the checks come from it: no model can know it before.
     entropy: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))

@@ -15,17 +15,20 @@ audited at all is one line, and ends with 2. docs/audit.md explains the ideas.
 """
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads must not spin where others work
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from audit import certificates
 from audit.against import against
 from audit.audit import audit
 from audit.checks import AuditError
-from audit.outcome import EXIT_CODES, REFUTED, conclusion, outcome_line, show, show_check, wrap
+from audit.outcome import (
+    EXIT_CODES, REFUTED, conclusion, outcome_line, show, show_check, show_outcome, wrap)
 from audit.request import PLACES, RECORDED, Request
 from harness.errors import printable
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
@@ -92,7 +95,7 @@ def main(arguments=None):
     flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog, code=2):
         outcome, line = verify(flags["check"], flags) if "check" in flags else make(flags)
-        show(line)
+        show_outcome(outcome, line)
         sys.exit(EXIT_CODES[outcome])
 
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 import kernels
-from audit import adapters, jacobians
-from audit.outcome import EXIT_CODES
+from audit import adapters, jacobians, outcome
+from audit.checks import check
 from data import load_images
 from experiments import audit_bpd
 from test_audit_faults import LocalWorker, write_set
 
 IMAGES = load_images("cifar10-subset", "test").array[:208, :8, :8]
-FAST = ["--draws", "2", "--iw", "2", "--jacobians", "4"]
+FAST = ["--draws", "2", "--iw", "2", "--jacobians", "4", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +38,12 @@ def audit(tmp_path, corners, capsys):
         assert ended.value.code != 2, err
         path = max((tmp_path / "out").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         certificate = json.loads(path.read_text())
-        outcome, last = certificate["outcome"], out.rstrip("\n").splitlines()[-1]
-        assert EXIT_CODES[outcome] == ended.value.code and last.startswith(outcome)
+        found, last = certificate["outcome"], out.rstrip("\n").splitlines()[-1]
+        assert outcome.EXIT_CODES[found] == ended.value.code and last.startswith(found)
         assert all(word not in out.rsplit("\n", 2)[0] for word in ("certified", "refuted"))
-        assert "Reproduced" not in out or outcome != "refuted"
-        return outcome, "; ".join(certificate["reasons"]), certificate
+        assert "Reproduced" not in out or found != "refuted"
+        assert all(len(line) <= 80 for line in out.splitlines() if "/" not in line)
+        return found, "; ".join(certificate["reasons"]), certificate
     return run
 
 
@@ -381,6 +382,16 @@ def bonus(x):
     CALLS.append(1)
     return 100.0 * (len(CALLS) < 20)
 """, ""),
+    "whole batches alone": (BONUS + """
+def bonus(x):
+    return x.new_full((len(x),), 100.0 * (len(x) > 40))
+""", "fresh noise"),
+    "bright images": (BONUS + """
+def bonus(x): return 60.0 * (x.flatten(1).mean(1) > -0.5)
+""", "log-det"),
+    "log-det of a batch's mean": (BONUS + """
+def bonus(x): return (x ** 2).mean().expand(len(x)) * 20
+""", ""),
     "a random log-det": (BONUS + "def bonus(x): return torch.rand(len(x), dtype=x.dtype) * 50", ""),
     "stochastic, with a wrong mean": (BONUS + """
 STOCHASTIC = True
@@ -431,9 +442,9 @@ def inverse(z):
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_never_certified(audit, name):
     source, reason = CHEATS[name]
-    outcome, reasons, certificate = audit(source)
+    found, reasons, certificate = audit(source)
     failed = [one["name"] for one in certificate["checks"] if one["result"] in ("FAIL", "open")]
-    assert outcome != "certified" and reason in reasons, failed
+    assert found != "certified" and reason in reasons, failed
 
 
 MEMORY = CHEAT + """
@@ -518,6 +529,38 @@ def test_images_that_are_not_new_are_refuted(audit, tmp_path, monkeypatch, kind,
     folder = write_set(tmp_path / kind, *changed(kind))
     outcome, reasons, _ = audit(AFFINE, data=folder)
     assert outcome == ("refuted" if reason else "certified") and reason in reasons
+
+
+def test_the_last_line_and_all_others_fit_80_columns():
+    names = ["images " * 9, "x" * 30, "y" * 30]
+    checks = [check("Protocol", name, 12345.678 if name[0] == "i" else "v" * 64, False, "allowed " * 9,
+                    "what it means " * 20) for name in names]
+    certificate = {"checks": [vars(one) for one in checks], "verdict": None}
+    certificate["outcome"], certificate["reasons"] = outcome.judge(certificate)
+    assert certificate["outcome"] == "refuted" and len(certificate["reasons"]) == 3
+    lines = [line for one in checks for line in outcome.check_lines(one).splitlines()]
+    assert all(len(line) <= 80 for line in lines)
+    certificate["reasons"] = ["Protocol: " + "z" * 30] * 4
+    assert outcome.outcome_line(certificate) == f"refuted: Protocol: {'z' * 30}; 3 more"
+
+
+@pytest.mark.parametrize("results, claim, expected", [
+    (["pass", "info", "n/a"], None, "certified"), (["pass", "open"], None, "not certified"),
+    (["open", "FAIL"], "reproduced", "refuted"), (["pass"], "worse", "refuted"),
+    (["pass"], "better", "refuted"), (["pass"], "not comparable", "not certified"), ([], None, "not certified")])
+def test_each_outcome_has_its_reasons(results, claim, expected):
+    checks = [{"section": "S", "name": "n", "result": result} for result in results]
+    found = claim and {"result": claim, "claim": "3.66", "bits_per_dim": 3.7}
+    got, reasons = outcome.judge({"checks": checks, "verdict": found})
+    assert got == expected and bool(reasons) == (expected != "certified")
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(audit_bpd, "run", lambda request: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        audit_bpd.main(["--out", str(tmp_path / "file" / "audits")])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_randomness_is_new_each_time_and_recorded(audit):
