@@ -66,7 +66,7 @@ def audit(request, reported=(), tell=lambda one: None):
     add([check_weights(about["weights_sha256"], recorded)])
     try:
         measured = estimate(model, images, request.eval_seed, request.draws, request.iw,
-                            request.claim_k)
+                            request.claim_k, claim and claim.precision)
     except NonFiniteError as error:
         add([check("Estimate", "finite", str(error), False, "finite", "no number can be reported")])
     if measured:

@@ -162,7 +162,7 @@ def measured_like(claim, measured):
     value, exact = measured["ours"]["bits_per_dim"], measured["rows"]["bits"]
     precision = 0.0
     if isinstance(other := measured.get(claim.precision), dict):
-        precision = float(other["bits_per_dim"] - exact[0].mean())
+        precision = float(other["bits_per_dim"] - exact[0][:other["num_images"]].mean())
     if claim.precision == "bfloat16":
         value += precision
     if claim.k:

@@ -224,14 +224,14 @@ def wide_noise_at_its_source(monkeypatch):
 
 def batch_dropped(monkeypatch):
     whole = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *rest, **more: whole(
-        model, images.array[:32], *rest, **more))
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, **more: whole(
+        model, images.array[:32], **more))
 
 
 def images_doubled_in_the_mean(monkeypatch):
     whole = evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *rest, **more: whole(
-        model, np.concatenate([images.array] * 2), *rest, **more))
+    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, **more: whole(
+        model, np.concatenate([images.array] * 2), **more))
 
 
 @pytest.mark.parametrize("fault, caught_by", [
@@ -445,8 +445,8 @@ def judge(text, value=3.7, noise=0.01, name="cifar10", split="test", whole=True,
     rows["bits"] = value + np.array([[1] * 10, [-1] * 10]) * noise * math.sqrt(10) / 2
     measured = {"ours": {"bits_per_dim": value, "bits_per_dim_se": 1.0}, "rows": rows, "draws": 1,
                 "dims": 1,
-                "float32": {"bits_per_dim": rows["bits"][0].mean()},
-                "bfloat16": {"bits_per_dim": rows["bits"][0].mean() + 0.2}}
+                "float32": {"bits_per_dim": rows["bits"][0].mean(), "num_images": 10},
+                "bfloat16": {"bits_per_dim": rows["bits"][0].mean() + 0.2, "num_images": 10}}
     return verdict(Claim(text=text, **claim), images, whole, measured)
 
 
@@ -463,6 +463,11 @@ def test_claim_is_what_its_digits_allow(text, interval):
 def test_verdict_counts_standard_errors(text, result, errors):
     found = judge(text)
     assert found["result"] == result and found["standard_errors"] == pytest.approx(errors, abs=1e-6)
+
+
+def test_a_claim_in_bfloat16_is_held_to_what_is_measured_in_it():
+    assert judge("3.90", precision="bfloat16", noise=0)["result"] == "reproduced"
+    assert judge("3.90", noise=0)["result"] == "better"
 
 
 @pytest.mark.parametrize("settings, reason", [
