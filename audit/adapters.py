@@ -1,69 +1,148 @@
 """The model that is audited: a Jet, or what a Python file makes look like one."""
 import dataclasses
 import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from audit.checks import AuditError
 from audit.request import relative_path
 from convert import config_checksum, load_jet
 from harness.checkpoint import weights_checksum
-from harness.errors import one_line, short
+from harness.errors import one_line, printable
 from harness.files import read_bytes
 from harness.machine import pick_device
-from harness.run_folder import read_done
+from harness.run_folder import is_fingerprint, read_done
+
+WORKER = Path(__file__).with_name("worker.py")
+MAX_LINE = 2 ** 20
+NEEDS = "it needs forward(x) -> (z, logdet) and inverse(z) -> (x, logdet)"
+
+
+class Worker:
+    """A process that runs an adapter, and answers in numbers alone."""
+
+    def __init__(self, path, threads):
+        self.path, self.files, self.seconds = path, {}, 0.0  # of its CPU
+        self.folder = tempfile.TemporaryDirectory(prefix="audit-")
+        (request_end, to_it), (from_it, answer_end) = os.pipe(), os.pipe()
+        self.requests, self.answers = os.fdopen(to_it, "wb"), os.fdopen(from_it, "rb")
+        command = [sys.executable, str(WORKER), str(path), str(request_end), str(answer_end),
+                   str(threads), self.folder.name]
+        nothing = subprocess.DEVNULL  # what it prints is nobody's finding
+        self.process = subprocess.Popen(
+            command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
+            pass_fds=(request_end, answer_end), env={**os.environ, "TMPDIR": self.folder.name})
+        weakref.finalize(self, self.process.kill)
+        for end in (request_end, answer_end):
+            os.close(end)
+        self.about = self.read_head("cannot be run")
+        if missing := self.about.get("missing"):
+            raise AuditError(f"--adapter {path}: defines no function {missing[0]!r}: {NEEDS}")
+
+    def read_head(self, what):
+        """The line of JSON of an answer."""
+        try:
+            head = json.loads(self.answers.readline(MAX_LINE))
+            error, self.seconds = head.get("error"), float(head.get("seconds", 0))
+            self.files |= {str(path): digest for path, digest in head.get("files", {}).items()
+                           if is_fingerprint(digest)}
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError):
+            error = "its process ended"
+        if error:
+            hint = ": its weights must be of the type of x" if "dtype" in error else ""
+            raise AuditError(f"--adapter {self.path}: {what} ({printable(error, 500)}){hint}")
+        return head
+
+    def call(self, name, *arrays):
+        """The parts of its answer to tensors of one type and shape."""
+        arrays = [array.detach().cpu().contiguous().numpy() for array in arrays]
+        first, expected = arrays[0], f"{name} of {arrays[0].dtype} {arrays[0].shape}"
+        head = {"name": name, "arrays": len(arrays), "bytes": first.nbytes,
+                "shape": first.shape, "dtype": str(first.dtype),
+                "bfloat16": torch.is_autocast_enabled("cpu")}
+        try:
+            self.requests.write(json.dumps(head).encode() + b"\n")
+            for array in arrays:
+                self.requests.write(array)
+            self.requests.flush()
+        except OSError:  # it has ended
+            pass
+        heads = self.read_head(f"{expected} failed").get("parts")
+        wanted = [[str(first.dtype), list(first.shape)], [str(first.dtype), [len(first)]]]
+        wanted = wanted[:1] if name == "vjp" else wanted
+        if heads != wanted:
+            raise AuditError(
+                f"--adapter {self.path}: {expected} returned {printable(heads, 200)}: it must "
+                f"return z like x, in the type of x, and log|det| ({len(first)},) of that type")
+        return [self.read_array(kind, shape) for kind, shape in wanted]
+
+    def read_array(self, dtype, shape):
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        content = self.answers.read(size)
+        if len(content) != size:
+            raise AuditError(f"--adapter {self.path}: its process ended")
+        return torch.from_numpy(np.frombuffer(bytearray(content), dtype).reshape(shape))
 
 
 class Adapter(torch.nn.Module):
     """A model from a Python file with forward(x) -> (z, logdet) and inverse(z) -> (x, logdet)."""
 
-    def __init__(self, path):
+    def __init__(self, path, threads=1):
         super().__init__()
-        space = {"__name__": "adapter", "__file__": str(path)}
         try:
-            source = read_bytes(path)
-            exec(compile(source, str(path), "exec"), space)  # the user's own file, as asked for
-            self.functions = {name: space[name] for name in ("forward", "inverse")}
+            self.digest = hashlib.sha256(read_bytes(path)).hexdigest()
         except OSError as error:
             raise AuditError(f"--adapter {one_line(error)}") from None
-        except KeyError as error:
-            raise AuditError(f"--adapter {path}: defines no function {error}: it needs forward(x) "
-                             "-> (z, logdet) and inverse(z) -> (x, logdet)") from None
-        except (Exception, SystemExit) as error:  # its exit code is not the audit's
-            raise AuditError(f"--adapter {path}: cannot be run ({short(error)})") from None
-        self.digest = hashlib.sha256(source).hexdigest()
+        self.worker, self.threads = Worker(path, threads), threads
+        self.is_stochastic = self.worker.about.get("stochastic") is True
+        self.of_type = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # what it is cast to
 
     def __deepcopy__(self, memo):
-        return self
+        copied = Adapter.__new__(Adapter)
+        torch.nn.Module.__init__(copied)
+        copied.__dict__ |= {name: value for name, value in self.__dict__.items()
+                            if not name.startswith("_")}
+        copied.of_type = torch.nn.Parameter(self.of_type.clone(), requires_grad=False)
+        return copied
+
+    def again(self):
+        """The same adapter in a process that has seen nothing yet, in float64."""
+        return Adapter(self.worker.path, self.threads).double()
 
     def forward(self, x):
-        return self._call("forward", x)
+        return tuple(self.worker.call("forward", x))
 
     def inverse(self, z):
-        return self._call("inverse", z)
+        return tuple(self.worker.call("inverse", z))
 
-    def _call(self, name, value):
-        try:
-            out, logdet = self.functions[name](value)
-            fits = out.shape == value.shape and logdet.shape == (len(value),)
-        except (Exception, SystemExit) as error:
-            raise AuditError(f"--adapter: {name} failed ({short(error)}): it takes (B, C, H, W) "
-                             "and returns a tensor like it and log|det| (B,) in nats") from None
-        if not fits:
-            raise AuditError(f"--adapter: {name} of {tuple(value.shape)} returned "
-                             f"{tuple(out.shape)} and {tuple(logdet.shape)}: it must return "
-                             f"{tuple(value.shape)} and ({len(value)},)")
-        return out, logdet
+    def vjp(self, x, u):
+        """The gradient of (z * u).sum() at x, as autograd has it."""
+        return self.worker.call("vjp", x, u)[0]
+
+    def files(self):
+        """[{"path", "sha256"}] of what it has read: weights, and modules of its folder."""
+        return [{"path": relative_path(path), "sha256": digest}
+                for path, digest in sorted(self.worker.files.items())]
 
 
 def load_model(request):
     """(model, what names it, what its run recorded or None)."""
     if request.adapter:
-        model = Adapter(request.adapter)
+        model = Adapter(request.adapter, request.threads)
+        digest = hashlib.sha256(json.dumps([model.digest, *(one["sha256"] for one in
+                                                           model.files())]).encode()).hexdigest()
         return model, {"kind": "adapter", "name": Path(request.adapter).stem,
-                       "path": relative_path(request.adapter), "weights_sha256": model.digest,
-                       "config": None}, None
+                       "path": relative_path(request.adapter), "weights_sha256": digest,
+                       "source_sha256": model.digest, "config": None}, None
     path = Path(request.checkpoint)
     model = load_jet(path, **request.model)
     if model.config.context_dim:

@@ -1,16 +1,17 @@
-"""Certificates: what an audit found, as JSON sealed by a checksum, a page, lines on a terminal."""
+"""Certificates: what an audit found, as JSON sealed by a checksum, and as a page."""
 import hashlib
 import json
 import math
 import re
 from pathlib import Path
 
-from audit.checks import FAIL, NOT_APPLICABLE, PASS, AuditError, counted
+from audit.checks import FAIL, AuditError, counted
 from audit.fields import CERTIFICATE, fault_in
+from audit.outcome import format_value, judge, outcome_line, title
 from harness.errors import one_line, short
 from harness.files import read_json, write_atomically
 
-FORMAT = "jet-audit-1"
+FORMAT = "jet-audit-2"
 
 
 def seal(certificate):
@@ -68,9 +69,8 @@ def read_certificate(path):
         given = [name for name in ("checkpoint", "adapter") if settings[name] is not None]
         if given != [{"jet": "checkpoint", "adapter": "adapter"}[kind]]:
             raise ValueError(f"its settings are not those of a {kind}")
-        results = [one["result"] for one in certificate["checks"]]
-        if not results or certificate["passed"] != (FAIL not in results):
-            raise ValueError("passed is not what its checks say")
+        if (certificate["outcome"], certificate["reasons"]) != judge(certificate):
+            raise ValueError("its outcome is not what its checks say")
     except OSError as error:
         raise AuditError(one_line(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,6 +86,10 @@ def changes(old, new):
         then, now = old[group][name], new[group][name]
         if then != now:
             lines.append(f"{what} changed: {then[:16]} then, {now[:16]} now")
+    files = [{one["path"]: one["sha256"] for one in certificate["weights"].get("files", ())}
+             for certificate in (old, new)]
+    lines += [f"file {path}: {files[0].get(path)} then, {files[1].get(path)} now"
+              for path in sorted(files[0] | files[1]) if files[0].get(path) != files[1].get(path)]
     lines += [f"{name.replace('_', ' ')} of the data: {old['data'][name]} then, {now} now"
               for name, now in new["data"].items()
               if name != "fingerprint" and old["data"][name] != now]
@@ -93,21 +97,19 @@ def changes(old, new):
         then, now = (math.nan if one[name] is None else one[name] for one in (old, new))
         if not (abs(then - now) <= 1e-4 or math.isnan(then) and math.isnan(now)):
             lines.append(f"{name}: {then} then, {now} now")
-    checks_now = {_title(one): one for one in new["checks"]}
+    checks_now = {title(one): one for one in new["checks"]}
     for one in old["checks"]:
-        if difference := _difference(one, checks_now.pop(_title(one), None)):
-            lines.append(f"{_title(one)}: {difference}")
+        if difference := _difference(one, checks_now.pop(title(one), None)):
+            lines.append(f"{title(one)}: {difference}")
     lines += [f"{title}: was not checked then, and fails now"
               for title, one in checks_now.items() if one["result"] == FAIL]
+    if old["outcome"] != new["outcome"]:
+        lines.append(f"outcome: {old['outcome']} then, {new['outcome']} now")
     for name in ("result", "claim", "model", "source", "dataset"):
         then, now = ((certificate["verdict"] or {}).get(name) for certificate in (old, new))
         if then != now:
             lines.append(f"verdict ({name}): {then} then, {now} now")
     return lines
-
-
-def _title(one):
-    return f"{one['section']}: {one['name']}"
 
 
 def _difference(then, now):
@@ -125,50 +127,6 @@ def _difference(then, now):
 
 # ---- what people read
 
-def format_value(value):
-    """A check's value as text."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def check_lines(one):
-    """A Check on the terminal: the result, the value, and below it what it means."""
-    value, tolerance = format_value(one.value), one.tolerance
-    if len(value) > 40:
-        value = value[:12] + "..."
-    if len(tolerance) > 45:
-        tolerance = tolerance[:12] + "..."
-    mark = "  - " if one.result == NOT_APPLICABLE else one.result
-    allowed = f"[{tolerance}]" if tolerance else ""
-    return f"{mark}  {f'{one.section}: {one.name}':44} {value:>14}  {allowed}\n      {one.text}"
-
-
-def conclusion(certificate):
-    """The last lines on the terminal."""
-    passed, failed, others = count_checks(certificate)
-    lines = [f"{passed} checks passed, {len(failed)} failed, {others} not applicable; "
-             f"{certificate['made_with']['seconds']:.0f} s"]
-    if certificate["verdict"]:
-        lines.append(certificate["verdict"]["sentence"])
-    elif certificate["bits_per_dim"] is not None:
-        data, se = certificate["data"], certificate["bits_per_dim_se"]
-        lines.append(f"{certificate['bits_per_dim']:.4f} +- {se or math.nan:.4f} bits/dim on "
-                     f"{data['num_images']:,} {data['split']} images of {data['name']}")
-    if failed:
-        lines.append(f"The number is NOT to be trusted: {'; '.join(map(_title, failed))}")
-    return "\n".join(lines)
-
-
-def count_checks(certificate):
-    """(how many passed, those that failed, how many did not apply)."""
-    results = [one["result"] for one in certificate["checks"]]
-    failed = [one for one in certificate["checks"] if one["result"] == FAIL]
-    return results.count(PASS), failed, results.count(NOT_APPLICABLE)
-
-
 def page(certificate, file):
     """The certificate as Markdown. file: its name."""
     weights, data = certificate["weights"], certificate["data"]
@@ -176,8 +134,8 @@ def page(certificate, file):
     if certificate["bits_per_dim"] is not None:
         lines += [_number(certificate), ""]
     answer = certificate["verdict"]
-    lines += [f"**{answer['sentence']}**" if answer else "No claim was given.", "",
-              _summary(certificate), "", _made(certificate), "",
+    lines += [f"**{outcome_line(certificate)}**", "",
+              answer["sentence"] if answer else "No claim was given.", "", _made(certificate), "",
               f"To verify: `python experiments/audit_bpd.py --check {file}` (in this folder's "
               "place). What each line means: [AUDIT.md](../AUDIT.md).", ""]
     for section in dict.fromkeys(one["section"] for one in certificate["checks"]):
@@ -194,14 +152,6 @@ def _number(certificate):
     part = "" if data["whole_split"] else " (a part of the split)"
     return (f"**{value} bits/dim** on {data['num_images']:,} images{part}, uniform dequantization, "
             f"{counted(certificate['settings']['draws'], 'draw')} an image: an upper bound.")
-
-
-def _summary(certificate):
-    passed, failed, others = count_checks(certificate)
-    if failed:
-        names = "; ".join(f"{one['section']}, {one['name']}" for one in failed)
-        return f"{len(failed)} checks FAILED: {names}."
-    return f"Every check passed ({passed}; {others} not applicable)."
 
 
 def _made(certificate):

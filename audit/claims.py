@@ -5,7 +5,7 @@ import re
 from decimal import Decimal
 
 from audit.checks import AuditError
-from audit.estimate import precision_error
+from audit.estimate import importance_weighted, noise_error
 from data import SETS
 
 MISTAKES = {  # from bits/dim, the log-det in bits/dim and the channels: what it makes of the number
@@ -31,6 +31,8 @@ class Claim:
     variant: str | None = None
     bound: str = "elbo"
     dequantization: str = "uniform"
+    k: int | None = None  # draws of an importance-weighted bound
+    precision: str = "float32"
     source: str = ""
 
     @property
@@ -44,21 +46,30 @@ class Claim:
 def read_claim(request, reported):
     """The Claim of a Request, or None. reported: rows of results/reported.csv, for claim_from."""
     text, name = request.claim, request.claim_data
+    about = {"variant": request.claim_variant, "bound": request.claim_bound,
+             "dequantization": request.claim_dequantization, "k": request.claim_k,
+             "precision": request.claim_precision}
+    about = {field: value for field, value in about.items() if value is not None}
     if text is not None and request.claim_from is not None:
         raise AuditError("--claim and --claim-from: give one of them")
     if request.claim_from is not None:
-        return _reported_claim(request, reported)
+        return dataclasses.replace(_reported_claim(request, reported), **about)
     if text is None:
-        if name:
-            raise AuditError("--claim-data: of which claim? Give --claim or --claim-from")
+        if name or about:
+            given = "data" if name else min(about)
+            raise AuditError(f"--claim-{given}: of which claim? Give --claim or --claim-from")
         return None
-    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,15})?", text) or not float(text):
+    if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,15}", text) or not float(text):
         raise AuditError(f"--claim {text}: must be bits/dim above 0, with the digits that were "
                          "published, like 3.66")
     if name and name not in SETS:
         raise AuditError(f"--claim-data {name}: no known set (like {', '.join(list(SETS)[:3])}, "
                          "imagenet64-oord)")
-    return Claim(text=text, dataset=name, variant=SETS[name].variant if name else None)
+    if about.get("k", 1) > 1 and about.setdefault("bound", "importance-weighted") == "elbo":
+        raise AuditError(f"--claim-k {about['k']}: an elbo has one draw: leave one of them out")
+    if name:
+        about.setdefault("variant", SETS[name].variant)
+    return Claim(text=text, dataset=name, **about)
 
 
 def _reported_claim(request, reported):
@@ -88,37 +99,55 @@ def reported_name(row):
     return dataset if dataset == variant else f"{dataset}-{variant}"
 
 
-def verdict(claim, images, whole, measured):
-    """{"result", "sentence", ...}: reproduced, better, worse, not comparable; None: no claim."""
+def trusted_to(claim):
+    """Bits/dim to which the checks must know the number: a fifth of what the digits allow."""
+    if claim is None:
+        return 1e-3
+    low, high = claim.interval
+    return min(1e-3, (high - low) / 10)
+
+
+def verdict(claim, images, whole, measured, is_sound=True):
+    """{"result", "sentence", ...}: reproduced, better, worse, not comparable; None: no claim.
+
+    is_sound: whether no check failed; else nothing is judged. The error is that of the noise, of
+    one draw in the claim and of ours here, and of the precision: not that over images, which are
+    the claim's own.
+    """
     if claim is None:
         return None
-    value, se = measured["ours"]["bits_per_dim"], measured["ours"]["bits_per_dim_se"]
-    precision = precision_error(measured)
-    error = math.hypot(0 if math.isnan(se) else se, precision)
     low, high = claim.interval
     about = {"claim": claim.text, "model": claim.model, "source": claim.source,
              "dataset": claim.dataset or images.name, "interval": [low, high],
-             "bits_per_dim": value, "standard_error": error, "precision_error": precision,
-             "result": "not comparable"}
-    ours = (f"{value:.4f} +- {error:.4f} bits/dim on {len(images.array):,} {images.split} images "
-            f"of {images.name}")
+             "bits_per_dim": measured["ours"]["bits_per_dim"], "result": "not comparable"}
+    value = about["bits_per_dim"]
     theirs = f"{claim.model}: {claim.text}" if claim.model else claim.text
-    if reason := why_not_comparable(claim, images, whole):
-        return about | {"sentence": f"Not comparable: {theirs} ({reason}); measured: {ours}."}
-    outside = max(low - value, value - high, 0)
+    ours = (f"{len(images.array):,} {images.split} images of {images.name}")
+    reason = why_not_comparable(claim, images, whole, measured)
+    if reason or not is_sound:
+        first = f"Not comparable: {theirs} ({reason})" if reason else (
+            f"Nothing is said of the claim, {theirs}, for checks have failed")
+        about["result"] = "not comparable" if reason else "not judged"
+        return about | {"sentence": f"{first}; measured: {value:.4f} bits/dim on {ours}."}
+    value, precision = measured_like(claim, measured)
+    noise = noise_error(measured)
+    error = math.hypot(noise, noise / math.sqrt(measured["draws"]), precision)
+    ours = f"{value:.4f} +- {error:.1g} bits/dim on {ours}"
+    outside = max(low - value, value - high, 0.0)
     count = 0.0
     if outside:
         count = outside / error if error else math.inf
-    about |= {"outside": outside, "standard_errors": count}
+    about |= {"outside": outside, "standard_errors": count, "bits_per_dim": value,
+              "standard_error": error, "precision_error": precision}
     digits = max(4, len(claim.text))
     theirs = f"{theirs} (from {low:.{digits}g} to {high:.{digits}g})"
     if outside <= 2 * error:
-        where = f"{outside:.4f} outside, {count:.1f} standard errors" if outside else "inside"
+        where = f"{outside:.4f} outside, {count:.1f} errors" if outside else "inside"
         return about | {"result": "reproduced",
                         "sentence": f"Reproduced: {theirs}; measured {ours}, {where}."}
     result, where = ("better", "below") if value < low else ("worse", "above")
     sentence = (f"{result.capitalize()}: measured {ours}, {outside:.4f} {where} what the claim "
-                f"{theirs} allows: {count:.1f} standard errors.")
+                f"{theirs} allows: {count:.1f} errors of the noise.")
     logdet = measured["rows"]["logdet"][:measured["draws"]].mean() / measured["dims"] / math.log(2)
     for mistake, formula in MISTAKES.items():
         wrong = formula(value, logdet, images.array.shape[-1])
@@ -128,11 +157,29 @@ def verdict(claim, images, whole, measured):
     return about | {"result": result, "sentence": sentence}
 
 
-def why_not_comparable(claim, images, whole):
+def measured_like(claim, measured):
+    """(bits/dim as the claim counts them, by how much its precision moves them)."""
+    value, exact = measured["ours"]["bits_per_dim"], measured["rows"]["bits"]
+    precision = 0.0
+    if isinstance(other := measured.get(claim.precision), dict):
+        precision = float(other["bits_per_dim"] - exact[0][:other["num_images"]].mean())
+    if claim.precision == "bfloat16":
+        value += precision
+    if claim.k:
+        weighted = importance_weighted(exact, claim.k, measured["dims"]).mean()
+        value += float(weighted - exact[:measured["draws"]].mean())
+    return value, abs(precision)
+
+
+def why_not_comparable(claim, images, whole, measured):
     """Why a claim says nothing of these images, or None. whole: they are all of their split."""
-    if claim.bound != "elbo" or claim.dequantization != "uniform":
+    is_weighted = claim.bound == "importance-weighted" and claim.k
+    if claim.dequantization != "uniform" or claim.bound != "elbo" and not is_weighted:
         return (f"other bound: the claim is {claim.bound} with {claim.dequantization or 'unknown'} "
-                "dequantization, ours elbo with uniform dequantization")
+                "dequantization, ours elbo with uniform dequantization"
+                + (": --claim-k gives its draws" if claim.bound == "importance-weighted" else ""))
+    if isinstance(measured.get(claim.precision), Exception):
+        return f"other precision: the model does not run in {claim.precision}"
     if claim.dataset and claim.variant in ("unknown", "oord?"):
         return ("other variant: which images the claim was measured on is not known "
                 f"({claim.dataset})")
@@ -142,7 +189,9 @@ def why_not_comparable(claim, images, whole):
     if claim.dataset and claim.dataset != images.name:
         return (f"other variant: the claim is of {claim.dataset}, these are {images.name}, variant "
                 f"{images.variant}")
+    if claim.variant not in (None, images.variant):
+        return f"other variant: the claim is of {claim.variant}, these are {images.variant}"
     others = "other split: the claim is of all test images, these are"
     if images.split == "train":
         return f"{others} {len(images.array):,} training images"
-    return None if whole else f"{others} {len(images.array):,} of them"
+    return None if whole else f"{others} a part, {len(images.array):,} of them"

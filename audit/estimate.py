@@ -3,6 +3,7 @@
 The likelihood is computed twice: by evaluate.py, as all numbers of this repository are, and here
 from the formulas, in float64, with nothing shared but the network and the noise.
 """
+import dataclasses
 import functools
 import math
 
@@ -10,13 +11,14 @@ import numpy as np
 import torch
 
 import evaluate as evaluator
-from audit.checks import BAR, at_precision, attempt, check, counted, dequantized, device_of
+from audit.checks import BAR, INFO, at_precision, attempt, check, counted, dequantized, device_of
 from data import evaluation_noise, fingerprint
 from harness.errors import short
 from harness.flops import logdet_cap_share
 from jet import Jet
 
 line = functools.partial(check, "Estimate")
+INFORMING = 64  # images in bfloat16, which is slow on CPUs, where no claim is in it
 
 
 @torch.no_grad()
@@ -54,26 +56,38 @@ def importance_weighted(bits, K, dims):
     return -(log_mean / dims / math.log(2)).mean(0)
 
 
-def estimate(model, images, seed, draws, iw):
-    """All that the likelihood is measured with: the repository's way, and from the formulas."""
+def estimate(model, images, seed, draws, iw, K=None, claimed=None):
+    """All that the likelihood is measured with: the repository's way, and from the formulas.
+
+    K: draws of the claim's importance-weighted bound. claimed: its precision.
+    """
     array = images.array
-    rows = bits_table(model, array, seed, max(draws, iw))
+    rows = bits_table(model, array, seed, max(draws, iw, K or 1))
     bits = rows["bits"]
     model32 = at_precision(model, "float32")[0]
-    evaluate = functools.partial(evaluator.evaluate, model32, images, seed, per_image=True)
+    reported = model32 if isinstance(model, Jet) else at_precision(model, "float64")[0]
+    few = images if claimed == "bfloat16" else dataclasses.replace(
+        images, array=array[:INFORMING], labels=None, known_fingerprint=None)
+    settings = {"images": images, "seed": seed, "per_image": True}
+    evaluate = functools.partial(evaluator.evaluate, model32, **settings)
     noise_se = math.nan
     if draws > 1:
         noise_se = float(np.sqrt((bits[:draws].var(0, ddof=1) / draws).sum()) / len(array))
-    return {"rows": rows, "ours": evaluate(draws), "float32": evaluate(),
-            "bfloat16": attempt(lambda: evaluate(precision="bfloat16")), "noise_se": noise_se,
+    return {"rows": rows, "ours": evaluator.evaluate(reported, **settings, draws=draws),
+            "float32": attempt(evaluate),
+            "bfloat16": attempt(lambda: evaluate(images=few, precision="bfloat16")),
+            "noise_se": noise_se,
             "draws": draws, "iw": iw, "dims": array[0].size, "seed": seed, "num_images": len(array)}
 
 
-def check_estimate(model, images, measured, recorded, scales):
-    """recorded: done.json of the weights' run, or None. scales: all that the couplings apply."""
+def check_estimate(model, images, measured, recorded, scales, allowance=0.0):
+    """recorded: done.json of the weights' run, or None. scales: all that the couplings apply.
+
+    allowance: bits/dim that a stochastic log-det may differ when it is asked again.
+    """
     ours = measured["ours"]
     value, per_image = ours["bits_per_dim"], ours["bits_per_dim_per_image"]
-    yield line("bits/dim", value, math.isfinite(value), "finite",
+    yield line("bits/dim", value, value > -1e-3, "finite, and not below 0",
                f"+- {ours['bits_per_dim_se']:.4f} over images, +- {measured['noise_se']:.5f} over "
                f"noise; {counted(measured['draws'], 'draw')} of uniform noise an image: an upper "
                "bound", 1e-4)
@@ -81,12 +95,22 @@ def check_estimate(model, images, measured, recorded, scales):
     yield line("every image once", ours["num_images"],
                is_mean and ours["num_images"] == len(images.array) == len(per_image),
                f"{len(images.array):,}", "the mean is over all images, whatever the batches")
+    yield check_positive(measured)
     yield from check_noise(images, measured)
-    yield from check_terms(measured)
+    yield from check_terms(measured, allowance)
     yield from check_scales(model, measured, scales)
     yield from check_importance_weights(measured)
     if recorded:
         yield check_recorded(images, measured, recorded)
+
+
+def check_positive(measured):
+    """No image has a probability above 1, so on average over the noise none has less than 0."""
+    bits = measured["rows"]["bits"]
+    error = bits.std(0, ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else math.inf
+    below = int((bits.mean(0) < -0.01 - 6 * error).sum())
+    return line("images below 0", below, below == 0, "0", "code lengths are not negative; the "
+                f"least is {bits.mean(0).min():.3f}, within the error of its noise")
 
 
 def check_noise(images, measured):
@@ -106,7 +130,7 @@ def check_noise(images, measured):
                "tile -1 to 1 + 1/127.5: no gaps, no overlaps")
 
 
-def check_terms(measured):
+def check_terms(measured, allowance):
     """The number against the one from the formulas, as a mean and image by image."""
     rows, draws, ours = measured["rows"], measured["draws"], measured["ours"]
     own, per_image = rows["bits"][:draws].mean(0), ours["bits_per_dim_per_image"]
@@ -115,12 +139,15 @@ def check_terms(measured):
              "log2(2 pi) / 2": math.log2(2 * math.pi) / 2, "log2(127.5)": math.log2(127.5),
              "log-det": -logdet}
     text = " + ".join(f"{term} {number:.4f}" for term, number in terms.items())
-    yield line("sum of its terms", float(own.mean()), abs(own.mean() - ours["bits_per_dim"]) < 2e-4,
-               "bits/dim, to 0.0002", f"{text}; computed again in float64, from the formulas", 1e-6)
+    mean, allowed = float(own.mean()), 2e-4 + allowance / math.sqrt(len(own))
+    yield line("sum of its terms", mean, abs(mean - ours["bits_per_dim"]) < allowed,
+               f"bits/dim, to {allowed:.1g}",
+               f"{text}; computed again in float64, from the formulas", 1e-6 + 2 * allowance)
     # A fault of the evaluator may hide in the mean: image by image it cannot.
     worst = float(np.abs(own - per_image).max()) if len(own) == len(per_image) else math.inf
-    yield line("image by image", worst, worst < 2e-3, "below 0.002",
-               "largest difference of one image between the two computations, bits/dim", 1e-3)
+    yield line("image by image", worst, worst < 2e-3 + allowance, f"below {2e-3 + allowance:.2g}",
+               "largest difference of one image between the two computations, bits/dim",
+               1e-3 + allowance)
 
 
 def check_scales(model, measured, scales):
@@ -175,8 +202,8 @@ def check_recorded(images, measured, recorded):
     return line("as recorded by its run", difference, holds, f"within {error:.4f}", text, 1e-4)
 
 
-def check_precision(measured):
-    """bits/dim on the same images and noise in each precision."""
+def check_precision(measured, claimed=None):
+    """bits/dim on the same images and noise in each precision. claimed: that of the claim."""
     line = functools.partial(check, "Precision")
     exact = measured["rows"]["bits"][0]
     yield line("float64", float(exact.mean()), True, "the reference", "bits/dim, one draw an image",
@@ -187,15 +214,16 @@ def check_precision(measured):
             yield line(precision, None, None, "", f"the model does not run so ({short(result)})")
             continue
         value, bits = result["bits_per_dim"], result["bits_per_dim_per_image"]
-        difference, text = value - exact.mean(), "other images"
-        if len(bits) == len(exact):
-            text = f"differs by {difference:+.2g}; worst image {np.abs(bits - exact).max():.2g}"
-        yield line(precision, value, abs(difference) < tolerance,
-                   f"within {tolerance:g} of float64", text, tolerance / 2)
+        gaps = bits[:len(exact)] - exact[:len(bits)]
+        difference = float(gaps.mean())
+        text = (f"of {len(bits):,} images; differs by {difference:+.2g}; worst image "
+                f"{np.abs(gaps).max():.2g}")
+        holds = abs(difference) < tolerance if precision == claimed else INFO
+        yield line(precision, value, holds, f"within {tolerance:g} of float64", text,
+                   tolerance / 2)
 
 
-def precision_error(measured):
-    """The largest difference between precisions, bits/dim: part of the verdict's error."""
-    exact = measured["rows"]["bits"][0].mean()
-    return max(abs(measured[name]["bits_per_dim"] - exact) for name in ("float32", "bfloat16")
-               if isinstance(measured[name], dict))
+def noise_error(measured):
+    """The standard error over noise of a number with one draw an image; 0 where it is not known."""
+    bits = measured["rows"]["bits"]
+    return float(np.sqrt(bits.var(0, ddof=1).sum()) / bits.shape[1]) if len(bits) > 1 else 0.0

@@ -1,7 +1,8 @@
 """The fields that a certificate has, each with its rule: nothing else in one is looked at."""
 import math
 
-from audit.checks import FAIL, NOT_APPLICABLE, PASS
+from audit.checks import FAIL, INFO, NOT_APPLICABLE, OPEN, PASS
+from audit.outcome import EXIT_CODES
 from audit.request import RECORDED
 from harness.run_folder import is_fingerprint, is_number, is_step, is_text
 
@@ -25,19 +26,22 @@ def is_value(value):
 
 VERDICT = {
     **dict.fromkeys(("claim", "model", "source", "dataset", "result", "sentence"), is_text),
-    **dict.fromkeys(("bits_per_dim", "standard_error", "precision_error", "outside?"), is_number),
+    **dict.fromkeys(("bits_per_dim", "standard_error?", "precision_error?", "outside?"), is_number),
     "interval": [is_number], "mistakes?": [is_text],
     "standard_errors?": lambda value: is_number(value) or value == math.inf}
 CERTIFICATE = {
-    "format": is_text, "made": is_text, "passed": is_flag, "sha256": is_fingerprint,
+    "format": is_text, "made": is_text, "sha256": is_fingerprint,
+    "outcome": lambda value: value in (*EXIT_CODES,), "reasons": [is_text],
     "settings": {
         **dict.fromkeys(RECORDED, is_printable),  # Request has their own rules
         "checkpoint": maybe(is_text), "adapter": maybe(is_text), "model_flags": [is_text],
-        "codelength": is_step},
+        "codelength": is_step, "jacobians": maybe(is_step)},
     "weights": {
         "kind": lambda value: value in ("jet", "adapter"), "name": is_text, "path": is_text,
         "weights_sha256": is_fingerprint, "config": lambda value: isinstance(value, dict | None),
-        "config_sha256?": is_fingerprint, "num_params?": is_step},
+        "config_sha256?": is_fingerprint, "num_params?": is_step,
+        "source_sha256?": is_fingerprint,
+        "files?": [{"path": is_text, "sha256": is_fingerprint}]},
     "data": {
         "name": is_text, "variant": is_text, "split": is_text, "num_images": is_step,
         "shape": [is_step], "whole_split": is_flag, "fingerprint": is_fingerprint},
@@ -45,7 +49,8 @@ CERTIFICATE = {
     "verdict": maybe(VERDICT),
     "checks": [{
         "section": is_text, "name": is_text, "tolerance": is_text, "text": is_text,
-        "result": lambda value: value in (PASS, FAIL, NOT_APPLICABLE), "value": maybe(is_value),
+        "result": lambda value: value in (PASS, FAIL, OPEN, INFO, NOT_APPLICABLE),
+        "value": maybe(is_value),
         "drift": is_value}],
     "made_with": {
         **dict.fromkeys(("git_commit", "hardware", "python", "torch", "numpy"), is_text),

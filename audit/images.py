@@ -4,18 +4,21 @@ import hashlib
 
 import numpy as np
 
-from audit.checks import BAR, check
+from audit.checks import BAR, INFO, check
+from audit.copies import check_near_copies
 from data import FINGERPRINTS, SETS, fingerprint
 
 REPEATED_SHARE = 0.001  # of the images; of 512, none
 line = functools.partial(check, "Data")
 
 
-def check_data(images, other_split, recorded):
+def check_data(images, other_split, recorded, rng, whole=True):
     """images: ImageSet. other_split: that of the set's other split, or None. recorded: done.json
-    of the weights' run, or None."""
-    yield from check_identity(images)
+    of the weights' run, or None. whole: whether these are all images of the split."""
+    yield from check_identity(images, whole)
+    yield check_levels(images)
     yield from check_repeated(images, other_split)
+    yield from check_near_copies(images, other_split, rng)
     if recorded:
         dataset, variant, fault = recorded["dataset"], recorded["variant"], ""
         if recorded["train_fingerprint"] == fingerprint(images.array):
@@ -27,7 +30,7 @@ def check_data(images, other_split, recorded):
                    f"as the run's done.json has it{fault}")
 
 
-def check_identity(images):
+def check_identity(images, whole):
     array, name, split = images.array, images.name, images.split
     known = SETS.get(name)
     has_shape = known and known.shape == array.shape[1:] and known.variant == images.variant
@@ -35,10 +38,16 @@ def check_identity(images):
                "a known set has its shape and variant",
                "a number of another variant, or of other images, is another number")
     count = known.counts[split] if known else None
-    yield line("images", len(array), None if count is None else len(array) == count,
-               "all" if count is None else f"{count:,} in all",
-               "a missing batch or a doubled one shows here")
+    holds, allowed = None if count is None else len(array) == count, "all"
+    if known:
+        allowed = f"{count:,} in all"
+    yield line("images", len(array), holds if whole else INFO, allowed,
+               "a missing batch or a doubled one shows here" if whole else
+               "A PART, the first of them: its number is of no other images")
     found = fingerprint(array)
+    if not whole:
+        yield line("fingerprint", found, None, "", "SHA-256 of the pixels of this part")
+        return
     names = [f"{other} {part}" for (other, part), value in FINGERPRINTS.items() if value == found]
     expected = FINGERPRINTS.get((name, split), images.known_fingerprint)
     holds, text = None, "SHA-256 of the pixels; nothing to compare with"
@@ -48,6 +57,22 @@ def check_identity(images):
         text = f"these are the images of {names[0]}"
         holds = holds if f"{name} {split}" in names else False
     yield line("fingerprint", found, holds, expected or "not known", text)
+
+
+def check_levels(images):
+    """Whether the images have 256 levels: a number for 32 of them is another one."""
+    counts = np.zeros(256, int)
+    for start in BAR(range(0, len(images.array), 1024), "levels"):
+        part = np.ascontiguousarray(images.array[start:start + 1024])
+        counts += np.bincount(part.ravel(), minlength=256)
+    used = np.flatnonzero(counts)
+    span = used[-1] - used[0] + 1
+    holds = len(used) > 0.6 * span and span > 64
+    if counts.sum() < 20 * 256:
+        holds = None  # too few values
+    return line("levels of grey in use", len(used), holds, f"more than {max(int(0.6 * span), 64)}",
+                f"of the {span} from {used[0]} to {used[-1]}: images of fewer bits have fewer, and "
+                "their number is no number of 8 bits")
 
 
 def check_repeated(images, other_split):

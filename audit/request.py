@@ -1,5 +1,7 @@
 """What is asked of an audit: the model, the images, how, and against which claim."""
 import dataclasses
+import re
+import secrets
 from pathlib import Path
 
 from audit.checks import AuditError
@@ -11,8 +13,10 @@ from jet import JetConfig, check_settings, setting
 
 NUM_JACOBIANS = 16  # images, at most
 DEFAULT_MODEL = ROOT / "assets/jet_cifar10"
+CLAIMS = ("claim", "claim_from", "claim_data", "claim_variant", "claim_bound",
+          "claim_dequantization", "claim_k", "claim_precision")
 RECORDED = ("checkpoint", "adapter", "data", "split", "num_images", "draws", "iw", "jacobians",
-            "codelength", "claim", "claim_from", "claim_data", "eval_seed", "threads")
+            "codelength", *CLAIMS, "eval_seed", "threads", "entropy")
 PLACES = ("adapter", "checkpoint", "data", "data_root", "device")  # not in it, or elsewhere now
 
 
@@ -34,23 +38,43 @@ class Request:
         None, "the claim of this model of results/reported.csv", kind=str)
     claim_data: str | None = setting(
         None, "what the claim is of, like imagenet64-oord (default: the audited images)", kind=str)
+    claim_variant: str | None = setting(None, "of these images (default: the set's)", kind=str)
+    claim_bound: str | None = setting(
+        None, "of the claim (default: elbo)", ("elbo", "importance-weighted", "exact", "ode"),
+        kind=str)
+    claim_dequantization: str | None = setting(
+        None, "of the claim (default: uniform)", ("uniform", "variational", "none"),
+        kind=str)
+    claim_k: int | None = setting(
+        None, "draws of an importance-weighted claim", maximum=10_000, kind=int)
+    claim_precision: str | None = setting(
+        None, "that the claim was computed in (default: float32)",
+        ("float64", "float32", "bfloat16"), kind=str)
+    against: str | None = setting(
+        None, "another model (weights, FILE.py) or a certificate of one: the paired difference",
+        kind=str)
     draws: int = setting(4, "noise draws an image", maximum=10_000)
-    iw: int = setting(8, "largest K of the importance-weighted bound", maximum=10_000)
-    jacobians: int = setting(1, "images whose whole Jacobian is taken, up to 16", minimum=0,
-                             maximum=NUM_JACOBIANS)
+    iw: int = setting(4, "largest K of the importance-weighted bound", maximum=10_000)
+    jacobians: int | None = setting(
+        None, "images whose whole Jacobian is taken, up to 16 (default: by cost)", minimum=0,
+        maximum=NUM_JACOBIANS, kind=int)
     codelength: int | None = setting(
         None, "images that are really compressed (default: up to 512, by cost)", minimum=0,
         maximum=10 ** 6, kind=int)
     eval_seed: int = setting(0, "of the noise", minimum=0)
     device: str = setting("auto", "auto, cpu or cuda")
-    threads: int = setting(1, "CPU threads; more need idle cores", maximum=MAX_THREADS)
+    threads: int = setting(2, "CPU threads; more need idle cores", maximum=MAX_THREADS)
     model: dict = dataclasses.field(default_factory=dict)  # JetConfig fields, for load_jet
+    # Images, directions and noise of the checks come from it: no model can know it before.
+    entropy: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self):
         try:
             check_settings(self)
         except ValueError as error:
             raise AuditError(str(error)) from None
+        if not re.fullmatch("[0-9a-f]{32}", str(self.entropy)):
+            raise AuditError(f"entropy={self.entropy!r}: must be 32 hexadecimal digits")
         if self.adapter and self.checkpoint:
             raise AuditError("--adapter and --checkpoint: give one of them")
         if not self.adapter:

@@ -1,29 +1,34 @@
-"""Settle a claim of bits per dimension: seven kinds of check, a verdict, and a certificate.
+"""Settle a claim of bits per dimension: checks that no model can prepare for, and a certificate.
 
     python experiments/audit_bpd.py           # the small model of assets/, minutes on a laptop
-    python experiments/audit_bpd.py --checkpoint RUN --data cifar10 --data-root DIR --claim 3.86
+    python experiments/audit_bpd.py --checkpoint RUN --data cifar10 --data-root DIR --claim 3.65
     python experiments/audit_bpd.py --data cifar10 --data-root DIR --claim-from Glow
     python experiments/audit_bpd.py --adapter experiments/adapter_example.py    # no Jet
     python experiments/audit_bpd.py --check results/audits/NAME.json   # what has changed since?
 
 --checkpoint: a run folder or any file that load_jet takes. --claim: a number with the digits it was
-published with; 3.66 is the interval from 3.655 to 3.665, widened by two standard errors.
+published with; 3.66 is the interval from 3.655 to 3.665, widened by two errors of the noise.
 --claim-from: a row of results/reported.csv. The certificate (JSON), the same as a page (Markdown)
-and the values of every image (CSV) go to results/audits/. Ends with 0 where every check passed
-(whatever the verdict: that is an answer), with 1 where one failed, or where --check finds a change.
-results/AUDIT.md explains the ideas.
+and the values of every image (CSV) go to results/audits/. The last line is the outcome: certified
+(ends with 0), refuted: by what (1), not certified: what could not be checked (3). What cannot be
+audited at all is one line, and ends with 2. docs/audit.md explains the ideas.
 """
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads must not spin where others work
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from audit import certificates
+from audit.against import against
 from audit.audit import audit
-from audit.certificates import check_lines, conclusion
 from audit.checks import AuditError
+from audit.outcome import (
+    EXIT_CODES, REFUTED, conclusion, outcome_line, show, show_check, show_outcome, wrap)
 from audit.request import PLACES, RECORDED, Request
 from harness.errors import printable
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
@@ -35,12 +40,12 @@ from paper_figures.tables import REPORTED, read_reported
 def run(request):
     """audit() with its checks on the terminal as they are made."""
     reported = read_reported(REPORTED) if request.claim_from else ()
-    return audit(request, reported, tell=lambda one: print(check_lines(one), flush=True))
+    return audit(request, reported, tell=show_check)
 
 
 def verify(path, flags):
-    """--check: the audit of a certificate again; whether nothing has changed."""
-    if given := [name for name in RECORDED if name in flags and name not in PLACES]:
+    """--check: the audit of a certificate again; (the outcome, its line)."""
+    if given := [name for name in (*RECORDED, "against") if name in flags and name not in PLACES]:
         raise AuditError(f"--{given[0].replace('_', '-')}: with --check the certificate says it: "
                          "leave it out")
     old = certificates.read_certificate(path)
@@ -54,13 +59,27 @@ def verify(path, flags):
     certificate, _ = run(request)
     changes = certificates.changes(old, json.loads(json.dumps(certificate)))
     commit = old["made_with"]["git_commit"][:10]
-    print(printable(f"{path}: made {old['made']} at commit {commit}, {old['bits_per_dim']} "
-                    "bits/dim"))
+    show("\n".join(wrap(printable(f"{path}: made {old['made']} at commit {commit}, "
+                                  f"{old['bits_per_dim']} bits/dim"))))
     if not changes:
-        print("nothing has changed: weights, images, every check and the verdict are as they were")
-    else:
-        print("\n  ".join([f"{len(changes)} changes:", *map(printable, changes)]))
-    return not changes
+        show("nothing has changed: weights, images, checks and outcome are as they were")
+        return certificate["outcome"], outcome_line(certificate)
+    show("\n  ".join([f"{len(changes)} changes:", *map(printable, changes)]))
+    return REFUTED, f"{REFUTED}: the certificate, by {len(changes)} changes"
+
+
+def make(flags):
+    """An audit and its certificate; (the outcome, its line)."""
+    request, out = Request.from_flags(flags), flags["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):  # whether one can write there, before the work
+        pass
+    certificate, measured = run(request)
+    show(conclusion(certificate))
+    if request.against and measured:
+        show("\n".join(wrap(against(request, measured, certificate["data"]))))
+    show("\n".join(map(str, certificates.write(certificate, measured, out))))
+    return certificate["outcome"], outcome_line(certificate)
 
 
 def main(arguments=None):
@@ -74,15 +93,10 @@ def main(arguments=None):
                                       "does not tell it")
     add_setting_flags(model, JetConfig, "model.")
     flags = vars(parser.parse_args(arguments))
-    with one_line_errors(parser.prog):
-        if "check" in flags:
-            if not verify(flags["check"], flags):
-                sys.exit(1)
-            return
-        certificate, measured = run(Request.from_flags(flags))
-        paths = certificates.write(certificate, measured, flags["out"])
-        print("\n".join([conclusion(certificate), *map(str, paths)]))
-        sys.exit(0 if certificate["passed"] else 1)
+    with one_line_errors(parser.prog, code=2):
+        outcome, line = verify(flags["check"], flags) if "check" in flags else make(flags)
+        show_outcome(outcome, line)
+        sys.exit(EXIT_CODES[outcome])
 
 
 if __name__ == "__main__":

@@ -72,8 +72,15 @@ def is_read(number):
 
 
 @contextlib.contextmanager
-def one_line_errors(program):
-    """End the program in one line, with no traceback, for what is not a bug."""
+def one_line_errors(program, code=1):
+    """End the program in one line, with no traceback, for what is not a bug. code: its exit code.
+    """
+    def end(message):
+        if code == 1:
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
     try:
         yield
         sys.stdout.flush()
@@ -81,13 +88,13 @@ def one_line_errors(program):
         if not is_read(1):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)  # as programs end whose reader, like head, has enough
-        sys.exit(f"{program}: error: {printable(one_line(error))}")
+        end(f"{program}: error: {printable(one_line(error))}")
     except UserError as error:
-        is_shown_elsewhere = getattr(error, "is_shown_elsewhere", False)  # by another process
-        sys.exit(1 if is_shown_elsewhere else f"{program}: error: {printable(error)}")
+        if getattr(error, "is_shown_elsewhere", False):  # by another process
+            sys.exit(code)
+        end(f"{program}: error: {printable(error)}")
     except OSError as error:
-        sys.exit(f"{program}: error: {printable(one_line(error))}: fix it, and the same command "
-                 "goes on")
+        end(f"{program}: error: {printable(one_line(error))}: fix it, and the same command goes on")
     except KeyboardInterrupt:
         print(f"{program}: interrupted: the same command goes on from the run's last checkpoint, "
               "or from its start where there is none yet", file=sys.stderr)

@@ -28,7 +28,8 @@ ROOMS = {
     "train": "jet harness kernels data formats convert evaluate recipe",
     "sweeps": "jet harness kernels data formats convert evaluate recipe train "
               "paper_figures.results_csv paper_figures.per_image paper_figures.inference",
-    "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps",
+    "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps "
+             "paper_figures.per_image",
     "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image paper_figures.inference",
     "experiments": "*", ".ci": "*", "assets": "*",
 }

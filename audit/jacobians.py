@@ -1,0 +1,178 @@
+"""The log-det against the Jacobian of what the model really does: finite differences of outputs.
+
+No gradient that a model gives is taken on trust: for a whole Jacobian none is asked for; where it
+would be too large, gradients serve a stochastic estimate, each held to finite differences.
+"""
+import functools
+import math
+
+import numpy as np
+import torch
+
+from audit.checks import BAR, OPEN, attempt, check
+from harness.errors import short
+from harness.flops import forward_flops
+from jet import Jet
+
+WHOLE_DIMS = 64 * 64 * 3
+SECONDS, MOST_SECONDS = 50, 240  # that Jacobians take by default; that the first may take
+JET_FLOPS, MOST_JET_FLOPS = 6e11, 2.5e12  # of a Jet the same, but equal everywhere
+LU_FLOPS = 2e10  # a second
+STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+PROBES, KRYLOV = 12, 30
+NOISIEST = 0.02  # nats a dimension
+line = functools.partial(check, "Identity", "log-det, whole images")
+
+
+def how_many(subject, most):
+    """Images whose whole Jacobian can be afforded; 0: not even one's."""
+    dims = subject.dims
+    if dims > WHOLE_DIMS:
+        return 0
+    if isinstance(subject.model, Jet):
+        flops = dims * forward_flops(subject.model.config) + dims ** 3
+        return min(most, max(int(JET_FLOPS / flops), 1 if flops < MOST_JET_FLOPS else 0))
+    x = subject.x(subject.rng("cost").integers(len(subject.array), size=32))
+    subject.forward(x)
+    begun = subject.model.worker.seconds
+    subject.forward(x)
+    seconds = max(subject.model.worker.seconds - begun, 0.0) / subject.model.threads
+    seconds = seconds / len(x) * dims + dims ** 3 * 2 / 3 / LU_FLOPS
+    return min(most, max(int(SECONDS / seconds), 1 if seconds < MOST_SECONDS else 0))
+
+
+def check_whole_images(subject, count):
+    """count: images whose whole Jacobian is taken; 0: a stochastic estimate instead."""
+    rng = subject.rng("Jacobian")
+    x = subject.x_mixed(rng.choice(len(subject.array), min(max(count, 2), len(subject.array)),
+                                   replace=False), rng)
+    if is_float32(subject.forward(subject.x_mixed([0, len(subject.array) - 1], rng))):
+        return [line(None, OPEN, "", "its answers to float64 are of float32: no reference")]
+    step, rough, bent = find_step(subject, x[:2], rng)
+    if rough > 1e-3:
+        return [line(rough, OPEN, "", "its outputs are too rough for a derivative (float32 inside, "
+                     f"or not smooth): slopes at neighbouring steps differ by {rough:.1g} of them")]
+    smooth = check("Identity", "slopes at several steps", bent, bent < 0.05, "below 0.05",
+                   f"dz/dx over a step of {step:.0e} and of 1e-05, their relative difference")
+    if isinstance(subject.model, Jet) and not count:
+        return [line(None, None, "", f"a Jacobian of {subject.dims:,} x {subject.dims:,} at this "
+                     "model's cost is too large: coupling by coupling, below"), smooth]
+    if count:
+        return [compare(subject, x[:count], step, rng), smooth]
+    return [compare_stochastic(subject, x, step, rng), smooth]
+
+
+def is_float32(results):
+    """Whether all numbers are such as float32 has."""
+    return all(bool((part == part.float().double()).all()) for part in results) and bool(
+        results[0].std() > 0)
+
+
+def compare(subject, x, step, rng):
+    claimed = subject.mean_logdet(x)
+    found = [whole_logdet(subject, image, step, rng) for image in x]
+    gaps = np.abs(np.array(found) - claimed)
+    worst, allowed = float(gaps.max()), 1e-6 * subject.dims + subject.allowance(64)
+    if not isinstance(subject.model, Jet):  # which is exact
+        allowed += subject.nats
+    if allowed > NOISIEST * subject.dims and worst < allowed:
+        return line(worst, OPEN, "", "its stochastic log-det has a deviation of "
+                    f"{subject.noise:.2g} nats: too much to say")
+    return line(worst, worst < allowed, f"below {allowed:.2g} nats",
+                f"of {len(x)} images chosen at random, against slogdet of their Jacobians "
+                f"({subject.dims:,} x {subject.dims:,}), from finite differences of z", allowed)
+
+
+def find_step(subject, x, rng):
+    """(the step at which slopes are surest, how much they differ there, how much up to 1e-5)."""
+    slopes = []
+    for image in x:
+        direction = torch.from_numpy(rng.choice([-1.0, 1.0], image.shape))
+        moved = torch.stack([image, *(image + step * direction for step in STEPS)])
+        z = subject.forward(moved)[0].flatten(1).numpy()
+        slopes.append((z[1:] - z[0]) / np.array(STEPS)[:, None])
+    slopes = np.concatenate(slopes, 1)
+    norms = np.linalg.norm(slopes, axis=1) + 1e-300
+    rough = np.linalg.norm(np.diff(slopes, axis=0), axis=1) / norms[1:]
+    best = int(np.argmin(rough[:-1]))
+    last = max(best, STEPS.index(1e-5))
+    bent = np.linalg.norm(slopes[last] - slopes[best]) / norms[best]
+    return STEPS[best + 1], float(rough[best]), float(bent)
+
+
+def whole_logdet(subject, x, step, rng, chunk=63):
+    """log|det dz/dx| at one image x (C, H, W), from a step along each of its values."""
+    dims, order = x.numel(), rng.permutation(x.numel())
+    J, flat = np.empty((dims, dims)), x.flatten()
+    for start in BAR(range(0, dims, chunk), "Jacobian"):
+        columns = order[start:start + chunk]
+        moved = flat.repeat(len(columns) + 1, 1)
+        steps = step * 10 ** rng.uniform(-0.4, 0.4, len(columns))
+        steps *= rng.choice([-1, 1], len(columns))
+        base = int(rng.integers(len(columns) + 1))  # where x itself stands in the batch
+        rows = np.delete(np.arange(len(moved)), base)
+        moved[rows, columns] += torch.from_numpy(steps)
+        z = subject.forward(moved.view(-1, *x.shape))[0].flatten(1).numpy()
+        taken = moved[rows, columns] - flat[columns]
+        J[columns] = (z[rows] - z[base]) / taken.numpy()[:, None]
+    filled = J != 0
+    if (filled.sum(0) == 1).all() and (filled.sum(1) == 1).all():  # each z of an x of its own
+        return float(np.log(np.abs(J[filled])).sum())
+    return float(np.linalg.slogdet(J)[1])
+
+
+# ---- beyond: log det J = tr log(J^T J) / 2, by Lanczos quadrature
+
+def compare_stochastic(subject, x, step, rng):
+    result = attempt(lambda: [stochastic_logdet(subject, image, step, rng) for image in x])
+    if isinstance(result, Exception):
+        return line(None, OPEN, "", f"{subject.dims:,} dimensions are too many for a whole "
+                    f"Jacobian at this model's cost, and it gives no gradient ({short(result)})")
+    found, spread, spoofed = (np.array(part) for part in zip(*result))
+    if spoofed.max() > 1e-3:
+        return line(float(spoofed.max()), False, "below 0.001", "its gradients are not the slopes "
+                    "of its outputs: relative difference along random directions")
+    scale = subject.dims * math.log(2)
+    gap = float((found - subject.mean_logdet(x)).mean() / scale)
+    error = float(np.sqrt((spread ** 2).sum()) / len(x) / scale)
+    allowed = subject.tolerance + 4 * error + subject.allowance(64) / scale
+    text = (f"bits/dim, {len(x)} images chosen at random, against stochastic estimates of error "
+            f"{error:.2g}: {subject.dims:,} dimensions are too many for whole Jacobians")
+    if abs(gap) < allowed and error > 5e-3:
+        return line(gap, OPEN, f"within {allowed:.2g}", text)
+    return line(gap, abs(gap) < allowed, f"within {allowed:.2g}", text, allowed)
+
+
+def stochastic_logdet(subject, x, step, rng):
+    """(log|det dz/dx| at one image, its standard error, how far gradients are from slopes)."""
+    values, spoofed, dims = [], [], x.numel()
+    scaled = step * math.sqrt(dims)
+
+    def slope(v):
+        moved = torch.stack([x + scaled * v.view(x.shape), x - scaled * v.view(x.shape)])
+        z = subject.forward(moved)[0].flatten(1)
+        return (z[0] - z[1]) / (2 * scaled)
+
+    for _ in BAR(range(PROBES), "stochastic log-det"):
+        v = torch.from_numpy(rng.choice([-1.0, 1.0], dims)) / math.sqrt(dims)
+        basis, alphas, betas, pairs = [], [], [], []
+        for _ in range(min(KRYLOV, dims)):
+            basis.append(v)
+            y = slope(v)
+            w = subject.vjp(x, y.view(x.shape)).flatten()
+            pairs.append((y, w))
+            alphas.append(float(w @ v))
+            for _ in range(2):  # all of them, twice: rounding makes them no longer orthogonal
+                w = w - torch.stack(basis).T @ (torch.stack(basis) @ w)
+            betas.append(float(w.norm()))
+            if betas[-1] < 1e-9 * abs(alphas[0]):
+                break
+            v = w / betas[-1]
+        r = torch.from_numpy(rng.standard_normal(dims)) / math.sqrt(dims)  # unknown until now
+        along = slope(r)
+        spoofed += [abs(float(w @ r - y @ along)) / float(w.norm() / math.sqrt(dims))
+                    for y, w in pairs]
+        T = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+        theta, vectors = np.linalg.eigh(T)
+        values.append(dims / 2 * float(vectors[0] ** 2 @ np.log(np.maximum(theta, 1e-300))))
+    return np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values)), max(spoofed)
