@@ -132,5 +132,5 @@ def test_cells_that_hold_no_such_value_are_refused(tables, tmp_path, which, colu
 
 def test_the_committed_tables_are_read():
     assert read_reported(REPORTED) and len(throughput.read(ROOT / "results/throughput_cpu.csv"))
-    assert len(read_results(ROOT / "results/ablate_coupling_small.csv", "ablate_coupling",
-                            figure4.SWEPT))
+    assert len(read_results(ROOT / "results/compare_vit_cnn_medium.csv", "compare_vit_cnn",
+                            ("block", "emb_dim")))

@@ -1,9 +1,7 @@
 """The search of learning rates that small scale begins with: what is tried, chosen, and run then."""
 import dataclasses
 import importlib
-import json
 import math
-import re
 import sys
 from pathlib import Path
 
