@@ -56,7 +56,8 @@ def kept_bytes(jet, precision, num_images):
     x = weight.new_zeros(num_images, *jet.config.image_shape)
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
           networks_in(precision, weight.device)):
-        graph = bits_per_dim(*jet(x, *zero_context(jet.config, x)))  # noqa: F841 (holds the storages: no address twice)
+        # held to the end, and with it the storages: no address comes twice
+        graph = bits_per_dim(*jet(x, *zero_context(jet.config, x)))  # noqa: F841
     return sum(storages.values())
 
 
