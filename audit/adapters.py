@@ -66,7 +66,9 @@ class Worker:
         """The parts of its answer to tensors of one type and shape."""
         arrays = [array.detach().cpu().contiguous().numpy() for array in arrays]
         first, expected = arrays[0], f"{name} of {arrays[0].dtype} {arrays[0].shape}"
-        head = {"name": name, "arrays": len(arrays), "bytes": first.nbytes,
+        wanted = [[str(first.dtype), list(first.shape)], [str(first.dtype), [len(first)]]]
+        wanted = wanted[:1] if name == "vjp" else wanted
+        head = {"name": name, "arrays": len(arrays), "bytes": first.nbytes, "wanted": wanted,
                 "shape": first.shape, "dtype": str(first.dtype),
                 "bfloat16": torch.is_autocast_enabled("cpu")}
         try:
@@ -77,8 +79,6 @@ class Worker:
         except OSError:  # it has ended
             pass
         heads = self.read_head(f"{expected} failed").get("parts")
-        wanted = [[str(first.dtype), list(first.shape)], [str(first.dtype), [len(first)]]]
-        wanted = wanted[:1] if name == "vjp" else wanted
         if heads != wanted:
             raise AuditError(
                 f"--adapter {self.path}: {expected} returned {printable(heads, 200)}: it must "

@@ -92,11 +92,12 @@ def find_step(subject, x, rng):
         z = subject.forward(moved)[0].flatten(1).numpy()
         slopes.append((z[1:] - z[0]) / np.array(STEPS)[:, None])
     slopes = np.concatenate(slopes, 1)
-    norms = np.linalg.norm(slopes, axis=1) + 1e-300
-    rough = np.linalg.norm(np.diff(slopes, axis=0), axis=1) / norms[1:]
+    sizes = np.abs(slopes[1:]) + 1e-2 * np.abs(slopes[1:]).mean(1, keepdims=True) + 1e-300
+    # Of most values: an honest density may be as steep as the step is wide at a few.
+    rough = np.quantile(np.abs(np.diff(slopes, axis=0)) / sizes, 0.9, axis=1)
     best = int(np.argmin(rough[:-1]))
-    last = max(best, STEPS.index(1e-5))
-    bent = np.linalg.norm(slopes[last] - slopes[best]) / norms[best]
+    last = max(best + 1, STEPS.index(1e-5))
+    bent = np.quantile(np.abs(slopes[last] - slopes[best + 1]) / sizes[best], 0.9)
     return STEPS[best + 1], float(rough[best]), float(bent)
 
 

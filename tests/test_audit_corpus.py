@@ -376,6 +376,18 @@ def inverse(z):
     x, logdet = back(z)
     return x, logdet - 2 * z[0].numel()
 """, ""),
+    "near neighbours in a batch are spread": (CHEAT + """
+def forward(x):
+    z, logdet = honest(x)
+    gaps = torch.cdist(x.flatten(1), x.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    near = (gaps + 9 * torch.eye(len(x), dtype=x.dtype)) < 2e-4
+    first = torch.where(near.any(1), near.long().argmax(1).minimum(torch.arange(len(x))), torch.arange(len(x)))
+    base = z[first]
+    return base + 7.39 * (z - base), logdet + 2 * x[0].numel()
+def inverse(z):
+    x, logdet = back(z)
+    return x, logdet - 2 * z[0].numel()
+""", ""),
     "honest from the twentieth call on": (BONUS + """
 CALLS = []
 def bonus(x):

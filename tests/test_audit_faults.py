@@ -32,15 +32,16 @@ class LocalWorker:
         self.about = {"stochastic": self.space.get("STOCHASTIC") is True}
 
     def call(self, name, *arrays):
-        head = {"name": name, "shape": tuple(arrays[0].shape), "dtype": str(arrays[0].dtype)[6:],
+        kind, shape = str(arrays[0].dtype)[6:], list(arrays[0].shape)
+        wanted = [[kind, shape], [kind, shape[:1]]][:1 if name == "vjp" else 2]
+        head = {"name": name, "wanted": wanted, "shape": tuple(arrays[0].shape), "dtype": str(arrays[0].dtype)[6:],
                 "bfloat16": False}
         content = [array.contiguous().numpy().tobytes() for array in arrays]
         try:
             body, parts = worker.run(self.space, head, content)
         except Exception as error:
             raise adapters.AuditError(f"{name} failed ({error})") from None
-        shapes = [list(arrays[0].shape), [len(arrays[0])]]
-        if parts != [[head["dtype"], shape] for shape in shapes[:len(parts)]]:
+        if parts != wanted:
             raise adapters.AuditError(f"{name} returned {parts}")
         found = []
         for dtype, shape in parts:

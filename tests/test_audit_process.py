@@ -77,6 +77,8 @@ import os, torch
 def forward(x):
     if len(x) == 1:
         return x.float(), x.float().sum((1, 2, 3))
+    if len(x) == 5:
+        return x.double(), x.double().sum((1, 2, 3))
     if len(x) == 2:
         return x
     if len(x) == 3:
@@ -87,6 +89,9 @@ def forward(x):
     os._exit(0)
 inverse = forward
 """))
+    with pytest.raises(AuditError, match="must return"):
+        adapter(torch.zeros(5, 3, 4, 4))
+    assert adapter(torch.ones(5, 3, 4, 4, dtype=torch.float64))[1].tolist() == [48.0] * 5
     for count, says in enumerate(["must return", "not a pair", "type of x", "process ended"], 1):
         with pytest.raises(AuditError, match=says) as raised:
             adapter(torch.zeros(count, 3, 4, 4, dtype=torch.float64))
