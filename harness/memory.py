@@ -55,7 +55,8 @@ def kept_bytes(jet, precision, num_images):
     x = weight.new_zeros(num_images, *jet.config.image_shape)
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
           networks_in(precision, weight.device)):
-        graph = bits_per_dim(*jet(x, *zero_context(jet.config, x)))  # noqa: F841 (holds the storages: no address twice)
+        z, logdet = jet(x, *zero_context(jet.config, x))
+        graph = bits_per_dim(z, logdet)  # noqa: F841 (holds the storages: no address twice)
     return sum(storages.values())
 
 
