@@ -144,7 +144,7 @@ def save_samples(path, weights, jet, images, flags, about):
                         "what lies between two classes: leave it out")
     hint = "try a lower --temperature"
     about = about | {"seed": flags.sample_seed, "temperature": flags.temperature}
-    labels = labels_of_rows(jet, flags.num, flags.labels)
+    labels = labels_of_rows(jet, flags.num, getattr(flags, "labels", None))
     num = flags.num if labels is None else len(labels)
     try:
         samples = draw_samples(jet, num, flags.sample_seed, flags.temperature, labels)
