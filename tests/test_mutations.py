@@ -503,7 +503,7 @@ def test_programs_end_in_one_line_and_take_little_memory(whole, tmp_path):
                                              stderr=file, preexec_fn=limit))
     ends = [os.wait4(program.pid, 0) for program in programs]
     said = [path.read_text() for path in files]
-    assert [os.waitstatus_to_exitcode(status) for _, status, _ in ends] == [1, 1], said
+    assert [os.waitstatus_to_exitcode(status) for _, status, _ in ends] == [2, 1], said
     assert all(text.count("\n") == 1 and len(text) < 2100 and "error: " in text for text in said)
     assert "its model_flags are none: " in said[0] and "unpacks to" in said[1]
     assert all(usage.ru_maxrss * 1024 < MAX_BYTES for *_, usage in ends)

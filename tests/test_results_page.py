@@ -164,7 +164,7 @@ def test_redraw_draws_everything_twice_to_the_same_bytes_and_checks_it(results, 
     redraw.main([*flags, str(tmp_path / "two")])
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {f"{name}_small.{kind}" for name in ("figure2a", "figure2b", "figure3", "figure4", "figure5") for kind in ("pdf", "png")} | {
-        f"{name}_small.{kind}" for name in ("table2a", "table2b", "table_figure4", "main_table") for kind in ("md", "tex")} | {"figure1.pdf", "figure1.png"}
+        f"{name}_small.{kind}" for name in ("table2a", "table2b", "table_figure4", "main_table") for kind in ("md", "tex")} | {"figure1.pdf", "figure1.png", "conditions_small.md", "conditions_small.tex"}
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
     assert (results / "RESULTS.md").read_text() == results_page.page(results, style.ROOT / "assets")
     redraw.main([*flags, str(tmp_path / "one"), "--check"])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from data import SETS
-from harness.machine import ROOT
+from harness.host import ROOT
 from paper_figures.results_csv import read_results
 from sweeps import cluster, search, sweep
 from sweeps.grid import make_runs
