@@ -334,7 +334,7 @@ def training_batches(
 def told(images: ImageSet, condition: str, seed: int) -> ImageSet:
     """An ImageSet with the labels that a condition (of TrainConfig) tells; "labels": its own."""
     labels = images.labels
-    if condition == "shuffled":
+    if condition == "shuffled" and labels is not None:
         labels = np.random.default_rng([seed, _SHUFFLE]).permutation(labels)
     elif condition == "dropped":
         labels = np.full(len(images.array), NO_LABEL)
@@ -347,7 +347,7 @@ def training_labels(images: ImageSet, batch_size: int, seed: int, step: int,
 
     Source: big_vision, condition_drop_prob of the trainer (its batch's context times 0).
     """
-    labels = images.labels[batch_indices(len(images.array), batch_size, seed, step)]
+    labels = np.asarray(images.labels)[batch_indices(len(images.array), batch_size, seed, step)]
     is_dropped = np.random.default_rng([seed, _CONDITION, step]).random() < drop_prob
     return np.full(len(labels), NO_LABEL) if is_dropped else labels
 

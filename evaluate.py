@@ -60,6 +60,7 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
     _check(array, draws, batch_size, precision)
     weight = next(jet.parameters(), torch.empty(0))
     classes = _check_jet(jet, weight, images, array)
+    labels = np.asarray(getattr(images, "labels", None))
     if isinstance(jet, Jet) and precision == "float32":
         jet = kernels.accelerate(jet)
     device, results = weight.device, []
@@ -69,7 +70,7 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
         pixels = np.array(array[start:start + batch_size])
         indices = range(start, start + len(pixels))
         noise = evaluation_noise(indices, array.shape[1:], seed, draw)
-        context = [one_hot(images.labels[start:start + batch_size], classes)] if classes else []
+        context = [one_hot(labels[start:start + batch_size], classes)] if classes else []
         return [pinned(part, device) for part in (pixels, noise.numpy(), *context)]
 
     with networks_in(precision, device):

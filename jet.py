@@ -397,7 +397,7 @@ class Jet(nn.Module):
         self.actnorms = nn.ModuleList(ActNorm(D) for _ in each if config.actnorm)
         self.denses = nn.ModuleList(InvertibleDense(D) for _ in each if config.invertible_dense)
         for coupling in self.couplings if config.context_dim else ():  # last: the rest as without
-            coupling.net.cross_attention = CrossAttention(config)
+            coupling.get_submodule("net").cross_attention = CrossAttention(config)
 
     def layers(self) -> list:
         """Every layer in the order of forward: a coupling comes after its switches' layers."""
