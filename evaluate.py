@@ -43,13 +43,13 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
     """Bits per dimension of images under a Jet, one uniform dequantization draw per image and draw.
 
     images: an ImageSet or a uint8 array (N, H, W, C); a class-conditional Jet takes the ImageSet's
-    labels (NO_LABEL for no condition). The noise is keyed by (seed, draw, image
-    index), so the result depends on neither the batch size (None: 128 on a CPU, on a GPU the
-    largest power of two that fits, up to 1024) nor the number of processes: where there are several
-    (harness/distributed.py), all of them must call this, each computes some of the batches, and all
-    get the whole result. Computes in the type of the Jet's weights; precision "bfloat16" puts the
-    couplings' networks under autocast. each_batch: called before each batch with how many images
-    are done (of all draws); what it raises ends the evaluation.
+    labels (NO_LABEL for no condition). The noise is keyed by (seed, draw, image index), so the
+    result depends on neither the batch size (None: 128 on a CPU, on a GPU the largest power of two
+    that fits, up to 1024) nor the number of processes: where there are several (see
+    harness/distributed.py), all must call this, each computes some batches, and all get the whole
+    result. Computes in the type of the Jet's weights; precision "bfloat16" puts the couplings'
+    networks under autocast. each_batch: called before each batch with how many images are done (of
+    all draws); what it raises ends the evaluation.
     Returns a dict: bits_per_dim (mean over images and draws), bits_per_dim_se (standard error over
     images; nan for one image), num_images, logdet_nats (mean log|det| of an image), and with
     per_image bits_per_dim_per_image, float64 (N,).
@@ -82,12 +82,11 @@ def evaluate(jet: torch.nn.Module, images: ImageSet | np.ndarray, seed: int = 0,
         with contextlib.closing(prefetch(draw_batch, ours, ahead)) as batches:
             for number in range(math.ceil(len(keys) / distributed.size())):
                 if each_batch:
-                    each_batch(min(number * distributed.size() * batch_size,
-                                   draws * len(array)))
+                    each_batch(min(number * distributed.size() * batch_size, draws * len(array)))
                 if number == len(ours):  # the other processes have one more
                     break
-                pixels, noise, *context = (part.to(device, non_blocking=True)
-                                           for part in next(batches))
+                here = (part.to(device, non_blocking=True) for part in next(batches))
+                pixels, noise, *context = here
                 results.append(measure(jet, pixels, noise.to(weight.dtype), *context))
                 if device.type == "cuda" and len(results) % 16 == 0:
                     torch.cuda.synchronize(device)  # bounds the pinned memory of waiting batches

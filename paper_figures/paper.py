@@ -3,15 +3,12 @@
 A row is a point of a grid of paper scale; its value is empty where it could not be read. What is
 filled in stands beside ours in figures, tables and on the page.
 """
-import csv
-import io
 import re
 
 from data import SETS
 from harness.errors import printable
-from harness.files import read_bytes
 from paper_figures import style
-from paper_figures.results_csv import MAX_BYTES, ResultsError, is_cell
+from paper_figures.results_csv import ResultsError, is_cell, read_rows
 
 PAPER = style.ROOT / "results/paper.csv"
 COLUMNS = ["item", "experiment", "point", "dataset", "variant", "bits_per_dim", "source"]
@@ -23,15 +20,7 @@ def read_paper(path=None):
     A point is its swept fields in words: "size=32x2 training=scratch dataset=imagenet64-oord".
     """
     path, found, seen = path or PAPER, {}, set()
-    try:
-        text = read_bytes(path, MAX_BYTES).decode()
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names, rows = reader.fieldnames, list(reader)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
-    if names != COLUMNS:
-        raise ResultsError(f"{path}: has not the columns {', '.join(COLUMNS)}")
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_rows(path, COLUMNS), 1):
         fault = fault_of(row)
         key = row["experiment"], row["point"]
         if fault or key in seen:

@@ -1,12 +1,9 @@
 """results/reported.csv: published numbers, each with its source, and a reader that checks them."""
-import csv
-import io
 import re
 from pathlib import Path
 
 from harness.errors import printable
-from harness.files import read_bytes
-from paper_figures.results_csv import MAX_BYTES, ResultsError, is_cell
+from paper_figures.results_csv import ResultsError, is_cell, read_rows
 
 REPORTED = Path(__file__).resolve().parents[1] / "results/reported.csv"
 COLUMNS = ["model", "year", "dataset", "variant", "bits_per_dim", "dequantization", "bound",
@@ -23,14 +20,7 @@ KNOWN = {  # values, in the order of the main table
 
 def read_reported(path):
     """The published numbers as dicts of text, in the order of the file. Raises ResultsError."""
-    try:
-        text = read_bytes(path, MAX_BYTES).decode()
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names, rows = reader.fieldnames, list(reader)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
-    if names != COLUMNS:
-        raise ResultsError(f"{path}: has not the columns {', '.join(COLUMNS)}")
+    rows = read_rows(path, COLUMNS)
     if not rows:
         raise ResultsError(f"{path}: has no rows")
     seen = set()

@@ -99,6 +99,19 @@ def _check_shape(text):
                              f"{len(header)}")
 
 
+def read_rows(path, columns):
+    """The rows of a CSV of ours as dicts of text. Raises ResultsError, for other columns, too."""
+    try:
+        text = read_bytes(path, MAX_BYTES).decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names, rows = reader.fieldnames, list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ResultsError(f"{path}: not readable ({' '.join(str(error).split())})") from None
+    if names != columns:
+        raise ResultsError(f"{path}: has not the columns {', '.join(columns)}")
+    return rows
+
+
 def is_cell(value):
     return not isinstance(value, str) or value.isprintable() and len(value) <= MAX_CELL
 

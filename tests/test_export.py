@@ -17,6 +17,7 @@ from formats.official import official_tree
 from harness.checkpoint import weights_checksum
 from harness.errors import CheckpointError
 from jet import Jet, JetConfig
+import test_conditional
 from train import weights_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,12 +26,7 @@ MODEL = JetConfig(image_size=8, num_couplings=4, kinds=("channels", "spatial"), 
 
 
 def random_jet(**changes):
-    torch.manual_seed(0)
-    jet = Jet(dataclasses.replace(MODEL, **changes))
-    with torch.no_grad():
-        for parameter in jet.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return jet
+    return test_conditional.random_jet(MODEL, **changes)
 
 
 def same(one, two):
