@@ -94,14 +94,15 @@ def _open(path):
     pointer, long, whole, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     block = [long, whole, whole, whole]
     for name, arrays, sizes in (
-            ("block_room", 0, block), ("block_forward", 5, [*block, real]),
-            ("block_backward", 7, [*block, real]), ("norm_forward", 4, [long, whole, real]),
+            ("block_room", 0, block), ("block_kept", 0, block[:3]),
+            ("block_forward", 5, [*block, real]), ("block_backward", 7, [*block, real]),
+            ("norm_forward", 4, [long, whole, real]),
             ("norm_backward", 5, [long, whole, real]),
             ("affine_forward", 5, [long, whole, whole, whole, whole, real]),
             ("affine_backward", 7, [long, whole, whole, whole, real])):
         function = getattr(library, name)
         function.argtypes = [pointer] * arrays + sizes + [whole]
-        function.restype = long if name == "block_room" else None
+        function.restype = None if arrays else long
     _check(library)
     return library
 

@@ -2,7 +2,6 @@
 
 A whole ViT block is one call: each thread takes a few images at a time through all of it.
 """
-import math
 import threading
 
 import torch
@@ -36,15 +35,16 @@ def affine_inverse(z, net, moved, spatial, scale_factor):
 
 class _ViTBlock(Function):
     """Keeps for backward, beside the input, what costs a matrix product: qkv and fc1 (both without
-    bias), the attention's output, and the residual stream in the middle.
+    bias), the attention's output, the residual stream in the middle, and the attention's
+    probabilities, unless these would more than double the memory.
     """
 
     @staticmethod
     def forward(ctx, h, *arguments):
         h, (*weights, num_heads, eps) = h.contiguous(), arguments
         weights, out = [weight.contiguous() for weight in weights], torch.empty_like(h)
-        kept = _buffer(9, *h.shape) if any(ctx.needs_input_grad) else None
         sizes = (*h.shape, num_heads)
+        kept = _buffer(library().block_kept(*sizes)) if any(ctx.needs_input_grad) else None
         _call("block_forward", (h, pointers(weights), kept, out, _room(sizes)), *sizes, eps)
         ctx.save_for_backward(h, kept, *weights)
         ctx.num_heads, ctx.eps = num_heads, eps
@@ -114,13 +114,12 @@ def _affine(x, net, moved, spatial, scale_factor, inverse):
 _buffers, _lock, _local = [], threading.Lock(), threading.local()
 
 
-def _buffer(*shape):
-    """An uninitialised float32 tensor, in memory that is used again once only we hold it.
+def _buffer(size):
+    """An uninitialised float32 tensor (size,), in memory that is used again once only we hold it.
 
     Fresh pages from the system cost as much as a fifth of a training step. When another size is
     asked for, idle memory goes back.
     """
-    size = math.prod(shape)
     with _lock:
         alone = _holders(torch.empty(1))
         idle = [buffer for buffer in _buffers if _holders(buffer) == alone]
@@ -129,7 +128,7 @@ def _buffer(*shape):
             _buffers[:] = [buffer for buffer in _buffers if _holders(buffer) != alone]
             fitting = [torch.empty(size)]
             _buffers.append(fitting[0])
-        return fitting[0].view(shape)
+        return fitting[0].view(size)
 
 
 def _room(sizes):

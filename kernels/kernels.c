@@ -8,6 +8,9 @@
 #include <math.h>
 #include <omp.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -28,6 +31,18 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec v) { *(vec *)p = v; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
+/* The larger, the smaller of two; x where it is NaN. */
+#ifdef __AVX512F__
+INLINE vec at_least(vec low, vec x) { return (vec)_mm512_max_ps((__m512)low, (__m512)x); }
+INLINE vec at_most(vec high, vec x) { return (vec)_mm512_min_ps((__m512)high, (__m512)x); }
+#elif defined __AVX__
+INLINE vec at_least(vec low, vec x) { return (vec)_mm256_max_ps((__m256)low, (__m256)x); }
+INLINE vec at_most(vec high, vec x) { return (vec)_mm256_min_ps((__m256)high, (__m256)x); }
+#else
+INLINE vec at_least(vec low, vec x) { return choose(x < low, low, x); }
+INLINE vec at_most(vec high, vec x) { return choose(x > high, high, x); }
+#endif
+
 /* By halves: shorter than one after the other. */
 INLINE float sum(vec v) {
     float part[LANES];
@@ -45,28 +60,41 @@ INLINE float maximum(vec v) {
     return part[0];
 }
 
-/* exp to about one unit in the last place, for x cut to [-87.3, 88.3]: x = k ln 2 + r, Cephes' polynomial
- * in r, and k added to the exponent. Adding 1.5 * 2^23 rounds to an integer in the low bits. */
+#define LOG2_E 1.44269504f
+#define SHIFT 12583039.f /* 1.5 * 2^23 + 127: adding it rounds k, and leaves k + 127 in the low bits */
+
+/* 2^(k + r), |r| <= 1/2: a polynomial in r of least relative error, 2e-9, and k into the exponent. */
+INLINE vec two_to(vec k_shifted, vec r) {
+    vec p = r * 1.5353361940e-4f + 1.3398874404e-3f;
+    p = p * r + 9.6184373575e-3f;
+    p = p * r + 5.5503324712e-2f;
+    p = p * r + 2.4022647914e-1f;
+    p = p * r + 6.9314720286e-1f;
+    p = p * r + 1.f;
+    return p * (vec)((ivec)k_shifted << 23);
+}
+
+/* 2^x, for x up to 127; below -126 that of -126. */
+INLINE vec power_of_two(vec x) {
+    const vec zero = {};
+    x = at_least(zero - 126.f, x);
+    vec shifted = x + SHIFT;
+    return two_to(shifted, x - (shifted - SHIFT));
+}
+
+/* exp to about one unit in the last place, for x cut to [-87.3, 88]: x = k ln 2 + r, ln 2 in two parts. */
 INLINE vec exponential(vec x) {
-    const vec zero = {}, low = zero - 87.3f, high = zero + 88.3f;
-    x = choose(x < low, low, x);
-    x = choose(x > high, high, x);
-    vec shifted = x * 1.44269504f + 12582912.f, k = shifted - 12582912.f;
-    vec r = x - k * 0.693359375f + k * 2.12194440e-4f; /* ln 2 in two parts */
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    return p * (vec)(((ivec)shifted + (127 - 0x4B400000)) << 23);
+    const vec zero = {};
+    x = at_most(zero + 88.f, at_least(zero - 87.3f, x));
+    vec shifted = x * LOG2_E + SHIFT, k = shifted - SHIFT;
+    return two_to(shifted, (x - k * 0.693359375f + k * 2.12194440e-4f) * LOG2_E);
 }
 
 INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-x)); }
 
-/* C[rows x vectors*LANES] = alpha A B, or that added to C; A[i, k] = a[i * row + k * column]. rows and vectors
+/* C[rows x vectors*LANES] = A B, or that added to C; A[i, k] = a[i * row + k * column]. rows and vectors
  * are constants. */
-INLINE void tile(int rows, int vectors, int depth, float alpha, const float *a, long row, long column,
+INLINE void tile(int rows, int vectors, int depth, const float *a, long row, long column,
                  const float *b, long b_row, float *c, long c_row, int add) {
     vec total[TALL][WIDE];
 #pragma GCC unroll 12
@@ -89,39 +117,39 @@ INLINE void tile(int rows, int vectors, int depth, float alpha, const float *a, 
 #pragma GCC unroll 2
         for (int j = 0; j < vectors; j++) {
             float *at = c + i * c_row + j * LANES;
-            store(at, add ? load(at) + total[i][j] : alpha * total[i][j]);
+            store(at, add ? load(at) + total[i][j] : total[i][j]);
         }
 }
 
 /* A tile after the other down C[m x vectors*LANES]; the tile from row i on reads A from i * step on. */
-INLINE void stripe(int vectors, int m, int depth, float alpha, const float *a, long step, long row, long column,
+INLINE void stripe(int vectors, int m, int depth, const float *a, long step, long row, long column,
                    const float *b, long b_row, float *c, long c_row, int add) {
     int i = 0;
     for (; i + TALL <= m; i += TALL)
-        tile(TALL, vectors, depth, alpha, a + i * step, row, column, b, b_row, c + i * c_row, c_row, add);
+        tile(TALL, vectors, depth, a + i * step, row, column, b, b_row, c + i * c_row, c_row, add);
     a += i * step;
     if (step != row) column = m - i; /* the last of the panels of A is narrower */
     for (; i + 4 <= m; i += 4, a += 4 * row)
-        tile(4, vectors, depth, alpha, a, row, column, b, b_row, c + i * c_row, c_row, add);
+        tile(4, vectors, depth, a, row, column, b, b_row, c + i * c_row, c_row, add);
     for (; i < m; i++, a += row)
-        tile(1, vectors, depth, alpha, a, row, column, b, b_row, c + i * c_row, c_row, add);
+        tile(1, vectors, depth, a, row, column, b, b_row, c + i * c_row, c_row, add);
 }
 
-/* C[m x n] = alpha A B, A[m x depth], n a multiple of LANES, all by rows and in the cache. */
-static void multiply(int m, int n, int depth, float alpha, const float *a, long a_row, const float *b, long b_row,
+/* C[m x n] = A B, A[m x depth], n a multiple of LANES, all by rows and in the cache. */
+static void multiply(int m, int n, int depth, const float *a, long a_row, const float *b, long b_row,
                      float *c, long c_row) {
     int j = 0;
     for (; j + PANEL <= n; j += PANEL)
-        stripe(WIDE, m, depth, alpha, a, a_row, a_row, 1, b + j, b_row, c + j, c_row, 0);
-    if (j < n) stripe(1, m, depth, alpha, a, a_row, a_row, 1, b + j, b_row, c + j, c_row, 0);
+        stripe(WIDE, m, depth, a, a_row, a_row, 1, b + j, b_row, c + j, c_row, 0);
+    if (j < n) stripe(1, m, depth, a, a_row, a_row, 1, b + j, b_row, c + j, c_row, 0);
 }
 
 /* C[m x n] = A^T B, A[depth x m], or with add that added to C. */
 static void multiply_transposed(int m, int n, int depth, const float *a, long a_row, const float *b, float *c, int add) {
     for (int j = 0; j < n; j += PANEL)
-        if (j + PANEL > n) stripe(1, m, depth, 1, a, 1, 1, a_row, b + j, n, c + j, n, add);
-        else if (add) stripe(WIDE, m, depth, 1, a, 1, 1, a_row, b + j, n, c + j, n, 1);
-        else stripe(WIDE, m, depth, 1, a, 1, 1, a_row, b + j, n, c + j, n, 0);
+        if (j + PANEL > n) stripe(1, m, depth, a, 1, 1, a_row, b + j, n, c + j, n, add);
+        else if (add) stripe(WIDE, m, depth, a, 1, 1, a_row, b + j, n, c + j, n, 1);
+        else stripe(WIDE, m, depth, a, 1, 1, a_row, b + j, n, c + j, n, 0);
 }
 
 /* B[depth x n], B[k, j] = b[k * row + j * column], as panels of width columns, one after the other and each row by
@@ -142,33 +170,36 @@ INLINE void pack(const float *b, long row, long column, int depth, int n, int wi
 static void product(int m, int n, int depth, const float *a, const float *panels, float *c) {
     int j = 0;
     for (; j + PANEL <= n; j += PANEL, panels += (long)depth * PANEL)
-        stripe(WIDE, m, depth, 1, a, depth, depth, 1, panels, PANEL, c + j, n, 0);
-    if (j < n) stripe(1, m, depth, 1, a, depth, depth, 1, panels, LANES, c + j, n, 0);
+        stripe(WIDE, m, depth, a, depth, depth, 1, panels, PANEL, c + j, n, 0);
+    if (j < n) stripe(1, m, depth, a, depth, depth, 1, panels, LANES, c + j, n, 0);
 }
 
 /* C[m x n] += A^T B, A[depth x m] in panels of TALL columns, B[depth x n] in panels of PANEL. */
 static void add_product(int m, int n, int depth, const float *columns, const float *panels, float *c) {
     int j = 0;
     for (; j + PANEL <= n; j += PANEL, panels += (long)depth * PANEL)
-        stripe(WIDE, m, depth, 1, columns, depth, 1, TALL, panels, PANEL, c + j, n, 1);
-    if (j < n) stripe(1, m, depth, 1, columns, depth, 1, TALL, panels, LANES, c + j, n, 1);
+        stripe(WIDE, m, depth, columns, depth, 1, TALL, panels, PANEL, c + j, n, 1);
+    if (j < n) stripe(1, m, depth, columns, depth, 1, TALL, panels, LANES, c + j, n, 1);
 }
 
-/* Rows of s (n values, then padding up to n_pad) become probabilities, the padding 0. */
-static void softmax(float *s, int rows, int n, int n_pad, int s_row) {
-    for (int i = 0; i < rows; i++, s += s_row) {
+#define SCORES(n) (ROUND_UP(n) + LANES) /* floats of a row of n scores: room for what powers adds; no power of two */
+
+/* Rows of scores s, times log2 e, become powers of 2, the largest of a row 1, those of the padding 0. After the
+ * padding: 1 / their sum, by which a row's powers are its probabilities. */
+static void powers(float *s, int rows, int n) {
+    const int n_pad = ROUND_UP(n);
+    for (int i = 0; i < rows; i++, s += SCORES(n)) {
         for (int j = n; j < n_pad; j++) s[j] = -INFINITY;
         vec largest = load(s), total = {};
-        for (int j = LANES; j < n_pad; j += LANES) largest = choose(load(s + j) > largest, load(s + j), largest);
+        for (int j = LANES; j < n_pad; j += LANES) largest = at_least(largest, load(s + j));
         const float top = maximum(largest);
         for (int j = 0; j < n_pad; j += LANES) {
-            vec power = exponential(load(s + j) - top); /* 1e-38 in the padding: nothing beside the largest, 1 */
+            vec power = power_of_two(load(s + j) - top); /* 1e-38 in the padding: nothing beside the largest, 1 */
             total += power;
             store(s + j, power);
         }
-        const float inverse = 1 / sum(total);
-        for (int j = 0; j < n_pad; j += LANES) store(s + j, load(s + j) * inverse);
         for (int j = n; j < n_pad; j++) s[j] = 0;
+        s[n_pad] = 1 / sum(total);
     }
 }
 
@@ -199,66 +230,77 @@ static void prefetch_share(const float *next, long size, int share, int shares) 
 
 /* Floats of work that a head takes. */
 static long head_room(int n, int d) {
-    return 2L * d * ROUND_UP(n) + 6L * n * ROUND_UP(d) + 2L * QUERIES * (ROUND_UP(n) + LANES);
+    return 2L * d * ROUND_UP(n) + 6L * n * ROUND_UP(d) + 2L * QUERIES * SCORES(n);
 }
 
 /* One head of one image: out[i, h, :] = sum_j softmax_j(q_i . k_j / sqrt(d)) v_j; qkv (n, 3, heads, d) without its
- * bias (3, heads, d), out (n, heads, d). room: head_room zeros, or what another head left there. */
-static void attend(const float *qkv, const float *bias, float *out, int head, int n, int heads, int d, float *room) {
-    const int n_pad = ROUND_UP(n), d_pad = ROUND_UP(d), p_row = n_pad + LANES; /* no power of two */
+ * bias (3, heads, d), out (n, heads, d). kept: n rows of powers for attend_backward, or NULL. room: head_room zeros,
+ * or what another head left there. */
+static void attend(const float *qkv, const float *bias, float *kept, float *out, int head, int n, int heads, int d,
+                   float *room) {
+    const int n_pad = ROUND_UP(n), d_pad = ROUND_UP(d), p_row = SCORES(n);
     const long keys = (long)d * n_pad, values = (long)n * d_pad;
     float *k_transposed = room, *q = room + 2 * keys, *v = q + values, *o = v + values, *p = q + 6 * values;
     const Head at = {(long)heads * d, 3L * heads * d, (long)head * d};
-    gather(qkv, bias, at, 0, n, d, 1 / sqrtf(d), q, NULL);
+    gather(qkv, bias, at, 0, n, d, LOG2_E / sqrtf(d), q, NULL);
     gather(qkv, bias, at, 1, n, d, 1, NULL, k_transposed);
     gather(qkv, bias, at, 2, n, d, 1, v, NULL);
     for (int i = 0; i < n; i += QUERIES) {
         const int rows = n - i < QUERIES ? n - i : QUERIES;
-        multiply(rows, n_pad, d, 1, q + (long)i * d_pad, d_pad, k_transposed, n_pad, p, p_row);
-        softmax(p, rows, n, n_pad, p_row);
-        multiply(rows, d_pad, n, 1, p, p_row, v, d_pad, o, d_pad);
-        for (int r = 0; r < rows; r++)
-            memcpy(out + at.first + (i + r) * at.width, o + (long)r * d_pad, sizeof(float) * d);
+        if (kept) p = kept + (long)i * p_row;
+        multiply(rows, n_pad, d, q + (long)i * d_pad, d_pad, k_transposed, n_pad, p, p_row);
+        powers(p, rows, n);
+        multiply(rows, d_pad, n, p, p_row, v, d_pad, o, d_pad);
+        for (int r = 0; r < rows; r++) {
+            float *to = out + at.first + (i + r) * at.width, *from = o + (long)r * d_pad;
+            for (int c = 0; c < d; c++) to[c] = p[(long)r * p_row + n_pad] * from[c];
+        }
     }
 }
 
-/* grad_qkv from grad_out of one head, and its column sums, the bias's gradient, added to sums (3, heads, d); the
- * probabilities are computed again. */
-static void attend_backward(const float *qkv, const float *bias, const float *grad_out, float *grad_qkv, float *sums,
-                            int head, int n, int heads, int d, float *room) {
-    const int n_pad = ROUND_UP(n), d_pad = ROUND_UP(d), p_row = n_pad + LANES;
-    const float scale = 1 / sqrtf(d);
+/* grad_qkv from grad_out of one head, and its column sums, the bias's gradient, added to sums (3, heads, d); without
+ * kept powers they are computed again. */
+static void attend_backward(const float *qkv, const float *bias, const float *kept, const float *grad_out,
+                            float *grad_qkv, float *sums, int head, int n, int heads, int d, float *room) {
+    const int n_pad = ROUND_UP(n), d_pad = ROUND_UP(d), p_row = SCORES(n);
     const long keys = (long)d * n_pad, values = (long)n * d_pad;
     float *k_transposed = room, *v_transposed = k_transposed + keys, *q = v_transposed + keys, *k = q + values,
-          *g = k + values, *grads = g + values, *p = grads + 3 * values, *ds = p + (long)QUERIES * p_row;
+          *g = k + values, *grads = g + values, *own = grads + 3 * values, *ds = own + (long)QUERIES * p_row;
     const Head at = {(long)heads * d, 3L * heads * d, (long)head * d};
-    gather(qkv, bias, at, 0, n, d, scale, q, NULL);
+    gather(qkv, bias, at, 0, n, d, LOG2_E / sqrtf(d), q, NULL);
     gather(qkv, bias, at, 1, n, d, 1, k, k_transposed);
     gather(qkv, bias, at, 2, n, d, 1, NULL, v_transposed);
-    for (int i = 0; i < n; i++)
-        memcpy(g + (long)i * d_pad, grad_out + at.first + i * at.width, sizeof(float) * d);
     for (int i = 0; i < n; i += QUERIES) {
         const int rows = n - i < QUERIES ? n - i : QUERIES;
         const long first = (long)i * d_pad;
-        multiply(rows, n_pad, d, 1, q + first, d_pad, k_transposed, n_pad, p, p_row);
-        softmax(p, rows, n, n_pad, p_row);
+        const float *p = kept ? kept + (long)i * p_row : own;
+        if (!kept) {
+            multiply(rows, n_pad, d, q + first, d_pad, k_transposed, n_pad, own, p_row);
+            powers(own, rows, n);
+        }
+        for (int r = 0; r < rows; r++) { /* g = dL/do / sum: so powers do for probabilities below */
+            const float *from = grad_out + at.first + (i + r) * at.width;
+            for (int c = 0; c < d; c++) g[first + r * d_pad + c] = p[(long)r * p_row + n_pad] * from[c];
+        }
         multiply_transposed(n, d_pad, rows, p, p_row, g + first, grads + 2 * values, i > 0);
-        multiply(rows, n_pad, d, 1, g + first, d_pad, v_transposed, n_pad, ds, p_row); /* dL/dp */
+        multiply(rows, n_pad, d, g + first, d_pad, v_transposed, n_pad, ds, p_row); /* dL/dp / sum */
         for (int r = 0; r < rows; r++) {
-            float *p_r = p + (long)r * p_row, *ds_r = ds + (long)r * p_row;
+            const float *p_r = p + (long)r * p_row;
+            float *ds_r = ds + (long)r * p_row;
             vec dot = {};
             for (int j = 0; j < n_pad; j += LANES) dot += load(p_r + j) * load(ds_r + j);
-            const float mean = sum(dot);
+            const float mean = sum(dot) * p_r[n_pad];
             for (int j = 0; j < n_pad; j += LANES) store(ds_r + j, load(p_r + j) * (load(ds_r + j) - mean));
         }
-        multiply(rows, d_pad, n, scale, ds, p_row, k, d_pad, grads + first, d_pad);
-        multiply_transposed(n, d_pad, rows, ds, p_row, q + first, grads + values, i > 0); /* q has the scale */
+        multiply(rows, d_pad, n, ds, p_row, k, d_pad, grads + first, d_pad);
+        multiply_transposed(n, d_pad, rows, ds, p_row, q + first, grads + values, i > 0);
     }
+    const float factors[] = {1 / sqrtf(d), 1 / LOG2_E, 1}; /* q had log2 e */
     for (int part = 0; part < 3; part++)
         for (int i = 0; i < n; i++) {
             const float *from = grads + part * values + (long)i * d_pad;
             float *to = grad_qkv + at.first + i * at.in_row + part * at.width, *total = sums + at.first + part * at.width;
-            for (int c = 0; c < d; c++) to[c] = from[c], total[c] += from[c];
+            for (int c = 0; c < d; c++) to[c] = factors[part] * from[c], total[c] += to[c];
         }
 }
 
@@ -343,12 +385,17 @@ void norm_backward(const float *x, const float *weight, const float *grad, float
 #define SLOPE 1.5957691216057308f
 #define CUBIC 0.044715f
 
+INLINE vec gelu_power(vec x) {
+    const vec zero = {};
+    return power_of_two(at_most(zero + 127.f, -SLOPE * LOG2_E * x * (1.f + CUBIC * x * x)));
+}
+
 /* out = gelu(y + bias), (rows, width). */
 static void gelu(const float *y, const float *bias, float *out, long rows, int width) {
     for (long i = 0; i < rows; i++)
         for (int j = 0; j < width; j += LANES) {
             vec x = load(y + i * width + j) + load(bias + j);
-            store(out + i * width + j, x * sigmoid(SLOPE * x * (1.f + CUBIC * x * x)));
+            store(out + i * width + j, x / (1.f + gelu_power(x)));
         }
 }
 
@@ -358,7 +405,7 @@ static void gelu_backward(const float *y, const float *bias, float *grad, float 
     for (long i = 0; i < rows; i++)
         for (int j = 0; j < width; j += LANES) {
             const long at = i * width + j;
-            vec x = load(y + at) + load(bias + j), s = sigmoid(SLOPE * x * (1.f + CUBIC * x * x));
+            vec x = load(y + at) + load(bias + j), s = 1.f / (1.f + gelu_power(x));
             vec value = x * s;
             vec dy = load(grad + at) * (s + value * (1.f - s) * SLOPE * (1.f + 3 * CUBIC * x * x));
             store(grad + at, dy);
@@ -383,12 +430,30 @@ static Sizes sizes_of(long batch, int n, int width, int heads, float eps, int th
 }
 
 typedef struct { /* what forward keeps of some rows: products without their bias, the residual stream in the middle */
-    float *qkv, *attended, *middle, *y;
+    float *qkv, *attended, *middle, *y, *powers; /* powers may be NULL */
 } Kept;
 
-static Kept kept_at(float *kept, long rows, long first, int width) {
-    float *attended = kept + 3 * rows * width, *middle = attended + rows * width, *y = middle + rows * width;
-    return (Kept){kept + 3 * first * width, attended + first * width, middle + first * width, y + 4 * first * width};
+/* Floats a token of its heads' powers, or 0 where they would take more than all else that is kept. */
+static long powers_of_token(int n, int width, int heads) {
+    const long size = (long)heads * SCORES(n);
+    return size <= 9L * width ? size : 0;
+}
+
+/* Floats that block_forward keeps for block_backward. */
+long block_kept(long batch, int n, int width, int heads) {
+    return batch * n * (9L * width + powers_of_token(n, width, heads));
+}
+
+static Kept kept_at(float *kept, long rows, long first, int width, long of_token) {
+    float *attended = kept + 3 * rows * width, *middle = attended + rows * width, *y = middle + rows * width,
+          *powers = y + 4 * rows * width;
+    return (Kept){kept + 3 * first * width, attended + first * width, middle + first * width, y + 4 * first * width,
+                  of_token ? powers + of_token * first : NULL};
+}
+
+/* Those of one head of one image, pair being image * heads + head. */
+static float *powers_of(Kept kept, long pair, int n) {
+    return kept.powers ? kept.powers + pair * n * SCORES(n) : NULL;
 }
 
 static long room_of_thread(Sizes size) {
@@ -422,7 +487,8 @@ static void forward_rows(const float *x, const float *const *w, const float *pan
     product(rows, 3 * E, E, normed, panels, kept.qkv);
     for (long pair = 0; pair < images * size.heads; pair++) {
         const long first = pair / size.heads * n * E;
-        attend(kept.qkv + 3 * first, w[QKV_BIAS], kept.attended + first, pair % size.heads, n, size.heads, d, head);
+        attend(kept.qkv + 3 * first, w[QKV_BIAS], powers_of(kept, pair, n), kept.attended + first, pair % size.heads,
+               n, size.heads, d, head);
     }
     product(rows, E, E, kept.attended, panels + 3 * square, kept.middle);
     add_and_norm(kept.middle, w[OUT_BIAS], x, w[NORM2], w[NORM2_BIAS], normed, rows, E, size.eps);
@@ -437,18 +503,20 @@ long block_room(long batch, int n, int width, int heads, int threads) {
     return 12L * width * width + threads * room_of_thread(sizes_of(batch, n, width, heads, 0, threads));
 }
 
-/* kept: (9, batch, n, width) floats for block_backward, or NULL. */
+/* kept: block_kept floats for block_backward, or NULL. */
 void block_forward(const float *h, const float *const *w, float *kept, float *out, float *room, long batch, int n,
                    int width, int heads, float eps, int threads) {
     const Sizes size = sizes_of(batch, n, width, heads, eps, threads);
-    const long most = size.step * n, spare = head_room(n, width / heads) + 5 * most * width;
+    const long most = size.step * n, spare = head_room(n, width / heads) + 5 * most * width,
+               of_token = powers_of_token(n, width, heads);
 #pragma omp parallel num_threads(threads)
     {
         float *own = begin(room, w, 1, size);
 #pragma omp for schedule(static)
         for (long image = 0; image < batch; image += size.step) {
             const long images = batch - image < size.step ? batch - image : size.step, first = image * n;
-            const Kept at = kept ? kept_at(kept, batch * n, first, width) : kept_at(own + spare, most, 0, width);
+            const Kept at = kept ? kept_at(kept, batch * n, first, width, of_token)
+                                 : kept_at(own + spare, most, 0, width, 0);
             forward_rows(h + first * width, w, room, at, out + first * width, images, size, own);
         }
     }
@@ -497,8 +565,8 @@ static void backward_rows(const float *x, const float *const *w, const float *pa
     for (long pair = 0; pair < images * size.heads; pair++) {
         const long image = pair / size.heads, head_number = pair % size.heads, first = image * n * E;
         if (image + 1 < images) prefetch_share(kept.qkv + 3 * (first + n * E), 3L * n * E, head_number, size.heads);
-        attend_backward(kept.qkv + 3 * first, w[QKV_BIAS], grad_attended + first, grad_qkv + 3 * first, sums.qkv_bias,
-                        head_number, n, size.heads, d, head);
+        attend_backward(kept.qkv + 3 * first, w[QKV_BIAS], powers_of(kept, pair, n), grad_attended + first,
+                        grad_qkv + 3 * first, sums.qkv_bias, head_number, n, size.heads, d, head);
     }
     for (long i = 0; i < rows; i++) norm_row(x + i * E, w[NORM1], w[NORM1_BIAS], normed + i * E, E, size.eps);
     add_gradient(grad_qkv, 3 * E, normed, E, rows, sums.qkv, packed);
@@ -511,6 +579,7 @@ static void backward_rows(const float *x, const float *const *w, const float *pa
 void block_backward(const float *h, const float *const *w, float *kept, const float *grad, float *grad_h, float *sums,
                     float *room, long batch, int n, int width, int heads, float eps, int threads) {
     const Sizes size = sizes_of(batch, n, width, heads, eps, threads);
+    const long of_token = powers_of_token(n, width, heads);
 #pragma omp parallel num_threads(threads)
     {
         float *own = begin(room, w, 0, size);
@@ -518,8 +587,8 @@ void block_backward(const float *h, const float *const *w, float *kept, const fl
 #pragma omp for schedule(static)
         for (long image = 0; image < batch; image += size.step) {
             const long images = batch - image < size.step ? batch - image : size.step, first = image * n;
-            backward_rows(h + first * width, w, room, kept_at(kept, batch * n, first, width), grad + first * width,
-                          grad_h + first * width, of, images, size, own);
+            backward_rows(h + first * width, w, room, kept_at(kept, batch * n, first, width, of_token),
+                          grad + first * width, grad_h + first * width, of, images, size, own);
         }
     }
 }
