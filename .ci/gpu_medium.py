@@ -274,11 +274,16 @@ def pack(path, work, runs, max_bytes=MAX_BYTES):
 
 def run_experiment(stage, experiment, jobs, place, finished):
     """Run what ends in time, an experiment's search first; returns (its Parts, ids in CSVs)."""
-    for is_search in (True, False):
+    tried, is_search = set(), True
+    while True:
         parts = parts_of(experiment, stage.scale, stage.work / "runs")
         skipped = {run_id for part in parts for run_id in finished_elsewhere(part)}
         runs = [run for part in parts if part.is_search == is_search for run in part.runs
-                if run.run_id not in skipped and not run.is_done]
+                if run.run_id not in skipped | tried and not run.is_done]
+        if is_search and not runs:  # nor a rate beyond the best
+            is_search = False
+            continue
+        tried |= {run.run_id for run in runs}
         todo = []
         for run in runs:
             if run.awaits:
@@ -294,7 +299,8 @@ def run_experiment(stage, experiment, jobs, place, finished):
             if run.after and not run.after.is_done:
                 why = f"begins with the weights of {run.after.label}, which has not finished"
             leave_out(stage, run, why)
-    return parts, skipped
+        if not is_search:
+            return parts, skipped
 
 
 def run(stage, flags):

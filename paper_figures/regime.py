@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data import SETS
 from paper_figures import style, table_files
-from paper_figures.results_csv import ResultsError, read_csv
+from paper_figures.results_csv import SAME, ResultsError, columns, read_csv
 
 LEAST = {"small": 5}  # epochs
 
@@ -41,10 +41,13 @@ def regime(rows, path):
     text = " to ".join(f"{number:.3g}" for number in dict.fromkeys((epochs[0], epochs[-1]))) \
         if epochs else "unknown"
     experiment, _, scale = Path(path).stem.rpartition("_")
-    search = Path(path).with_name(f"{experiment}_search_{scale}.csv")
-    rates = {row.lr for row in read_csv(search, experiment, usecols=["lr"]).itertuples()} \
-        if search.exists() else ()
-    tuned = f"tuned over {len(rates)} learning rates" if rates else "one learning rate"
+    search, tuned = Path(path).with_name(f"{experiment}_search_{scale}.csv"), "one learning rate"
+    if search.exists():
+        tried = read_csv(search, experiment)
+        arm = [name for name in tried if name != "lr" and (name in SAME or name not in columns(()))]
+        counts = tried.groupby(arm, dropna=False)["lr"].nunique()
+        counts = " to ".join(map(str, dict.fromkeys((counts.min(), counts.max()))))
+        tuned = f"tuned over {counts} learning rates"
     return f"{text} epochs, {tuned}"
 
 

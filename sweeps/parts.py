@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paper_figures.results_csv import read_csv
 from sweeps.grid import Experiment, first_of, make_runs
-from sweeps.search import arms_of, find_rates, read_bits, search_of
+from sweeps.search import arms_of, runs_of_search
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,27 +42,26 @@ class Part:
 
 def make_parts(experiment, flags):
     """The Parts of an experiment, in the order in which they are run. Raises ValueError."""
-    scale, rates, parts = flags.scale, None, []
-    search, how = search_of(experiment, scale), (experiment.runs_of or experiment).search.get(scale)
+    scale, rates, parts, runs_dir = flags.scale, None, [], flags.runs_dir.absolute()
 
-    def add(one, seeds, rates=None):
-        runs_dir = flags.runs_dir.absolute() / f"{(one.runs_of or one).name}_{scale}"
-        grid = make_runs(one, scale, seeds, runs_dir, flags.precision, rates)
-        parts.append(Part(experiment=one, scale=scale, grid=grid, runs=grid, runs_dir=runs_dir,
-                          csv=flags.results_dir / f"{one.name}_{scale}.csv",
-                          is_search=one is search))
-        return grid
-    if search:
-        runs = add(search, [0])
-        bits = read_bits(search, scale, runs, flags.results_dir)
-        rates = find_rates(how, runs, bits)
-    add(experiment, range(flags.seeds or experiment.seeds.get(scale, 1)), rates)
-    for other in experiment.also:
-        if other.configs(scale):
-            add(other, [0], rates)
+    def folder_of(one):
+        return runs_dir / f"{(one.runs_of or one).name}_{scale}"
+
+    def add(one, grid, is_search=False):
+        parts.append(Part(experiment=one, scale=scale, grid=grid, runs=grid, is_search=is_search,
+                          runs_dir=folder_of(one),
+                          csv=flags.results_dir / f"{one.name}_{scale}.csv"))
+    if how := (experiment.runs_of or experiment).search.get(scale):
+        search, runs, rates = runs_of_search(experiment, scale, runs_dir, flags.results_dir,
+                                             flags.precision)
+        add(search, runs, is_search=True)
+    seeds = range(flags.seeds or experiment.seeds.get(scale, 1))
+    for one, of_one in ((experiment, seeds), *((other, [0]) for other in experiment.also)):
+        if one is experiment or one.configs(scale):
+            add(one, make_runs(one, scale, of_one, folder_of(one), flags.precision, rates))
     if flags.shard:
         parts = shard(parts, flags.shard)
-    if search:
+    if how:
         parts[0] = still_to_search(parts, how, rates)
     return parts
 

@@ -1,6 +1,8 @@
 """The search of learning rates that a grid begins with: an epoch with each, for each of its arms.
 
 Its runs are a grid of their own, <experiment>_search, on images that no other run is tested on.
+Where the best rate of an arm is the highest or the lowest tried, the next one is tried, too, until
+the best lies inside.
 """
 import contextlib
 import dataclasses
@@ -9,17 +11,18 @@ import math
 from harness.errors import TrainingError
 from harness.run_folder import read_error
 from paper_figures.results_csv import read_results
-from sweeps.grid import Experiment, Point, steps
+from sweeps.grid import Experiment, Point, make_runs, steps
 
 DATA, EPOCHS = "cifar10-search", 1
+WIDEST = 6  # rates more than planned: what is best at an end then, no rate will do better soon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
     """arm: the fields by which arms are told apart; the points of one have a rate in common.
 
-    factors: what is tried, times each point's own rate. of: {field: value} of the points that may
-    stand for their arm; the first of them does.
+    factors: what is tried, times each point's own rate, three or more, ascending. of: {field:
+    value} of the points that may stand for their arm; the first of them does.
     """
     arm: tuple[str, ...]
     factors: tuple[float, ...]
@@ -28,9 +31,13 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """factors: {arm: what multiplies the rate of its points}, of those whose search is over."""
+    """factors: {arm: what multiplies the rate of its points}, of those whose search is over.
+
+    tried: {arm: factors} of those whose search is wider than the Search says.
+    """
     fields: tuple[str, ...]
     factors: dict
+    tried: dict = dataclasses.field(default_factory=dict)
 
     def arm_of(self, point):
         return tuple(point.values(self.fields).values())
@@ -39,10 +46,11 @@ class Rates:
         return self.factors.get(self.arm_of(point))
 
 
-def search_of(experiment, scale):
+def search_of(experiment, scale, tried=None):
     """The Experiment whose points are the arms of another and of what is beside it, at each rate.
 
-    None where nothing is searched at this scale.
+    tried: {arm: factors} where these are not the Search's. None where nothing is searched at this
+    scale.
     """
     owner = experiment.runs_of or experiment
     if not (search := owner.search.get(scale)):
@@ -53,9 +61,10 @@ def search_of(experiment, scale):
         for one in (owner, *owner.also):
             for point in one.configs(scale):
                 if point.values(search.of) == search.of:
-                    arms.setdefault(tuple(point.values(search.arm).items()), point)
+                    arms.setdefault(tuple(point.values(search.arm).values()), point)
         return [Point(config=searched(point.config, factor), labels=point.values(search.arm))
-                for point in arms.values() for factor in search.factors]
+                for arm, point in arms.items()
+                for factor in (tried or {}).get(arm, search.factors)]
     return Experiment(
         name=f"{owner.name}_search", description=owner.description,
         configs=configs, swept=(*search.arm, "lr"), draw=None,
@@ -95,11 +104,30 @@ def read_bits(experiment, scale, runs, results_dir):
     return bits
 
 
-def find_rates(search, runs, bits):
-    """The Rates of the arms whose runs are all over, and one of them finite."""
-    factors = {}
+def runs_of_search(experiment, scale, runs_dir, results_dir, precision=None):
+    """(the search of an experiment, its runs, the Rates found): widened as what is known asks."""
+    how, rates = (experiment.runs_of or experiment).search[scale], Rates((), {})
+    while True:
+        search = search_of(experiment, scale, rates.tried)
+        runs = make_runs(search, scale, [0], runs_dir / f"{search.name}_{scale}", precision)
+        before = rates.tried
+        rates = find_rates(how, runs, read_bits(search, scale, runs, results_dir), before)
+        if rates.tried == before:
+            return search, runs, rates
+
+
+def find_rates(search, runs, bits, tried=None):
+    """The Rates of the arms whose runs are all over, one of them finite and the best inside."""
+    factors, tried = {}, dict(tried or {})
     for arm, of_arm in arms_of(search, runs).items():
-        found = [bits.get(run.run_id) for run in of_arm]
-        if None not in found and min(found) < math.inf:
-            factors[arm] = search.factors[found.index(min(found))]
-    return Rates(search.arm, factors)
+        own, found = tried.get(arm, search.factors), [bits.get(run.run_id) for run in of_arm]
+        if None in found or min(found) == math.inf:
+            continue
+        best, is_widest = found.index(min(found)), len(own) == len(search.factors) + WIDEST
+        if best not in (0, len(own) - 1) or is_widest or min(found) in found[1:-1]:
+            factors[arm] = own[best]
+        elif best:
+            tried[arm] = (*own, own[-1] * own[-1] / own[-2])
+        else:
+            tried[arm] = (own[0] * own[0] / own[1], *own)
+    return Rates(search.arm, factors, tried)

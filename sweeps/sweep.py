@@ -387,7 +387,8 @@ def collect(experiment, scale, runs, csv, pieces=()):
     if rows.empty:
         return rows, {}
     order = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
-    rows = rows.assign(place=[order[point] for point in zip(*(rows[name] for name in swept))])
+    rows = rows.assign(place=[order[point] for point in zip(*(rows[name] for name in swept))],
+                       grid_points=len(points))  # a search may have been narrower in its shards
     rows = rows.sort_values(["seed", "place", "step", "split"]).drop(columns="place")
     with contextlib.suppress(ResultsError):
         before = read_results(csv, experiment.name, swept, varying)

@@ -194,9 +194,7 @@ def test_committed_rows_are_those_of_the_grid(path, tmp_path):
     parent, declared = SMALL[path.stem.removesuffix("_small")]
     rows = read_results(path, declared.name, declared.swept, declared.varying)
     seeds, points = sorted(rows["seed"].unique().tolist()), declared.configs("small")
-    found, how = search.search_of(parent, "small"), (parent.runs_of or parent).search["small"]
-    tried = make_runs(found, "small", [0], tmp_path)
-    rates = search.find_rates(how, tried, search.read_bits(found, "small", tried, path.parent))
+    _, _, rates = search.runs_of_search(parent, "small", tmp_path, path.parent)
     runs = make_runs(declared, "small", seeds, ROOT, rates=rates)
     wanted = {(run.run_id, run.config.init, *values.values())
               for run in runs for values in run.points}

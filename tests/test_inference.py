@@ -149,8 +149,12 @@ def test_the_regime_is_told_from_the_csvs(tmp_path):
     rows = pd.read_csv(path)
     assert epochs_of(rows) == [5, pytest.approx(122.07, abs=0.01)]
     assert regime(rows, path) == "5 to 122 epochs, one learning rate"
-    pd.DataFrame({"lr": [0.006, 0.012, 0.024, 0.006]}).to_csv(tmp_path / "scaling_search_small.csv", index=False)
+    tried = pd.DataFrame({"run_id": range(6), "num_couplings": [4] * 3 + [8] * 3, "lr": [0.006, 0.012, 0.024] * 2})
+    tried.to_csv(tmp_path / "scaling_search_small.csv", index=False)
     assert regime(rows, path) == "5 to 122 epochs, tuned over 3 learning rates"
+    wider = pd.concat([tried, tried.tail(1).assign(run_id=6, lr=0.048)])
+    wider.to_csv(tmp_path / "scaling_search_small.csv", index=False)
+    assert regime(rows, path) == "5 to 122 epochs, tuned over 3 to 4 learning rates"
 
 
 def test_a_csv_of_less_than_5_epochs_is_not_run(tmp_path):

@@ -20,7 +20,7 @@ import tiny_experiment
 
 SEARCHING = ("ablate_coupling", "compare_vit_cnn", "ablate_block_depth", "scaling", "ablate_splits", "ablate_layers", "main_results",
              "draw_samples")
-HOW = search.Search(arm=("heads",), factors=(0.5, 1, 2))
+HOW = search.Search(arm=("heads",), factors=(4, 8, 16))  # of two steps 0.08 is the best rate
 BESIDE = dataclasses.replace(
     tiny_experiment.EXPERIMENT, name="tiny_experiment_lengths",
     configs=lambda scale: [dataclasses.replace(point, config=dataclasses.replace(point.config, total_steps=4))
@@ -65,7 +65,7 @@ def chosen(folder):
 def test_one_command_searches_chooses_and_runs_the_grid_with_what_it_found(finished):
     found = rows_of(finished, "_search_smoke")
     assert len(found) == 2 * 9 and set(found["seed"]) == {0} and set(found["dataset"]) == {"cifar10-subset-vehicles"}
-    assert set(found["lr"]) == {0.005, 0.01, 0.02}
+    assert set(found["lr"]) == {0.04, 0.08, 0.16}
     assert all(len(of_arm["bits_per_dim"].unique()) == 3 for _, of_arm in found[found["split"] == "test"].groupby("heads"))
     for name, seeds, heads in (("_smoke", {0, 1}, {"1", "2", "4"}), ("_lengths_smoke", {0}, {"1", "2"})):
         rows = rows_of(finished, name)
@@ -113,7 +113,7 @@ def test_shards_bring_the_search_of_their_arms_and_merge_to_the_whole(finished, 
             (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
     own = {part: {path.name.split("_seed")[0] for path in (tmp_path / part / "runs/tiny_experiment_search_smoke").iterdir()}
            for part in "12"}
-    assert own["1"] == {f"heads={heads}_{lr}" for heads in "124" for lr in (0.005, 0.01, 0.02)}
+    assert own["1"] == {f"heads={heads}_{lr}" for heads in "124" for lr in (0.04, 0.08, 0.16)}
     run(tmp_path, "--collect")
     for name in ("_search_smoke", "_smoke", "_lengths_smoke"):
         columns = ["run_id", "split", "bits_per_dim", "lr"]
@@ -126,13 +126,31 @@ def test_a_shard_without_an_arm_does_not_search_it(tmp_path, capsys):
     assert "4 runs (4 new)" in said and said.count("heads=2") == 4
 
 
-def test_a_rate_whose_run_is_not_finite_is_not_chosen(finished):
+def test_a_rate_is_chosen_where_the_best_lies_inside_and_the_search_is_widened_where_it_does_not(finished,
+                                                                                                     monkeypatch):
     runs = make_runs(search.search_of(EXPERIMENT, "smoke"), "smoke", [0], finished / "runs/tiny_experiment_search_smoke")
-    bits = {run.run_id: number for run, number in zip(runs, (1.0, 2, 3, 6, 5, 4, math.inf, 9, 8))}
-    assert search.find_rates(HOW, runs, bits).factors == {("1",): 0.5, ("2",): 2, ("4",): 2}
-    del bits[runs[4].run_id]
-    bits |= {run.run_id: math.inf for run in runs[6:]}
-    assert search.find_rates(HOW, runs, bits).factors == {("1",): 0.5}  # not over; and none finite
+
+    def found(*bits):
+        rates = search.find_rates(HOW, runs, {run.run_id: number for run, number in zip(runs, bits) if number})
+        return rates.factors, rates.tried
+    assert found(2, 1, 3, 6, 5, 4, 4, 5, 6) == ({("1",): 8}, {("2",): (4, 8, 16, 32), ("4",): (2, 4, 8, 16)})
+    assert found(1, 1, 2, 2, 1, 1, 1, 1, 1)[0] == {("1",): 4, ("2",): 8, ("4",): 4}  # no rate beyond is better
+    monkeypatch.setattr(search, "WIDEST", 0)
+    assert found(2, 1, 3, 6, 5, 4, 4, 5, 6) == ({("1",): 8, ("2",): 16, ("4",): 4}, {})
+    nothing, not_finite = None, math.inf
+    assert found(2, 1, not_finite, 2, nothing, 3, *[not_finite] * 3) == ({("1",): 8}, {})
+
+
+def test_a_search_goes_on_until_the_best_rate_lies_inside(tmp_path):
+    narrow = dataclasses.replace(EXPERIMENT, search={"smoke": search.Search(arm=("heads",), factors=(1, 2, 4))}, also=(),
+                                 seeds={})
+    run(tmp_path, "--shard", "1/3", experiment=narrow)
+    assert not rows_of(tmp_path, "_smoke.shard-1-of-3").empty and not (tmp_path / "results/tiny_experiment_smoke.csv").exists()
+    run(tmp_path, experiment=narrow)
+    assert {heads: sorted(set(of_arm["lr"])) for heads, of_arm in rows_of(tmp_path, "_search_smoke").groupby("heads")} \
+        == {heads: [0.01, 0.02, 0.04, 0.08, 0.16] for heads in "124"}
+    assert set(rows_of(tmp_path, "_smoke")["lr"]) == {0.08} == set(chosen(tmp_path).values())
+    assert set(rows_of(tmp_path, "_search_smoke")["grid_points"]) == {15}
 
 
 def test_an_arm_that_fails_leaves_its_runs_out_and_the_others_go_on(tmp_path):
@@ -141,7 +159,7 @@ def test_an_arm_that_fails_leaves_its_runs_out_and_the_others_go_on(tmp_path):
     folder = parts[0].grid[0].folder
     folder.parent.mkdir(parents=True)
     folder.touch()  # where it would have to be
-    with pytest.raises(SystemExit, match="4 of 17 runs failed: heads=1 0.005 seed 0: .*; heads=1 seed 0: the search of its"):
+    with pytest.raises(SystemExit, match="4 of 17 runs failed: heads=1 0.04 seed 0: .*; heads=1 seed 0: the search of its"):
         run(tmp_path)
     assert set(rows_of(tmp_path, "_smoke")["heads"]) == {"2", "4"}
     folder.unlink()
@@ -203,6 +221,6 @@ def test_figure_2_has_three_training_lengths_and_patches_of_two_pixels():
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_search_small.csv")), ids=lambda path: path.stem)
 def test_committed_searches_are_those_of_the_grids(path):
     declared = importlib.import_module(f"experiments.{path.stem.removesuffix('_search_small')}").EXPERIMENT
-    found = search.search_of(declared, "small")
+    found, runs, _ = search.runs_of_search(declared, "small", ROOT, path.parent)
     rows = read_results(path, found.name, found.swept, found.varying)
-    assert set(rows["run_id"]) <= {run.run_id for run in make_runs(found, "small", [0], ROOT)}
+    assert set(rows["run_id"]) <= {run.run_id for run in runs}
