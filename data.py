@@ -145,19 +145,25 @@ def _find(name, root):
 
 
 def _load_subset(split):
-    if not SUBSET_FILE.is_file():
-        raise DataError(f"{SUBSET_FILE} is missing: restore it (git checkout assets)")
+    array, labels = _read_subset(SUBSET_FILE, split)
+    return ImageSet(array=array.copy(), labels=labels.copy(), name="cifar10-subset",
+                    variant="cifar10-subset", split=split,
+                    known_fingerprint=FINGERPRINTS["cifar10-subset", split])
+
+
+@functools.cache
+def _read_subset(path, split):
+    if not path.is_file():
+        raise DataError(f"{path} is missing: restore it (git checkout assets)")
     try:
-        with np.load(SUBSET_FILE, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             array, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     except Exception as error:  # np.load raises nearly everything on damaged files
-        raise DataError(f"{SUBSET_FILE} is damaged ({type(error).__name__}): restore it (git "
-                        "checkout assets)") from None
-    known = FINGERPRINTS["cifar10-subset", split]
-    if fingerprint(array) != known:
-        raise DataError(f"{SUBSET_FILE}: the {split} images were altered: git checkout assets")
-    return ImageSet(array=array, labels=labels, name="cifar10-subset", variant="cifar10-subset",
-                    split=split, known_fingerprint=known)
+        raise DataError(f"{path} is damaged ({type(error).__name__}): restore it (git checkout "
+                        "assets)") from None
+    if fingerprint(array) != FINGERPRINTS["cifar10-subset", split]:
+        raise DataError(f"{path}: the {split} images were altered: git checkout assets")
+    return array, labels
 
 
 def _load_cifar10(folder, split):

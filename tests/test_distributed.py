@@ -42,7 +42,7 @@ def base(folder):
 
 @pytest.fixture(scope="module")
 def configs(base):
-    """Of every kind; 10 images cannot be cut in 4 equal parts, nor those in micro-batches."""
+    """Of every kind; 10 images cannot be cut in 3 equal parts, nor those in micro-batches."""
     switches = dataclasses.replace(MODEL, actnorm=True, invertible_dense=True, block="cnn")
     told = dataclasses.replace(MODEL, image_size=32, patch_size=16, context_dim=10)
     labels = dataclasses.replace(base, model=told, data="cifar10-subset", condition="labels", total_steps=6, eval_every=0)
@@ -75,7 +75,7 @@ def launch(folder, processes, jobs, weights, torchrun=False):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 3])
 def together(request, folder, configs, alone):
     jobs = {name: (config, {}) for name, config in configs.items()}
     jobs["micro"] = configs["float64"], {"place": {"micro_batch": 2}}
@@ -125,6 +125,7 @@ def test_every_process_returns_the_result_and_one_writes(together, alone):
     assert f"{len(results)} processes of 1 thread" in log
 
 
+@pytest.mark.parametrize("together", [2], indirect=True)
 def test_a_restart_with_as_many_processes_has_the_same_bits(together, folder, configs, alone):
     """In new processes: gradients must add up as in an unbroken run from the first step on."""
     jobs = {"first-half": (configs["float32"], {})}

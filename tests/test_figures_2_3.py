@@ -207,14 +207,12 @@ def test_whiskers_are_the_standard_error_of_one_seed_and_the_range_of_several(tm
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_files_are_byte_stable_and_depend_on_the_numbers(tmp_path, name):
+def test_files_depend_on_the_numbers(tmp_path, name):
     rows = fixture_rows(name, "smoke")
-    paths = [draw(name, rows, tmp_path, tmp_path / folder) for folder in ("one", "two")]
-    for one, two in zip(*paths):
-        assert one.read_bytes() == two.read_bytes() and len(one.read_bytes()) > 5000
-    assert [path.name for path in paths[0]] == [f"{name}_smoke.pdf", f"{name}_smoke.png"]
+    paths = draw(name, rows, tmp_path, tmp_path / "one")
+    assert [path.name for path in paths] == [f"{name}_smoke.pdf", f"{name}_smoke.png"]
     rows["bits_per_dim"] += 0.1
-    assert draw(name, rows, tmp_path, tmp_path / "three")[1].read_bytes() != paths[0][1].read_bytes()
+    assert draw(name, rows, tmp_path, tmp_path / "other")[1].read_bytes() != paths[1].read_bytes()
 
 
 REFUSED = [

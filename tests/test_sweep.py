@@ -143,7 +143,7 @@ def test_csv_has_a_row_for_each_run_seed_and_split(finished):
     assert len(rows) == 3 * 2 * 2 and rows["run_id"].nunique() == 6
     assert rows["seed"].tolist() == [0] * 6 + [1] * 6 and set(rows["split"]) == {"train", "test"}
     first = rows.iloc[0]
-    assert first["split"] == "test" and first["num_images"] == 512 and first["images_seen"] == 96
+    assert first["split"] == "test" and first["num_images"] == 206 and first["images_seen"] == 96
     assert first["channel_share"] == 1 and 0 < first["logdet_cap_share"] < 1
     assert first["fingerprint"].startswith("999264")
     assert first["train_fingerprint"].startswith("50bf9f")

@@ -13,7 +13,7 @@ from sweeps import sweep
 from sweeps.grid import Experiment, Point, with_model
 from train import TrainConfig
 
-BASE = TrainConfig(data="cifar10-subset", batch_size=8, total_steps=12, lr=1e-2, model=JetConfig(
+BASE = TrainConfig(data="cifar10-subset-vehicles", batch_size=8, total_steps=12, lr=1e-2, model=JetConfig(
     image_size=32, patch_size=8, num_couplings=2, block_depth=1, emb_dim=8))
 
 
