@@ -38,7 +38,7 @@ from paper_figures import figure3, figure4, figure5, tables
 from paper_figures import throughput as throughput_figure
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
-COUNT = int(os.environ.get("JET_MUTATIONS", 2))
+COUNT = int(os.environ.get("JET_MUTATIONS", 1))
 FIRST = int(os.environ.get("JET_MUTATIONS_SEED", 0))
 MAX_S, MAX_BYTES = 10, 2 ** 30
 MODEL = {"image_size": 8, "patch_size": 4, "num_couplings": 2, "block_depth": 1, "emb_dim": 4,
