@@ -35,6 +35,8 @@ def stage(tmp_path, monkeypatch):
     """A stage that has begun, of 60 seconds."""
     monkeypatch.setattr(gpu_stage.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(gpu_stage, "provenance", lambda: {"git_commit": "abc", "git_dirty": True, "torch_version": "2"})
+    for name in ("DATA", "EPOCHS"):
+        monkeypatch.setattr(search, name, getattr(search, name))  # a rehearsal's are taken back
 
     def make(name="medium", seconds=60, device="cpu"):
         flags = types.SimpleNamespace(stage=name, out=tmp_path / "out", device=device, seconds=seconds)
@@ -397,8 +399,6 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_medium, "ORDER", ("tiny_experiment",))
     monkeypatch.setattr(tiny_experiment, "EXPERIMENT", EXPERIMENT)
     monkeypatch.setattr(gpu_medium, "shrink", lambda points, swept: points)
-    few = dataclasses.replace(tiny_experiment.BASE, data="cifar10-subset-vehicles")  # images
-    monkeypatch.setattr(tiny_experiment, "BASE", few)
     monkeypatch.setattr(gpu_medium, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     return types.SimpleNamespace(experiments=["tiny_experiment"], jobs=2, data_root=None, compile=False, graph=False)
@@ -434,8 +434,6 @@ def test_small_scale_searches_first_and_a_later_call_goes_on_with_what_its_csvs_
     points = tiny_experiment.configs("smoke")[:2]
     monkeypatch.setattr(tiny_experiment, "EXPERIMENT", dataclasses.replace(
         EXPERIMENT, configs=lambda scale: points, search={"small": how}, seeds={"small": 2}))
-    for name in ("DATA", "EPOCHS"):
-        monkeypatch.setattr(search, name, getattr(search, name))  # the rehearsal's are taken back
     first = stage()
     first.scale, real = "small", gpu_medium.run_grid
     monkeypatch.setattr(gpu_medium, "run_grid", lambda stage, todo, *more: real(stage, [
