@@ -439,8 +439,9 @@ def print_result(config, done):
     note = " (the training images themselves)" if is_same else ""
     print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on "
           f"{done['num_images']:,} test images of {done['dataset']}{note}, variant "
-          f"{done['variant']}, fingerprint {done['test_fingerprint'][:12]}; {config.total_steps:,} "
-          f"steps in {done['train_seconds']:.0f} s on {done['hardware']}")
+          f"{done['variant']}, fingerprint {done['test_fingerprint'][:12]}; "
+          f"{config.total_steps - config.extends:,} steps in {done['train_seconds']:.0f} s on "
+          f"{done['hardware']}")
 
 
 if __name__ == "__main__":

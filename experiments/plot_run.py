@@ -74,16 +74,17 @@ def settings_of(history):
     try:
         config, data_id = TrainConfig.from_dict(history.record), history.record.get("data_id")
         found = config.identity(data_id or config.data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found["model.couplings"] = hash(tuple(found.get("model.couplings", ())))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TrainingError(f"{history.path}: its configuration is damaged or of another version "
                             f"({one_line(error)})") from None
     written = flatten(config.to_dict())
-    return {"model.couplings": None, **found, **{name: written[name] for name in COUPLINGS}}
+    return found | {name: written[name] for name in COUPLINGS}
 
 
 def differences(settings):
     """A line for each setting that is not the same in all runs."""
-    values = {name: [printable(one.get(name, "-"), 300) for one in settings]
+    values = {name: [printable(one.get(name, ""), 300) or "-" for one in settings]
               for name in sorted(set().union(*settings))}
     differ = {name for name, of_runs in values.items() if len(set(of_runs)) > 1}
     # equal couplings are so however written, and others are told in the words of their fields

@@ -11,6 +11,7 @@ from harness.files import read_bytes, read_json
 from harness.run_folder import (CONFIG_NAME, LOG_NAME, MAX_METRICS_BYTES, METRICS_COLUMNS,
                                 METRICS_NAME, read_done)
 
+LARGEST = 1e15  # that is drawn
 RESUMED = re.compile(r"^\S+ resumed at step (\d{1,13})$", re.M)
 EVALUATED = re.compile(r"^\S+ step (\d{1,13}): (\d+\.\d+) \+- (\d+\.\d+|nan) bits/dim on [\d,]+ "
                        r"(train|test) images$", re.M)
@@ -48,7 +49,8 @@ def read_history(run_dir):
     for row in done["rows"] if done else ():
         found[row["split"], row["step"]] = row["bits_per_dim"], row["bits_per_dim_se"]
     evaluations = {split: sorted((step, *numbers) for (of, step), numbers in found.items()
-                                 if of == split) for split in ("train", "test")}
+                                 if of == split and abs(numbers[0]) < LARGEST)
+                   for split in ("train", "test")}
     return History(path=run_dir, record=record, done=done, steps=read_steps(run_dir),
                    evaluations=evaluations, restarts=sorted(set(map(int, RESUMED.findall(log)))))
 
@@ -63,8 +65,8 @@ def read_steps(run_dir):
             raise ValueError(f"its first line is not {METRICS_COLUMNS}")
         if whole:
             rows = np.loadtxt(io.BytesIO(whole), delimiter=",", ndmin=2)
-        if rows.shape[1] != len(names) or not np.isfinite(rows).all():
-            raise ValueError("a line has no six numbers")
+        if rows.shape[1] != len(names) or not (np.abs(rows) < LARGEST).all():
+            raise ValueError("a line has no six numbers that a run can have")
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

@@ -40,6 +40,8 @@ def draw(histories, names, title, name, out_dir):
         above.set_xlabel(AXES["images_seen"])
         above.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     name_panels(axes[:, 0])
+    if any((run.steps["grad_norm"] > 0).any() for run in histories):
+        axes[1, 0].set_yscale("log")
     limit_bits(axes[0, 0], histories)
     figure.legend(handles=legend(histories, names), ncols=2 * len(columns),
                   loc="outside lower center")
@@ -49,7 +51,8 @@ def draw(histories, names, title, name, out_dir):
 
 def batch_sizes(run):
     """Images per step, as metrics.csv has them: one value, or none before the first step."""
-    return np.unique(np.round(run.steps["images_seen"] / np.maximum(run.steps["step"], 1)))
+    sizes = np.unique(np.round(run.steps["images_seen"] / np.maximum(run.steps["step"], 1)))
+    return sizes[sizes > 0]
 
 
 def draw_run(panels, run, x, look, is_alone):
@@ -67,7 +70,7 @@ def draw_run(panels, run, x, look, is_alone):
     for split, rows in run.evaluations.items():
         if rows:
             step, value, error = np.array(rows).T
-            bits.errorbar(step * scale_of(run, x), value, np.nan_to_num(error), zorder=5,
+            bits.errorbar(step * scale_of(run, x), value, np.nan_to_num(error, posinf=0), zorder=5,
                           color=look["color"], elinewidth=0.8, capsize=1.5, **MARKERS[split])
     seams = [step * scale_of(run, x) for step in run.restarts]
     for panel in panels:
@@ -119,7 +122,7 @@ def name_panels(panels):
     """What is upwards in each panel."""
     bits, norm, rate, speed = panels
     bits.set_ylabel("bits/dim\n(lower is better)")
-    norm.set(ylabel="gradient norm", yscale="log")
+    norm.set_ylabel("gradient norm")
     rate.set_ylabel("learning rate")
     speed.set_ylabel("images/s")
     for panel in (rate, speed):
