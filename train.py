@@ -373,7 +373,7 @@ def config_from_flags(flags):
         before, step = weights_config(run) if run else (None, None)
         if before is None or not 0 < step == before.total_steps:
             raise TrainingError("--extend-to: --init-from must be the folder of a finished run of "
-                                f"ours, and is {run}; it trains other weights further alone")
+                                f"ours, and is {run or 'not given'}; alone it trains any weights")
         return extension(before, run, weights_id(run), flags["extend_to"], top, model)
     height, width, channels = image_shape(top.get("data", TrainConfig.data), flags.get("data_root"))
     if flags.get("init_from") == "":

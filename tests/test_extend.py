@@ -116,7 +116,7 @@ def test_what_cannot_be_extended_is_one_line(home, run, flags, message, capsys):
 
 
 def test_without_a_run_to_extend_it_says_so():
-    with pytest.raises(SystemExit, match="--init-from must be the folder of a finished run of ours, and is None"):
+    with pytest.raises(SystemExit, match="--init-from must be the folder of a finished run of ours, and is not given"):
         train_module.main(["--extend-to", "9"])
 
 
