@@ -147,7 +147,7 @@ class RunFolder:
             try:
                 if self.events:
                     self.events.add_evaluation(rows, jet)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # they overflow, or need too much memory
                 self.log.write(f"no samples for TensorBoard: {one_line(error)}")
 
     def finish(self, done, per_image):
