@@ -7,6 +7,7 @@
     jet = load_jet("hf://OWNER/NAME@REVISION")             # the weight file of a Hugging Face hub
 
     python convert.py export assets/jet_cifar10 jet.safetensors --format safetensors
+    python convert.py pack runs/my-run my-run              # a run folder, to be shared
 
 No file is trusted: nothing in it is run, and what it cannot tell is asked for, never guessed.
 """
@@ -14,7 +15,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,12 @@ from formats.jet_pytorch import jet_pytorch_overrides, jet_pytorch_source, jet_p
 from formats.official import official_source, official_tree, official_weights  # noqa: F401
 from formats.source import Source, grid_fields, split_names
 from harness.checkpoint import (CHECKPOINT_FORMAT, check_content, checksum, load_weights,
-                                read_weights)
+                                read_weights, save_checkpoint)
 from harness.errors import CheckpointError, short
 from harness.files import check_npz, file_sha256, parse_json, read_bytes, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
-from harness.run_folder import read_done
+from harness.run_folder import (CONFIG_NAME, DONE_NAME, LOG_NAME, MAX_METRICS_BYTES, METRICS_NAME,
+                                PER_IMAGE_NAME, read_done, read_per_image)
 from jet import SPATIAL_SPLITS, Jet, JetConfig, spatial_order
 
 
@@ -270,6 +274,7 @@ def _bare_source(path, state, overrides):
 
 # ---- out
 
+KEPT = ("config", "step", "model")  # of a checkpoint that is packed
 FORMATS = {"official": ".npz", "jet-pytorch": ".pt", "safetensors": ".safetensors"}
 
 
@@ -297,9 +302,40 @@ def export(jet, out, format):
     return {}
 
 
-def main(arguments=None):
+def pack(run, out, license, moments=False):
+    """Copy what a finished run's folder needs to be read elsewhere into a new folder.
+
+    It is itself the folder of a finished run, without the state that training needs: moments: with
+    Adam's, from which --extend-to goes on. Raises CheckpointError or TrainingError.
+    """
+    if (done := read_done(run)) is None:
+        raise CheckpointError(f"{run}: no folder of a finished run: it has no {DONE_NAME}")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: is there: give a new folder")
+    path, content = read_weights(run)
+    try:
+        found, recorded = checksum(content["model"]), done.get("weights_sha256")
+        kept = {name: content[name] for name in (*KEPT, *(["optimizer"] if moments else []))}
+    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: lacks what is to be packed ({short(error)})") from None
+    if recorded and found != recorded:
+        raise CheckpointError(f"{path}: holds other weights than those that {DONE_NAME} tells of")
+    read_per_image(run, done)  # or it says what is wrong
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.resolve().parent) as parent:
+        folder = Path(parent) / out.name
+        folder.mkdir()
+        save_checkpoint(folder, kept)
+        for name in (CONFIG_NAME, LOG_NAME, METRICS_NAME, PER_IMAGE_NAME, DONE_NAME):
+            if (run / name).exists():
+                (folder / name).write_bytes(read_bytes(run / name, MAX_METRICS_BYTES))
+        card = model_card(load_jet(folder), done, out.name, {}, license)
+        write_atomically(folder / "README.md", card)
+        os.replace(folder, out)
+
+
+def make_parser():
     parser = ArgumentParser(prog="convert.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="export")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="export|pack")
     about = "write the weights of a Jet as a file of another kind, and a model card beside it"
     command = commands.add_parser("export", help=about, description=about)
     command.add_argument("weights", metavar="RUN", help="the Jet: a run folder or weight file")
@@ -307,18 +343,34 @@ def main(arguments=None):
     command.add_argument("--format", choices=FORMATS, required=True)
     command.add_argument("--card", type=Path, metavar="FILE.md",
                          help="the model card (default: OUT with .md; a hub shows README.md)")
-    command.add_argument("--license", default="apache-2.0", metavar="NAME",
-                         help="of the weights, for the card (default: apache-2.0, this project's)")
     add_setting_flags(command.add_argument_group(
         "the model, as far as a file of another implementation does not tell it"), JetConfig,
         "model.")
+    about = "copy what a finished run's folder needs to be shared, with a model card"
+    pack_command = commands.add_parser("pack", help=about, description=about)
+    pack_command.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    pack_command.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    pack_command.add_argument("--moments", action="store_true",
+                              help="Adam's, too, so that train.py --extend-to goes on from it: "
+                                   "three times the size")
+    for one in (command, pack_command):
+        one.add_argument("--license", default="apache-2.0", metavar="NAME",
+                         help="of the weights, for the card (default: apache-2.0, this project's)")
+    return parser
+
+
+def main(arguments=None):
+    parser = make_parser()
     flags = parser.parse_args(arguments)
     with one_line_errors(parser.prog):
-        card = flags.card or flags.out.with_suffix(".md")
+        card = getattr(flags, "card", None) or flags.out.with_suffix(".md")
         for path in (flags.out, card):
             if not path.resolve().parent.is_dir():
                 raise CheckpointError(f"{path}: there is no folder {path.parent}: make it, or give "
                                       "another")
+        if flags.command == "pack":
+            pack(flags.run, flags.out, flags.license, flags.moments)
+            return print(flags.out)
         if card.suffix != ".md":
             raise CheckpointError(f"--card {card}: must end in .md")
         weights = fetched(flags.weights)

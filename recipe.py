@@ -14,7 +14,7 @@ import torch
 
 from data import data_id
 from harness import distributed
-from harness.errors import NonFiniteError
+from harness.errors import NonFiniteError, TrainingError
 from harness.graphs import Graphed
 from harness.machine import networks_in
 from jet import JetConfig, bits_per_dim, check_settings, setting
@@ -56,6 +56,7 @@ class TrainConfig:
                                          "that the Jet works without labels, too", minimum=0)
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", minimum=0)
     init: str = ""  # the weights it begins with, as weights_id() names them; "": a fresh Jet's
+    extends: int = 0  # the step at which the run with these weights ended: steps count on from it
 
     def __post_init__(self):
         check_settings(self)
@@ -64,6 +65,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
         if self.seed >= 2 ** 63:
             raise ValueError(f"seed={self.seed}: must be below 2**63")
+        if type(self.extends) is not int or self.extends and not (
+                self.init and 0 < self.extends < self.total_steps):
+            raise ValueError(f"extends={self.extends!r}: must be a step before the last, "
+                             f"{self.total_steps}, of a run that begins with other weights, or 0")
         if not isinstance(self.data, str) or not self.data:
             raise ValueError(f"data={self.data!r}: must be the name or path of an image set")
         if not isinstance(self.model, JetConfig):
@@ -80,8 +85,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values):
         """The config that to_dict or to_record was called on; a missing field has its default."""
-        values = {name: value for name, value in values.items() if name != "data_id"}
-        return cls(**{**values, "model": JetConfig(**values["model"])})
+        fields = {name: value for name, value in values.items() if name != "data_id"}
+        config = cls(**{**fields, "model": JetConfig(**fields["model"])})
+        if isinstance(values.get("data_id"), str):  # as recorded: the images may be elsewhere now
+            config.__dict__["data_id"] = values["data_id"]
+        return config
 
     def to_record(self):
         """to_dict, and which images they are: what a run's files keep of it."""
@@ -135,6 +143,27 @@ class TrainConfig:
                 if before[name] != now[name]]
 
 
+def extension(before, run, init, steps, changes, model):
+    """TrainConfig of a run that goes on, up to a step, from the end of a finished one.
+
+    before: the configuration of that one, whose folder is run and whose weights are named init.
+    changes: {field: value} that is to be different; model: as much of its model, where there must
+    be nothing. Raises TrainingError.
+    """
+    if steps <= before.total_steps:
+        raise TrainingError(f"--extend-to {steps}: must be above {before.total_steps}, the step at "
+                            f"which {run} ended")
+    if fixed := sorted({"batch_size", "total_steps", "condition"} & changes.keys()) + [*model]:
+        raise TrainingError(f"{fixed[0]}: is that of {run} where --extend-to is given: leave it "
+                            "out; a run of another one begins with --init-from alone")
+    config = dataclasses.replace(before, **changes, total_steps=steps, init=init,
+                                 extends=before.total_steps)
+    if config.data_id != before.data_id:
+        raise TrainingError(f"{config.data} has other images than {run} was trained on: give those "
+                            "(--data), or leave --extend-to out")
+    return config
+
+
 def flatten(values, prefix=""):
     """{"model": {"block": ...}} -> {"model.block": ...}"""
     if not isinstance(values, dict):
@@ -154,7 +183,9 @@ def schedule(step, total_steps, warmup_fraction=0.1):
 
 
 def learning_rate(step, config):
-    return config.lr * schedule(step, config.total_steps, config.warmup_fraction)
+    """Of a run that extends another: of its own steps alone."""
+    begun = config.extends
+    return config.lr * schedule(step - begun, config.total_steps - begun, config.warmup_fraction)
 
 
 class Adam(torch.optim.AdamW):

@@ -38,8 +38,8 @@ from harness.place import Place, add_place_flags, place_from_flags, step_mode
 from harness.progress import progress
 from harness.signals import Signals, Stopped
 from jet import Jet, JetConfig
-from recipe import (DTYPES, TrainConfig, add_gradients, learning_rate, make_optimizer, make_step,
-                    read_steps)
+from recipe import (DTYPES, TrainConfig, add_gradients, extension, learning_rate, make_optimizer,
+                    make_step, read_steps)
 
 TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test images: overfitting
 
@@ -81,7 +81,7 @@ def train(config, run_dir, stop_after=None, *, place=Place(), init_from=None, si
         session = Session(config, run_dir, place, init_from)
         if session.compiled:
             stack.enter_context(compile_limits())
-        run = stack.enter_context(run_folder.opened(run_dir, config, place.wait_s, place.echo))
+        run = stack.enter_context(run_folder.opened(run_dir, config, place))
         bar = stack.enter_context(progress(total=config.total_steps, desc=Path(config.data).name,
                                            unit=" steps", disable=quiet or run.log is None))
         if (done := run_folder.read_finished(run_dir, config)) is not None:
@@ -99,6 +99,7 @@ class Session:
 
     def __init__(self, config, run_dir, place, init_from):
         self.config, self.place, self.processes = config, place, distributed.size()
+        self.init_from = init_from
         self.device = pick_device(place.device, place.graph)
         self.compiled, self.graph, self.mode = step_mode(place, config, self.device)
         if self.processes > config.batch_size:
@@ -136,7 +137,7 @@ class Session:
             place.micro_batch or self.state["micro_batch"], free, self.processes)
         self.hosts = distributed.from_all(platform.node())
         if run.log:
-            self._log_start(run.log, line, alone)
+            self._log_start(run, line, alone)
         if not first and config.model.actnorm and not config.init:
             x = training_batch(self.images["train"], config.batch_size, config.seed, 0, self.device)
             self.jet.initialize(x.to(DTYPES[config.precision]), *self._context(0, slice(None)))
@@ -145,15 +146,18 @@ class Session:
         self.model = distributed.wrap(self.jet)
         distributed.copy_moments(self.optimizer)
 
-    def _log_start(self, log, line, alone):
-        first, place = self.state["step"], self.place
-        log.begin(first)
+    def _log_start(self, run, line, alone):
+        first, place, log = self.state["step"], self.place, run.log
+        run.begin_steps(first)
         tell = log.tell if alone else log.write
         version = code_version()
         tree = {False: "clean", True: "dirty", None: "unknown"}[version["git_dirty"]]
-        if first:
+        began = f"started at step {first}:"
+        if first > self.config.extends:
             tell(f"resumed at step {first}")
-        began = "with" if first else "started at step 0:"
+            began = "with"
+        elif first:
+            tell(f"goes on from the end of the run with the weights {self.config.init}")
         log.write(f"{began} {where(self.processes, place.threads, self.hosts)}, "
                   f"{hardware(self.device)}, torch {torch.__version__}, "
                   f"{self.kernels or 'cuda'} kernels, "
@@ -167,17 +171,26 @@ class Session:
         later = {"micro_batch", "processes"}  # old checkpoints do not have them
         path, saved = run.restore({"model", "optimizer", *self.state} - later)
         if saved is None:
-            return {}
+            return self._extend() if self.config.extends else {}
         saved = {"micro_batch": None, "processes": 1} | saved
         if saved["train_fingerprint"] != self.state["train_fingerprint"]:
             raise TrainingError(f"{path}: the training images have changed since this run began: "
                                 "bring them back or use another run folder")
         load_weights(path, self.jet, saved["model"])
         has_moments = self._load_moments(saved["optimizer"], saved["step"])
-        if not has_moments or not is_state(saved, self.config.total_steps):
+        if not (has_moments and run_folder.is_state(saved, self.config.total_steps)):
             raise CheckpointError(f"{path}: the optimizer's state or the step does not fit this "
                                   "run: move it away to begin again")
         return {name: saved[name] for name in self.state}
+
+    def _extend(self):
+        """The state at the end of the run that this one extends; weights and moments are its."""
+        path, content = read_weights(Path(fetched(self.init_from)))
+        load_weights(path, self.jet, content["model"])  # in their own precision
+        if not self._load_moments(content.get("optimizer"), self.config.extends):
+            raise CheckpointError(f"{path}: has no moments of step {self.config.extends}: give the "
+                                  "run folder itself, or one that was packed with --moments")
+        return {"step": self.config.extends}
 
     def _load_moments(self, moments, step):
         """Whether Adam's moments fit, and are loaded: the hyper-parameters are the config's."""
@@ -268,7 +281,8 @@ class Session:
     def _evaluation_is_due(self):
         """Whether the state is one to be evaluated, and was not."""
         step, every = self.state["step"], self.config.eval_every
-        is_due = step == self.config.total_steps or (every and step and step % every == 0)
+        is_due = step == self.config.total_steps or (
+            every and step > self.config.extends and step % every == 0)
         return is_due and not any(row["step"] == step for row in self.state["rows"])
 
     def _evaluate(self, run, bar, pace, clock):
@@ -287,6 +301,7 @@ class Session:
                     pace.evaluated, run.log, bar, f"{len(images.array):,} {split} images"))
                 self.per_image = numbers.pop("bits_per_dim_per_image")
                 rows.append({"step": self.state["step"], "split": split, **numbers})
+            run.add_evaluation(rows, self.jet)
         self.state["rows"] += rows
 
     def end(self, run):
@@ -313,14 +328,6 @@ class Session:
                 "threads": self.place.threads, "processes": self.processes,
                 "kernels": self.kernels, **code_version(), **versions()}
         return distributed.from_first(run.finish, done, self.per_image)
-
-
-def is_state(saved, total_steps):
-    """Whether a checkpoint's plain values are ones that a run can have."""
-    step, micro_batch, rows = saved["step"], saved["micro_batch"], saved["rows"]
-    return (run_folder.is_step(step) and step <= total_steps and run_folder.are_rows(rows)
-            and run_folder.is_amount(saved["seconds"])
-            and (micro_batch is None or run_folder.is_count(micro_batch)))
 
 
 def first_jet(config, images, init_from, run_dir):
@@ -361,6 +368,13 @@ def config_from_flags(flags):
     """
     top = {name: flags[name] for name in TrainConfig.__dataclass_fields__ if name in flags}
     model = model_fields(flags)
+    if flags.get("extend_to") is not None:
+        run = flags["init_from"]
+        before, step = weights_config(run) if run else (None, None)
+        if before is None or not 0 < step == before.total_steps:
+            raise TrainingError("--extend-to: --init-from must be the folder of a finished run of "
+                                f"ours, and is {run or 'not given'}; alone it trains any weights")
+        return extension(before, run, weights_id(run), flags["extend_to"], top, model)
     height, width, channels = image_shape(top.get("data", TrainConfig.data), flags.get("data_root"))
     if flags.get("init_from") == "":
         raise TrainingError("--init-from is empty: give a run folder or weight file, or leave it "
@@ -387,6 +401,10 @@ def main(arguments=None):
     where_flags.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT",
                              help="begin with the weights of this run folder or weight file: the "
                                   "model is theirs, the schedule is new (give a lower --lr)")
+    where_flags.add_argument("--extend-to", type=int, metavar="STEPS",
+                             help="a new run, up to this step, from the end of the finished run "
+                                  "--init-from: its weights, moments and settings, with a learning "
+                                  "rate schedule of its own")
     where_flags.add_argument("--run-dir", metavar="DIR",
                              help="run folder (default: runs/<set>-<hash of the config>)")
     flags = vars(parser.parse_args(arguments))
@@ -399,7 +417,9 @@ def main(arguments=None):
             raise
         except ValueError as error:
             parser.error(str(error))
-        run_dir = Path(flags["run_dir"] or ROOT / f"runs/{Path(config.data).stem}-{config.hash}")
+        begun = f"-from-{config.extends}" if config.extends else ""
+        run_dir = Path(flags["run_dir"] or
+                       ROOT / f"runs/{Path(config.data).stem}-{config.hash}{begun}")
         is_first = distributed.rank() == 0
         if is_first:
             print(f"run folder {run_dir}, seed {config.seed}", flush=True)
@@ -419,8 +439,9 @@ def print_result(config, done):
     note = " (the training images themselves)" if is_same else ""
     print(f"{done['bits_per_dim']:.4f} +- {done['bits_per_dim_se']:.4f} bits/dim on "
           f"{done['num_images']:,} test images of {done['dataset']}{note}, variant "
-          f"{done['variant']}, fingerprint {done['test_fingerprint'][:12]}; {config.total_steps:,} "
-          f"steps in {done['train_seconds']:.0f} s on {done['hardware']}")
+          f"{done['variant']}, fingerprint {done['test_fingerprint'][:12]}; "
+          f"{config.total_steps - config.extends:,} steps in {done['train_seconds']:.0f} s on "
+          f"{done['hardware']}")
 
 
 if __name__ == "__main__":

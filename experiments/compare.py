@@ -69,14 +69,19 @@ def tell(flags, images, bits, how):
     """Print both numbers, and their difference with its error over images."""
     for name, path, values in zip("AB", (flags.a, flags.b), bits):
         print(f"{name} {np.mean(values, dtype=float):.4f} bits/dim  {path}")
+    print(difference(bits))
+    print(f"on {len(bits[0]):,} {images.split} images of {images.name}, variant {images.variant}, "
+          f"fingerprint {images.fingerprint[:12]}, {how}")
+
+
+def difference(bits):
+    """The line that says by how much A and B differ. bits: two times bits/dim (N,)."""
     mean, error = paired_difference(*bits)
     count, better = len(bits[0]), int((bits[0] < bits[1]).sum())
     said = f"{mean:+.5f} +- {error:.5f} bits/dim"
     if error > 0:
         said += f", {abs(mean) / error:.1f} standard errors"
-    print(f"A - B {said}, image by image; A is better on {better:,} of {count:,}")
-    print(f"on {count:,} {images.split} images of {images.name}, variant {images.variant}, "
-          f"fingerprint {images.fingerprint[:12]}, {how}")
+    return f"A - B {said}, image by image; A is better on {better:,} of {count:,}"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def model_card(jet, done, name, loading, license):
         lines["bits/dim"] = (f"{done['bits_per_dim']:.4f} ± {done['bits_per_dim_se']:.4f} on "
                              f"{done['num_images']:,} test images ({told}one uniform draw an "
                              "image: an upper bound; standard error over images)")
-        lines["training"] = (f"{run['total_steps']:,} steps of {run['batch_size']} images, "
+        begun = run.get("extends", 0)
+        of_it = f", the last {run['total_steps'] - begun:,} on from another run" if begun else ""
+        lines["training"] = (f"{run['total_steps']:,} steps of {run['batch_size']} images{of_it}, "
                              f"learning rate {run['lr']:g}, {run['precision']}, seed "
                              f"{run['seed']}, on {done['hardware']}, commit "
                              f"`{done['git_commit'] or 'unknown'}`")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.errors import TrainingError
+from harness.events import writer_class
 from harness.flags import add_setting_flags
 from harness.machine import MAX_THREADS
 from jet import check_settings, setting
@@ -36,6 +37,9 @@ class Place:
         minimum=0, kind=float)
     process_timeout_s: float = setting(1800.0, "seconds that a process waits for the others at the "
                                        "run: one that hangs ends it", minimum=1)
+    log: str = setting("csv", "what a run writes of its steps: csv: metrics.csv; tensorboard: a "
+                       "folder of that name in the run folder, too (needs the package)",
+                       ("csv", "tensorboard"))
     wait_s: float = 0.0  # how long to wait for another process to end this run
     echo: bool = False  # what goes to log.txt is printed, too
 
@@ -44,6 +48,8 @@ class Place:
             check_settings(self)
         except ValueError as error:
             raise TrainingError(str(error)) from None
+        if self.log == "tensorboard":
+            writer_class()
 
 
 def step_mode(place, config, device):

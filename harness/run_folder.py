@@ -7,6 +7,7 @@
     metrics.csv               training, step by step
     log.txt                   start, restarts, end, and what ran it
     error.txt                 why the last attempt failed; the next one removes it
+    tensorboard/              with --log tensorboard: the same, and samples, as events
     per_image.npy             bits/dim of each test image at the end, float32 (N,)
     done.json                 the result: written last, and all that says "finished"
 """
@@ -26,6 +27,7 @@ from harness.checkpoint import (CHECKPOINT_FORMAT, CHECKPOINT_NAME, PREVIOUS_NAM
 from harness.claim import Claim, is_dead, read_claim
 from harness.errors import (BusyError, CheckpointError, TrainingError, one_line, printable,
                             short)
+from harness.events import Events
 from harness.files import (named_in_errors, open_regular, read_bytes, read_end, read_json,
                            write_atomically)
 from harness.machine import outside_errors
@@ -39,16 +41,15 @@ METRICS_COLUMNS = "step,images_seen,bits_per_dim,grad_norm,lr,seconds"
 
 
 @contextlib.contextmanager
-def opened(run_dir, config, wait_s=0, echo=False):
+def opened(run_dir, config, place):
     """The RunFolder of a configuration (recipe.TrainConfig), for one process at a time.
 
-    wait_s: how long to wait for another process to end this run. echo: its log is printed, too. An
-    error within is left in the folder, by the process that saw it first. Raises TrainingError (its
-    subclass BusyError: another process is at this run).
+    place: a harness.place.Place. An error within is left in the folder, by the process that saw it
+    first. Raises TrainingError (its subclass BusyError: another process is at this run).
     """
-    run = RunFolder(run_dir, config, echo)
+    run = RunFolder(run_dir, config, place)
     try:
-        distributed.from_first(run.begin, wait_s)
+        distributed.from_first(run.begin, place.wait_s)
         try:
             with outside_errors():
                 yield run
@@ -60,6 +61,9 @@ def opened(run_dir, config, wait_s=0, echo=False):
             record_error(run.path, error)
             raise
     finally:
+        with contextlib.suppress(OSError):  # a full disk
+            if run.events:
+                run.events.close()
         run.claim.release()
 
 
@@ -81,9 +85,11 @@ def has_checkpoint(run_dir):
 class RunFolder:
     """A run folder that this process, and those that share the run with it, are at."""
 
-    def __init__(self, path, config, echo=False):
+    def __init__(self, path, config, place):
         self.path, self.config, self.claim = Path(path), config, Claim(path)
-        self._log = RunLog(self.path, echo)
+        self._log, self.events = RunLog(self.path, place.echo), None
+        if place.log == "tensorboard":
+            self.events = Events(self.path, METRICS_COLUMNS.split(","))
 
     def begin(self, wait_s):
         self.claim.take(wait_s)
@@ -110,9 +116,17 @@ class RunFolder:
         refuse_changes(path, saved["config"], self.config)
         return path, saved
 
+    def begin_steps(self, step):
+        """Begin, or go on, after this step; by the first process."""
+        last_row = self._log.begin(step, self.config.extends)
+        if self.events:
+            self.events.begin(step, self.config.to_record(), last_row)
+
     def save(self, content):
         """Write the newest checkpoint, and keep the one before; by the first process."""
         self.claim.check()
+        if self.events:
+            self.events.flush()
         save_checkpoint(self.path, {"config": self.config.to_record(), **content})
 
     def add_steps(self, rows):
@@ -120,6 +134,21 @@ class RunFolder:
         if self.log:
             self.claim.check()
             self.log.add(rows)
+            if self.events:
+                self.events.add_steps(rows)
+
+    def add_evaluation(self, rows, jet):
+        """A line of the log for each row (harness.history reads it)."""
+        if self.log:
+            for row in rows:
+                self.log.write(f"step {row['step']}: {row['bits_per_dim']:.4f} +- "
+                               f"{row['bits_per_dim_se']:.4f} bits/dim on {row['num_images']:,} "
+                               f"{row['split']} images")
+            try:
+                if self.events:
+                    self.events.add_evaluation(rows, jet)
+            except (ValueError, RuntimeError) as error:  # they overflow, or need too much memory
+                self.log.write(f"no samples for TensorBoard: {one_line(error)}")
 
     def finish(self, done, per_image):
         """Write done.json, the result, and before it that of each image; by the first process."""
@@ -159,7 +188,8 @@ def refuse_changes(where, record, config):
     if changes:
         hint = ""
         if any(change.startswith("total_steps ") for change in changes):
-            hint = "; a new run that begins with its weights (--init-from) trains them further"
+            hint = ("; a new run that begins where it ended (--init-from it --extend-to STEPS) "
+                    "trains it further")
         raise TrainingError(f"{where} belongs to another configuration: {'; '.join(changes)}: use "
                             f"another run folder, or the same settings to resume{hint}")
 
@@ -260,6 +290,14 @@ def are_rows(rows):
     return isinstance(rows, list)
 
 
+def is_state(saved, total_steps):
+    """Whether a checkpoint's plain values are ones that a run can have."""
+    step, micro_batch, rows = saved["step"], saved["micro_batch"], saved["rows"]
+    return (is_step(step) and step <= total_steps and are_rows(rows)
+            and is_amount(saved["seconds"])
+            and (micro_batch is None or is_count(micro_batch)))
+
+
 def is_number(value):
     return type(value) in (int, float) and abs(value) < 1e300
 
@@ -354,8 +392,11 @@ class RunLog:
         self.echo = echo
         self.log, self.metrics = Path(run_dir) / LOG_NAME, Path(run_dir) / METRICS_NAME
 
-    def begin(self, step):
-        """Drop the rows of metrics.csv that come again, after this step, and those a kill tore."""
+    def begin(self, step, start=0):
+        """Drop the rows of metrics.csv that come again, after this step, and those a kill tore.
+
+        start: the step after which the run began. Returns the cells of the last row, or None.
+        """
         text = ""
         if os.path.lexists(self.metrics):
             text = read_bytes(self.metrics, MAX_METRICS_BYTES).decode(errors="replace")
@@ -365,10 +406,10 @@ class RunLog:
             self.write(f"{METRICS_NAME}: {len(rows) - len(whole)} torn lines dropped")
         by_step = {int(row.split(",")[0]): row for row in whole}
         kept = [by_step[number] for number in sorted(by_step) if number <= step]
-        if len(kept) < step:
-            self.write(f"{METRICS_NAME}: {step - len(kept)} of the lines up to step {step} are "
-                       "missing")
+        if (missing := step - start - len(kept)) > 0:
+            self.write(f"{METRICS_NAME}: {missing} of the lines up to step {step} are missing")
         write_atomically(self.metrics, "".join([METRICS_COLUMNS + "\n", *kept]))
+        return kept[-1].split(",") if kept else None
 
     def write(self, message):
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")

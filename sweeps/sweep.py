@@ -17,9 +17,11 @@ from data import sets_root
 from harness.errors import TrainingError, UserError
 from harness.files import locked, remove_leftovers, write_atomically
 from harness.flags import ArgumentParser, one_line_errors
+from harness.history import read_history
 from harness.host import ROOT
 from harness.place import Place, add_place_flags, place_from_flags
-from harness.run_folder import has_checkpoint
+from harness.run_folder import CONFIG_NAME, has_checkpoint
+from paper_figures import training
 from paper_figures.per_image import read_per_image, write_per_image
 from paper_figures.results_csv import SCALES, ResultsError, columns, read_csv, read_results
 from sweeps import cluster, local, plan, watch
@@ -131,6 +133,8 @@ def make_parser(experiment):
                        ("collect", "merge finished runs and the CSVs of shards, and draw; after "
                                    "--wait, if both are given")):
         instead.add_argument(f"--{name}", action="store_true", help=help)
+    instead.add_argument("--plot", action="store_true", help="with --status or --wait: draw the "
+                         "runs over each other, into their folder's runs.png and runs.pdf")
     add_place_flags(parser.add_argument_group(
         "how a run is run", "at medium and paper scale with 2 threads by default"))
     cluster.add_cluster_flags(parser.add_argument_group("with --cluster slurm"))
@@ -175,6 +179,8 @@ def check_flags(parser, flags):
             parser.error(f"--{name} {value}: must be 1 or more")
     if flags.images_per_s is not None and flags.images_per_s <= 0:
         parser.error(f"--images-per-s {flags.images_per_s}: must be above 0")
+    if flags.plot and not (flags.status or flags.wait):
+        parser.error("--plot: only with --status or --wait")
     if flags.images_per_s and not flags.dry_run:
         parser.error("--images-per-s: only with --dry-run")
     if flags.dry_run and is_watching(flags):
@@ -211,10 +217,30 @@ def watch_runs(sweep):
     if flags.status or flags.wait:
         statuses = watch.follow(runs) if flags.wait else watch.statuses(runs)
         watch.print_statuses(runs, statuses)
+        if flags.plot:
+            draw_runs(sweep)
         states = {status.state for status in statuses}
         has_failed = "failed" in states or flags.wait and states != {"done"}
         if has_failed and not flags.collect:
             sys.exit(1)
+
+
+def draw_runs(sweep):
+    """Draw the runs of each part that have begun, over each other, into their folder."""
+    for part in sweep.parts:
+        histories = {}
+        for run in part.runs:
+            try:
+                if (run.folder / CONFIG_NAME).exists():
+                    histories[run.label] = read_history(run.folder)
+            except TrainingError as error:
+                print(error, file=sys.stderr)
+        title = f"{part.name}: {len(histories)} of {len(part.runs)} runs have begun"
+        if histories:
+            print(*training.draw([*histories.values()], [*histories], title, "runs", part.runs_dir),
+                  sep="\n")
+        else:
+            print(title)
 
 
 # ---- run

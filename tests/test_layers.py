@@ -16,6 +16,8 @@ ROOMS = {
     "paper_figures.results_csv": "harness",
     "paper_figures.per_image": "harness paper_figures.results_csv",
     "paper_figures.inference": "",
+    "paper_figures.style": "harness paper_figures.results_csv",
+    "paper_figures.training": "harness paper_figures.style",
     "kernels": "jet harness",
     "images": "jet harness",
     "data": "jet harness images",
@@ -27,10 +29,11 @@ ROOMS = {
     "recipe": "jet harness data",
     "train": "jet harness kernels data formats convert evaluate recipe",
     "sweeps": "jet harness kernels data formats convert evaluate recipe train "
-              "paper_figures.results_csv paper_figures.per_image paper_figures.inference",
+              "paper_figures.results_csv paper_figures.per_image paper_figures.inference paper_figures.training",
     "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps "
              "paper_figures.per_image",
-    "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image paper_figures.inference",
+    "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image paper_figures.inference "
+                     "paper_figures.style paper_figures.training",
     "experiments": "*", ".ci": "*", "assets": "*",
 }
 

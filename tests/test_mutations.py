@@ -26,15 +26,16 @@ import pytest
 import torch
 
 import codec
+import convert
 import evaluate
 import train
 from audit import certificates
 from data import fingerprint
-from experiments import audit_bpd, throughput
+from experiments import audit_bpd, plot_run, throughput
 from grid_rows import grid_rows
 from harness.claim import this_machine
 from jet import Jet, JetConfig
-from paper_figures import figure3, figure4, figure5, tables
+from paper_figures import figure3, figure4, figure5, tables, training
 from paper_figures import throughput as throughput_figure
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
@@ -166,19 +167,35 @@ def merged(path):
         throughput.merge_rows(path, [])
 
 
+def plotted(path):
+    with pytest.MonkeyPatch.context() as patch:  # all but the pixels
+        patch.setattr(training.style, "save", lambda figure, *_: figure.draw_without_rendering() or [])
+        plot_run.main([str(path.parent)])
+    training.style.plt.close("all")
+
+
+def packed(path):
+    convert.main(["pack", str(path.parent), f"{path.parents[1]}/packed-{time.monotonic_ns()}"])
+
+
+def extended(path):
+    train.main(["--init-from", str(path.parent), "--extend-to", "6", "--run-dir",
+                f"{path.parents[1]}/longer-{time.monotonic_ns()}"])
+
+
 FILES = {  # file: what reads it
     "stopped/checkpoint.pt": [trained, lambda path: evaluate.main(
         [str(path.parent), "--data", f"{path.parents[1]}/set"])],
     "done/checkpoint.pt": [lambda path: evaluate.main(
-        [str(path), "--data", f"{path.parents[1]}/set"])],
+        [str(path), "--data", f"{path.parents[1]}/set"]), packed, extended],
     "state.pt": [lambda path: evaluated(path, "--model.num_heads", "2"), begun_with],
     "port.pt": [lambda path: evaluated(path, "--model.num_heads", "4")],
     "official.npz": [evaluated], "images.jet": [decoded], "adapter.py": [audited],
     "weights.safetensors": [lambda path: evaluated(path, "--model.num_heads", "2")],
     "certificate.json": [lambda path: audit_bpd.main(["--check", str(path)])],
-    "done/done.json": [trained, audited_run], "done/config.json": [trained],
-    "stopped/config.json": [trained], "stopped/metrics.csv": [trained],
-    "stopped/log.txt": [trained], "stopped/claim.json": [trained],
+    "done/done.json": [trained, audited_run, plotted, packed], "done/config.json": [trained, plotted],
+    "stopped/config.json": [trained], "stopped/metrics.csv": [trained, plotted],
+    "stopped/log.txt": [trained, plotted], "stopped/claim.json": [trained],
     "set/manifest.json": [lambda path: evaluate.main(
         [f"{path.parents[1]}/done", "--data", str(path.parent)])],
     "set/test.npy": [lambda path: evaluate.main(

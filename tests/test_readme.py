@@ -82,6 +82,8 @@ def test_commands_name_scripts_that_are_there(page):
             assert arguments[0] in ("prepare", "verify", "show", "list"), arguments
         if script.endswith("codec.py"):
             assert arguments[0] in ("encode", "decode"), arguments
+        if script.endswith("convert.py"):
+            assert arguments[0] in ("export", "pack"), arguments
 
 
 def flags_of_commands():
@@ -90,7 +92,7 @@ def flags_of_commands():
     for page in PAGES:
         for script, arguments in scripts(page):
             if (ROOT / script).is_file():
-                subcommand = arguments[0] if script in ("data.py", "codec.py") else ""
+                subcommand = arguments[0] if script in ("data.py", "codec.py", "convert.py") else ""
                 flags = used.setdefault((script, subcommand), {})
                 for flag in [word.split("=")[0] for word in arguments if re.match("--?[a-z]", word)]:
                     flags.setdefault(flag, set()).add(page.name)

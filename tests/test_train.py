@@ -681,7 +681,7 @@ def test_help_shows_every_field_with_its_default(capsys):
     assert stop.value.code == 0
     for prefix, config_class in (("", TrainConfig), ("model.", JetConfig)):
         for field in dataclasses.fields(config_class):
-            if field.name not in ("model", "init"):  # init is what --init-from finds
+            if field.name not in ("model", "init", "extends"):  # what --init-from and --extend-to find
                 assert f"--{prefix}{field.name} " in text and field.metadata["help"].split()[0] in text
     assert text.count("(default: ") >= 30 and "--init-from" in text
 
