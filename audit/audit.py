@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import codec
-from audit.adapters import load_model
+from audit.adapters import load_model, taken_by
 from audit.certificates import FORMAT
 from audit.checks import BAR, FAIL, OPEN, AuditError, check, device_of
 from audit.claims import read_claim, trusted_to, verdict
@@ -23,6 +23,7 @@ from audit.couplings import check_inverse, check_layers
 from audit.estimate import check_estimate, check_precision, estimate
 from audit.images import check_data
 from audit.jacobians import check_whole_images, how_many
+from audit.kinds import check_bits, check_kind, check_labels
 from audit.outcome import judge
 from audit.protocol import Subject, check_memory, check_protocol
 from audit.request import NUM_JACOBIANS
@@ -63,8 +64,12 @@ def audit(request, reported=(), tell=lambda one: None):
             add([check(section, "what the model refuses", None, OPEN, "", str(error))])
 
     rng = np.random.default_rng(list(bytes.fromhex(request.entropy)))
-    add(check_data(images, other_split, recorded, rng, whole))
+    bits, classes = getattr(model, "bits", 8), getattr(model, "classes", 0)
+    add(check_data(images, other_split, recorded, rng, whole, bits))
     add([check_weights(about["weights_sha256"], recorded)])
+    add([check_bits(images, bits)] if bits < 8 else [])
+    images, other_split = taken_by(model, images), other_split and taken_by(model, other_split)
+    add([check_labels(images, other_split, classes)] if classes else [])
     try:
         measured = estimate(model, images, request.eval_seed, request.draws, request.iw,
                             request.claim_k, claim and claim.precision)
@@ -78,9 +83,12 @@ def audit(request, reported=(), tell=lambda one: None):
         claimed = request.claim_precision
         allowance = 2 * subject.allowance(request.draws) / subject.dims / math.log(2)
         add(check_estimate(model, images, measured, recorded, scales, allowance))
-        add(check_whole_images(subject, request.jacobians), "Identity")
+        add(check_kind(subject), "Identity")
+        if not subject.is_density:
+            add(check_whole_images(subject, request.jacobians), "Identity")
         add(layers)
-        add(check_inverse(subject, model, claimed), "Inverse")
+        if subject.inverts:
+            add(check_inverse(subject, model, claimed), "Inverse")
         add(check_protocol(subject), "Protocol")
         add(check_memory(subject, other_split), "Protocol")
         add(check_precision(measured, claimed))
@@ -142,10 +150,7 @@ def select_images(request, model):
         with contextlib.suppress(DataError):  # then that check does not apply
             other_split = load_images(request.data, other, request.data_root)
     whole = request.num_images in (None, len(images.array))
-    if not whole:
-        images = dataclasses.replace(images, array=images.array[:request.num_images], labels=None,
-                                     known_fingerprint=None)
-    return images, other_split, whole
+    return images.first(request.num_images), other_split, whole
 
 
 def check_weights(found, recorded):
