@@ -203,7 +203,7 @@ class Adapter(torch.nn.Module):
         return {} if context is None else {"labels": context.flatten(1).argmax(1).tolist()}
 
     def forward(self, x, context=None, **how):
-        return tuple(self.worker.call("forward", x, **{"k": self.k}, **self.labels(context), **how))
+        return tuple(self.worker.call("forward", x, **{"k": self.k} | self.labels(context) | how))
 
     def inverse(self, z, context=None, **how):
         return tuple(self.worker.call("inverse", z, **self.labels(context), **how))

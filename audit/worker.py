@@ -20,6 +20,7 @@ MAX_BYTES, MAX_TEXT = 4 * 2 ** 30, 400
 # The first that is there is what is measured; forward needs inverse.
 KINDS = ("forward", "log_prob", "elbo", "bits")
 NAMES = (*KINDS, "inverse", "prior", "dequantize", "dequantize_inverse")
+SETTINGS = ("STOCHASTIC", "DISCRETE", "BITS", "CLASSES", "WEIGHTS")
 HASHED = {}
 
 
@@ -35,8 +36,7 @@ class Model:
         if not any(callable(space.get(name)) for name in KINDS):
             holder = space.get("model", space.get("Model"))
             holder = holder() if isinstance(holder, type) else holder
-        found = {name: getattr(holder, name, space.get(name)) for name in (
-            *NAMES, "STOCHASTIC", "DISCRETE", "BITS", "CLASSES", "WEIGHTS")}
+        found = {name: getattr(holder, name, space.get(name)) for name in (*NAMES, *SETTINGS)}
         self.functions = {name: found[name] for name in NAMES if callable(found[name])}
         kinds = [name for name in KINDS if name in self.functions]
         if "inverse" not in self.functions and "forward" in kinds:
@@ -44,7 +44,8 @@ class Model:
         self.kind = (*kinds, None)[0]
         self.bits, self.classes = found["BITS"] or 8, found["CLASSES"] or 0
         self.is_discrete = found["DISCRETE"] is True or self.kind == "bits"
-        self.is_stochastic = found["STOCHASTIC"] is True
+        is_drawn = self.kind == "elbo" and found["STOCHASTIC"] is None
+        self.is_stochastic = is_drawn or found["STOCHASTIC"] is True
         self.weights = [str(file) for file in found["WEIGHTS"] or ()]
         self.shapes = None  # of its latents
         if not all(isinstance(one, int) for one in (self.bits, self.classes)):
