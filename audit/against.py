@@ -23,7 +23,8 @@ def against(request, measured, data):
         bits = certified_bits(other, data)
     else:
         is_adapter = other.endswith(".py")
-        model = Adapter(other, request.threads) if is_adapter else load_jet(other)
+        model = Adapter(other, request.threads, request.adapter_limit) if is_adapter else (
+            load_jet(other))
         images = load_images(request.data, request.split, request.data_root)
         images = taken_by(model, images.first(request.num_images))
         bits = bits_table(model.to(pick_device("cpu" if is_adapter else request.device)),

@@ -23,7 +23,7 @@ from audit.couplings import check_inverse, check_layers
 from audit.estimate import check_estimate, check_precision, estimate
 from audit.images import check_data
 from audit.jacobians import check_whole_images, how_many
-from audit.kinds import check_bits, check_kind, check_labels
+from audit.kinds import check_kind, check_taken
 from audit.outcome import judge
 from audit.protocol import Subject, check_memory, check_protocol
 from audit.request import NUM_JACOBIANS
@@ -64,12 +64,10 @@ def audit(request, reported=(), tell=lambda one: None):
             add([check(section, "what the model refuses", None, OPEN, "", str(error))])
 
     rng = np.random.default_rng(list(bytes.fromhex(request.entropy)))
-    bits, classes = getattr(model, "bits", 8), getattr(model, "classes", 0)
-    add(check_data(images, other_split, recorded, rng, whole, bits))
+    add(check_data(images, other_split, recorded, rng, whole, getattr(model, "bits", 8)))
     add([check_weights(about["weights_sha256"], recorded)])
-    add([check_bits(images, bits)] if bits < 8 else [])
-    images, other_split = taken_by(model, images), other_split and taken_by(model, other_split)
-    add([check_labels(images, other_split, classes)] if classes else [])
+    images, other_split = (one and taken_by(model, one) for one in (images, other_split))
+    add(check_taken(model, images, other_split))
     try:
         measured = estimate(model, images, request.eval_seed, request.draws, request.iw,
                             request.claim_k, claim and claim.precision)
@@ -80,18 +78,15 @@ def audit(request, reported=(), tell=lambda one: None):
         if request.jacobians is None:
             request = dataclasses.replace(request, jacobians=how_many(subject, NUM_JACOBIANS))
         layers, scales = check_layers(subject) if isinstance(model, Jet) else ([], [])
-        claimed = request.claim_precision
         allowance = 2 * subject.allowance(request.draws) / subject.dims / math.log(2)
         add(check_estimate(model, images, measured, recorded, scales, allowance))
         add(check_kind(subject), "Identity")
-        if not subject.is_density:
-            add(check_whole_images(subject, request.jacobians), "Identity")
+        add(check_whole_images(subject, request.jacobians), "Identity")
         add(layers)
-        if subject.inverts:
-            add(check_inverse(subject, model, claimed), "Inverse")
+        add(check_inverse(subject, model, request.claim_precision), "Inverse")
         add(check_protocol(subject), "Protocol")
         add(check_memory(subject, other_split), "Protocol")
-        add(check_precision(measured, claimed))
+        add(check_precision(measured, request.claim_precision))
     if not isinstance(model, Jet):
         about["files"] = model.files()
         add([code_line("bytes", None, None, "", "not verified by bytes: the codec takes a Jet")])

@@ -46,6 +46,8 @@ def how_many(subject, most):
 
 def check_whole_images(subject, count):
     """count: images whose whole Jacobian is taken; 0: a stochastic estimate instead."""
+    if subject.is_density:
+        return []
     rng = subject.rng("Jacobian")
     chosen = rng.choice(len(subject.array), min(max(count, 2), len(subject.array)), replace=False)
     x, y = subject.x_mixed(chosen, rng), subject.y(chosen)

@@ -87,20 +87,20 @@ def check_beside(subject, by):
     return identity(by, float(gaps.mean()), INFO, "", says, 1.0)
 
 
-def check_labels(images, other_split, classes):
-    """Whether labels are classes: what is said of an image itself must not stand in its label."""
+def check_taken(model, images, other_split):
+    """Fewer bits and labels, where an adapter takes them. images: as it takes them."""
+    bits, classes = getattr(model, "bits", 8), getattr(model, "classes", 0)
+    if bits < 8:
+        yield check("Data", "bits", bits, INFO, "", "the model takes images of so many: levels 0 "
+                    f"to {2 ** bits - 1}; the number is of {images.name}")
+    if not classes:
+        return
     labels = np.asarray(images.labels)
-    known = [labels] if other_split is None or other_split.labels is None else [
-        labels, other_split.labels]
+    known = [labels] if other_split is None else [labels, other_split.labels]
     counts = np.bincount(np.concatenate(known), minlength=classes)
     share = float((counts[labels] < FEW).mean())
     own = np.bincount(labels) / len(labels)
     told = float(-(own[own > 0] * np.log2(own[own > 0])).sum())
-    return check("Data", "labels", share, share < 0.01, "below 0.01", "share of the images whose "
-                 f"label hardly another image has; labels tell {told:.2f} bits an image, "
-                 f"{told / images.array[0].size:.4f} bits/dim, which are not counted")
-
-
-def check_bits(images, bits):
-    return check("Data", "bits", bits, INFO, "", f"the model takes images of {bits} bits: levels 0 "
-                 f"to {2 ** bits - 1}; so the number is of {images.name}-{bits}bit")
+    yield check("Data", "labels", share, share < 0.01, "below 0.01", "share of the images whose "
+                f"label hardly another image has; labels tell {told:.2f} bits an image, "
+                f"{told / images.array[0].size:.4f} bits/dim, which are not counted")

@@ -19,7 +19,7 @@ FILES = {".pt", ".pth", ".ckpt", ".bin", ".npz", ".npy", ".safetensors", ".pkl",
 MAX_BYTES, MAX_TEXT = 4 * 2 ** 30, 400
 # The first that is there is what is measured; forward needs inverse.
 KINDS = ("forward", "log_prob", "elbo", "bits")
-NAMES = (*KINDS, "inverse", "prior", "dequantize", "dequantize_inverse")
+NAMES = (*KINDS, "inverse", "prior", "log_prior", "dequantize", "dequantize_inverse")
 SETTINGS = ("STOCHASTIC", "DISCRETE", "BITS", "CLASSES", "WEIGHTS")
 HASHED = {}
 
@@ -116,22 +116,48 @@ class Model:
         moved, logdet = pair_of("dequantize", self.use("dequantize", v.byte(), u))
         return moved, logdet + x[0].numel() * math.log(127.5)
 
+    @property
+    def has_prior(self):
+        return "prior" in self.functions or "log_prior" in self.functions
+
     def standardize(self, z, y):
         """z as standard normal values, and the log-det of that."""
-        if "prior" not in self.functions:
+        if not self.has_prior:
             return z, 0.0
-        pairs, e, logdet = self.prior(z, y), [], 0.0
-        for part, (mean, std) in zip(z, pairs):
+        e, logdet = [], 0.0
+        for part, (mean, std) in zip(z, self.prior(z, y)):
             std = std.expand_as(part)
             e.append((part - mean) / std)
             logdet = logdet - std.log().flatten(1).sum(1)
+        if "log_prior" in self.functions:  # whose own constants count: the audit finds wrong ones
+            logdet = self.of_latents("log_prior", z, y) + (
+                flat(e) ** 2 / 2 + math.log(2 * math.pi) / 2).sum(1)
         return e, logdet
+
+    def of_latents(self, name, z, y):
+        return self.use(name, list(z) if self.shapes[1] else z[0], *y)
 
     def prior(self, z, y):
         """[(mean, std)] of its latents."""
-        is_list = self.shapes[1]
-        pairs = self.use("prior", list(z) if is_list else z[0], *y)
-        return list(pairs) if is_list else [pairs]
+        if "prior" in self.functions:
+            pairs = self.of_latents("prior", z, y)
+            return list(pairs) if self.shapes[1] else [pairs]
+        at_z, at_0, at_1 = (self.slopes(parts, y) for parts in (
+            z, [part * 0 for part in z], [part * 0 + 1 for part in z]))
+        pairs = [(zero / (zero - one), (zero - one) ** -0.5) for zero, one in zip(at_0, at_1)]
+        for part, slope, (mean, std) in zip(z, at_z, pairs):
+            expected = (mean - part) / std ** 2
+            if not (slope - expected).abs().max() < 1e-3 * (1 + expected.abs().max()):
+                raise ValueError("log_prior is not of independent normal values: give prior(z) -> "
+                                 "[(mean, std)], or lead z to normal values in forward")
+        return pairs
+
+    def slopes(self, z, y):
+        """The gradients of log_prior."""
+        import torch
+        with torch.enable_grad():
+            z = [part.detach().requires_grad_(True) for part in z]
+            return torch.autograd.grad(self.of_latents("log_prior", z, y).sum(), z)
 
     def inverse(self, call, y, z):
         import torch
@@ -142,7 +168,7 @@ class Model:
         parts = [part.reshape(len(z), *shape)
                  for part, shape in zip(z.flatten(1).split(sizes, 1), shapes)]
         more = 0.0
-        if "prior" in self.functions:
+        if self.has_prior:
             e = parts
             for _ in e:  # each may depend on those that come later
                 parts = [part * std + mean for part, (mean, std) in zip(e, self.prior(parts, y))]

@@ -27,6 +27,11 @@ def labelled(tmp_path_factory):
             "names": make("names", LABELS[:144], np.arange(64) + 10)}
 
 
+def but(source, old, new):
+    assert old in source
+    return source.replace(old, new)
+
+
 # ---- maps: latents in lists, priors, labels, dequantizers, few bits, one channel
 
 # Two scales, each with a normal prior of its own; that of the first depends on the second.
@@ -69,6 +74,10 @@ def dequantize_inverse(images, x):
     b, v = bump(images).to(x), (x + 1) * 127.5 - images
     return 2 * v / (1 + b + ((1 + b) ** 2 - 4 * b * v).clamp(min=0).sqrt())
 """
+LOG_PRIOR = """
+def log_prior(z):
+    return -((z - 0.1) ** 2 / 2 / 0.81 + math.log(0.9) + 0.9189385332046727).flatten(1).sum(1)
+"""
 MODEL = """
 import math, torch
 class Model:
@@ -94,9 +103,9 @@ def bits(images):
 
 
 @pytest.mark.parametrize("source", [
-    LISTED, OWN_NOISE, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL, AFFINE + "BITS = 5",
+    LISTED, AFFINE + LOG_PRIOR, OWN_NOISE, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL, AFFINE + "BITS = 5",
     OWN_NOISE.replace("127.5", "15.5") + "BITS = 5"],
-    ids=["list with a prior", "own noise", "a class", "an object", "vectors", "density beside it", "5 bits",
+    ids=["list with a prior", "density of z", "own noise", "a class", "an object", "vectors", "density beside it", "5 bits",
          "own noise of 5 bits"])
 def test_maps_of_every_kind_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
@@ -164,11 +173,6 @@ def test_of_a_density_alone_it_is_said_that_nothing_shows_it_is_one(audit, sourc
 
 # ---- cheats of each kind
 
-def but(source, old, new):
-    assert old in source
-    return source.replace(old, new)
-
-
 CHEATS = {
     "a density too high": (but(LOG_PROB, "flatten(1).sum(1)", "flatten(1).sum(1) + 2.0 * x[0].numel()"),
                            "refuted", "noise of known entropy"),
@@ -200,6 +204,7 @@ def elbo(x, k):
 def prior(z):
     return 0.9 * z, torch.full_like(z, 0.1)
 """, "refuted", "log-det"),
+    "a density of z that is too high": (AFFINE + but(LOG_PRIOR, ".sum(1)", ".sum(1) + 9"), "refuted", "log-det"),
     "a prior in a circle": (but(LISTED, "return [(shift,", "last = last + 3 * torch.sin(9 * first).view_as(last)\n    return [(shift,")
                             .replace("last.new_full((96,), 0.1)", "last * 0.1"), "refuted", ""),
     "a dequantizer that folds levels": (AFFINE + """
@@ -283,6 +288,7 @@ def test_a_bound_of_k_draws_is_measured_with_k(audit):
     ("BITS = 9", "BITS = 9: must be 1 to 8"), ("CLASSES = -1", "CLASSES = -1: must be 0 to"),
     ("CLASSES = 4", "the adapter has CLASSES = 4: give images with labels"),
     ("def forward(x): return 1\ndef log_prob(x): return x.sum((1, 2))", "'float64', [64, 8]"),
+    (LOG_PRIOR.replace("** 2", "** 4"), "log_prior is not of independent normal values"),
     ("del inverse, forward", "needs forward")])
 def test_what_makes_no_sense_is_one_line(audit, tmp_path, corners, capsys, source, line):
     base = AFFINE if "log_prob" not in source else "import torch\n"
