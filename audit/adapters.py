@@ -18,6 +18,7 @@ import torch
 
 from audit.checks import AuditError
 from audit.request import relative_path
+from audit.worker import KINDS
 from convert import config_checksum, load_jet
 from harness.checkpoint import weights_checksum
 from harness.errors import one_line, printable
@@ -27,7 +28,6 @@ from harness.run_folder import is_fingerprint, is_step, read_done
 
 WORKER = Path(__file__).with_name("worker.py")
 MAX_LINE = 2 ** 20
-KINDS = ("forward", "log_prob", "elbo", "bits")
 NEEDS = ("it, or a model or class Model in it, needs forward(x) -> (z, logdet) and inverse(z) -> "
          "(x, logdet), or log_prob(x), elbo(x, k) or bits(images)")
 
@@ -142,24 +142,22 @@ class Adapter(torch.nn.Module):
         except OSError as error:
             raise AuditError(f"--adapter {one_line(error)}") from None
         self.worker, self.threads, self.k = Worker(path, threads, limit), threads, k
-        self.kind, self.has, self.bits, self.classes = self.read_about()
-        about = self.worker.about
-        self.is_stochastic, self.is_discrete = (about.get(name) is True
-                                                for name in ("stochastic", "discrete"))
+        self.kind, self.has, self.bits = self.read_about()
+        self.classes, about = 0, self.worker.about  # of the labels that it is told
+        self.is_stochastic, self.is_discrete, self.takes_labels = (
+            about.get(name) is True for name in ("stochastic", "discrete", "labels"))
         self.of_type = torch.nn.Parameter(torch.empty(0), requires_grad=False)  # what it is cast to
 
     def read_about(self):
         """What it says of itself, where that makes sense. Raises AuditError."""
         about, path = self.worker.about, self.worker.path
-        kind, has, bits, classes = (about.get(name) for name in ("kind", "has", "bits", "classes"))
+        kind, has, bits = (about.get(name) for name in ("kind", "has", "bits"))
         if kind not in KINDS or not isinstance(has, list):
             missing = " 'inverse'" if isinstance(has, list) and "forward" in has else ""
             raise AuditError(f"--adapter {path}: defines no function{missing}: {NEEDS}")
-        for name, value, least, most in (("BITS", bits, 1, 8), ("CLASSES", classes, 0, 10 ** 6)):
-            if not is_step(value) or not least <= value <= most:
-                raise AuditError(f"--adapter {path}: {name} = {printable(value, 40)}: must be "
-                                 f"{least} to {most:,}")
-        return kind, has, bits, classes
+        if not is_step(bits) or not 1 <= bits <= 8:
+            raise AuditError(f"--adapter {path}: BITS = {printable(bits, 40)}: must be 1 to 8")
+        return kind, {name for name in has if isinstance(name, str)}, bits
 
     @property
     def is_density(self):
@@ -218,15 +216,21 @@ class Adapter(torch.nn.Module):
                 for path, digest in sorted(self.worker.files.items())]
 
 
-def taken_by(model, images):
-    """An ImageSet as a model takes it: of fewer bits, and with labels. Raises AuditError."""
-    bits, classes = getattr(model, "bits", 8), getattr(model, "classes", 0)
-    if classes and images.labels is None:
-        raise AuditError(f"{images.name} {images.split} has no labels, and the adapter has "
-                         f"CLASSES = {classes}: give images with labels")
-    if classes and (most := images.labels.max()) >= classes:
-        raise AuditError(f"{images.name} {images.split} has labels up to {most}, and the adapter "
-                         f"CLASSES = {classes}")
+def taken_by(model, *splits):
+    """ImageSets (or None) as a model takes them: of fewer bits; and it is told their labels.
+
+    That is where it takes labels, and all of the sets have some.
+    """
+    labels = [images.labels for images in splits if images]
+    if getattr(model, "takes_labels", False) and all(one is not None for one in labels):
+        if min(one.min() for one in labels) < 0:
+            raise AuditError(f"{splits[0].name} has labels below 0")
+        model.classes = int(max(one.max() for one in labels)) + 1
+    bits = getattr(model, "bits", 8)
+    return [images and with_bits(images, bits) for images in splits]
+
+
+def with_bits(images, bits):
     if bits == 8:
         return images
     shift = 8 - bits if images.array.max() >= 2 ** bits else 0  # else they were made so

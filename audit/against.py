@@ -26,7 +26,7 @@ def against(request, measured, data):
         model = Adapter(other, request.threads, request.adapter_limit) if is_adapter else (
             load_jet(other))
         images = load_images(request.data, request.split, request.data_root)
-        images = taken_by(model, images.first(request.num_images))
+        images, = taken_by(model, images.first(request.num_images))
         bits = bits_table(model.to(pick_device("cpu" if is_adapter else request.device)),
                           images, request.eval_seed, request.draws)
         bits = bits["bits"].mean(0)

@@ -66,7 +66,7 @@ def audit(request, reported=(), tell=lambda one: None):
     rng = np.random.default_rng(list(bytes.fromhex(request.entropy)))
     add(check_data(images, other_split, recorded, rng, whole, getattr(model, "bits", 8)))
     add([check_weights(about["weights_sha256"], recorded)])
-    images, other_split = (one and taken_by(model, one) for one in (images, other_split))
+    images, other_split = taken_by(model, images, other_split)
     add(check_taken(model, images, other_split))
     try:
         measured = estimate(model, images, request.eval_seed, request.draws, request.iw,

@@ -80,7 +80,7 @@ def estimate(model, images, seed, draws, iw, K=None, claimed=None):
         noise_se = float(np.sqrt((bits[:draws].var(0, ddof=1) / draws).sum()) / len(array))
     bound, dequantization = getattr(model, "bound", ("elbo", "uniform"))
     return {"rows": rows, "bound": bound, "dequantization": dequantization,
-            "kind": getattr(model, "kind", "forward"),
+            "bits": getattr(model, "bits", 8), "kind": getattr(model, "kind", "forward"),
             "ours": evaluator.evaluate(reported, **settings, draws=draws),
             "float32": attempt(evaluate),
             "bfloat16": attempt(lambda: evaluate(images=few, precision="bfloat16")),

@@ -31,7 +31,7 @@ def check_kind(subject):
                     "dequantize_inverse(images, x) -> u")
     if model.kind == "elbo":
         yield check_more_draws(subject)
-    for by in {"log_prob", "elbo", "bits"} & set(model.has) - {model.kind}:
+    for by in sorted(WHY.keys() & model.has - {model.kind}):
         yield check_beside(subject, by)
 
 

@@ -6,6 +6,7 @@ nothing of the project: the folder of FILE.py comes first, and a data.py there i
 """
 import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -20,7 +21,7 @@ MAX_BYTES, MAX_TEXT = 4 * 2 ** 30, 400
 # The first that is there is what is measured; forward needs inverse.
 KINDS = ("forward", "log_prob", "elbo", "bits")
 NAMES = (*KINDS, "inverse", "prior", "log_prior", "dequantize", "dequantize_inverse")
-SETTINGS = ("STOCHASTIC", "DISCRETE", "BITS", "CLASSES", "WEIGHTS")
+SETTINGS = ("STOCHASTIC", "DISCRETE", "BITS", "WEIGHTS")
 HASHED = {}
 
 
@@ -42,35 +43,35 @@ class Model:
         if "inverse" not in self.functions and "forward" in kinds:
             kinds.remove("forward")  # of a module it may be anything
         self.kind = (*kinds, None)[0]
-        self.bits, self.classes = found["BITS"] or 8, found["CLASSES"] or 0
+        self.bits = found["BITS"] or 8
+        self.told = {name for name, one in self.functions.items() if "y" in parameters_of(one)}
         self.is_discrete = found["DISCRETE"] is True or self.kind == "bits"
         is_drawn = self.kind == "elbo" and found["STOCHASTIC"] is None
         self.is_stochastic = is_drawn or found["STOCHASTIC"] is True
         self.weights = [str(file) for file in found["WEIGHTS"] or ()]
         self.shapes = None  # of its latents
-        if not all(isinstance(one, int) for one in (self.bits, self.classes)):
-            raise TypeError("BITS and CLASSES must be whole numbers")
+        if not isinstance(self.bits, int):
+            raise TypeError("BITS must be a whole number")
 
     def about(self):
         return {"kind": self.kind, "has": sorted(self.functions), "bits": self.bits,
-                "classes": self.classes, "stochastic": self.is_stochastic,
+                "labels": bool(self.told), "stochastic": self.is_stochastic,
                 "discrete": self.is_discrete}
 
-    def use(self, name, *arguments):
-        """The answer of a function of the adapter; labels are its last argument, where it has any.
-        """
+    def use(self, name, y, *arguments):
+        """The answer of a function of the adapter, which is told labels if it has a y."""
         if name not in self.functions:
             raise NameError(f"it defines no {name}")
-        return self.functions[name](*arguments)
+        return self.functions[name](*arguments, **({"y": y} if name in self.told else {}))
 
     def forward(self, call, y, x):
         kind = call.get("by") or self.kind
         if kind == "bits" or self.is_discrete and kind != "forward":
             return self.probability(kind, call, y, x)
-        moved, logdet = self.dequantize(x) if not call.get("raw") else (x, 0.0)
+        moved, logdet = self.dequantize(x, y) if not call.get("raw") else (x, 0.0)
         if kind != "forward":
             return of_density(x, self.density(kind, call, y, moved), logdet)
-        z, own = pair_of("forward", self.use("forward", moved, *y))
+        z, own = pair_of("forward", self.use("forward", y, moved))
         parts = z if isinstance(z, (list, tuple)) else [z]
         self.shapes = [part.shape[1:] for part in parts], parts is z
         if any(part.dtype != x.dtype for part in (*parts, own)):
@@ -81,8 +82,9 @@ class Model:
             z = flat(parts).view_as(x)
         return z, own + more + logdet
 
-    def density(self, kind, call, y, *x):
-        return self.use(kind, *x, *((call.get("k") or 1,) if kind == "elbo" else ()), *y)
+    def density(self, kind, call, y, x):
+        draws = [call.get("k") or 1] if kind == "elbo" else []
+        return self.use(kind, y, x, *draws)
 
     def probability(self, kind, call, y, x):
         """Of discrete images: a density that is even within each of their cells."""
@@ -106,14 +108,14 @@ class Model:
         v = (place.detach() + tiny).floor().clamp(0, 2 ** self.bits - 1)
         return v, (place - v).clamp(tiny, 1 - tiny)
 
-    def dequantize(self, x):
+    def dequantize(self, x, y):
         """What the adapter takes for uniformly dequantized x, and the log-det of that."""
         scale = 127.5 / self.half
         if "dequantize" not in self.functions:
             x = x if scale == 1 else (x + 1) * scale - 1
             return x, x[0].numel() * math.log(scale)
         v, u = self.levels(x)
-        moved, logdet = pair_of("dequantize", self.use("dequantize", v.byte(), u))
+        moved, logdet = pair_of("dequantize", self.use("dequantize", y, v.byte(), u))
         return moved, logdet + x[0].numel() * math.log(127.5)
 
     @property
@@ -135,7 +137,7 @@ class Model:
         return e, logdet
 
     def of_latents(self, name, z, y):
-        return self.use(name, list(z) if self.shapes[1] else z[0], *y)
+        return self.use(name, y, list(z) if self.shapes[1] else z[0])
 
     def prior(self, z, y):
         """[(mean, std)] of its latents."""
@@ -173,23 +175,23 @@ class Model:
             for _ in e:  # each may depend on those that come later
                 parts = [part * std + mean for part, (mean, std) in zip(e, self.prior(parts, y))]
             more = -self.standardize(parts, y)[1]
-        x, logdet = pair_of("inverse", self.use("inverse", parts if is_list else parts[0], *y))
+        x, logdet = pair_of("inverse", self.use("inverse", y, parts if is_list else parts[0]))
         if x.dtype != z.dtype or logdet.dtype != z.dtype:
             return x, logdet
         x = x.view_as(z) if x.numel() == z.numel() else x
         if not call.get("raw"):
-            x, own = self.requantize(x)
+            x, own = self.requantize(x, y)
             more = more + own
         return x, logdet + more
 
-    def requantize(self, x):
+    def requantize(self, x, y):
         """The inverse of dequantize()."""
         dims, scale = x[0].numel(), 127.5 / self.half
         if "dequantize" not in self.functions:
             return x if scale == 1 else (x + 1) / scale - 1, -dims * math.log(scale)
         images = self.levels(x, self.half)[0].byte()
-        u = self.use("dequantize_inverse", images, x)
-        logdet = self.use("dequantize", images, u)[1]
+        u = self.use("dequantize_inverse", y, images, x)
+        logdet = self.use("dequantize", y, images, u)[1]
         return (images + u) / 127.5 - 1, -logdet - dims * math.log(127.5)
 
     def vjp(self, call, y, x, u):
@@ -197,6 +199,13 @@ class Model:
         with torch.enable_grad():
             z = self.forward(call, y, x.requires_grad_(True))[0]
             return torch.autograd.grad((z * u).sum(), x)
+
+
+def parameters_of(function):
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of what is no Python
+        return ()
 
 
 def pair_of(name, result):
@@ -255,7 +264,7 @@ def run(model, call, content):
     arrays = [torch.from_numpy(np.frombuffer(part, call["dtype"]).reshape(call["shape"]).copy())
               for part in content]
     labels = call.get("labels")
-    y = () if labels is None else (torch.tensor(labels),)
+    y = None if labels is None else torch.tensor(labels)
     with torch.autocast("cpu", torch.bfloat16, enabled=call["bfloat16"]), torch.no_grad():
         parts = getattr(model, call["name"])(call, y, *arrays)
     if not all(isinstance(part, torch.Tensor) for part in parts):
