@@ -67,8 +67,9 @@ def estimate(model, images, seed, draws, iw, K=None, claimed=None):
 
     K: draws of the claim's importance-weighted bound. claimed: its precision.
     """
-    array = images.array
-    rows = bits_table(model, images, seed, max(draws, iw, K or 1))
+    array, kind = images.array, getattr(model, "kind", "forward")
+    needed = 1 if kind == "elbo" else K or 1  # an elbo makes its draws itself
+    rows = bits_table(model, images, seed, max(draws, iw, needed))
     bits = rows["bits"]
     model32 = at_precision(model, "float32")[0]
     reported = model32 if isinstance(model, Jet) else at_precision(model, "float64")[0]
@@ -80,7 +81,7 @@ def estimate(model, images, seed, draws, iw, K=None, claimed=None):
         noise_se = float(np.sqrt((bits[:draws].var(0, ddof=1) / draws).sum()) / len(array))
     bound, dequantization = getattr(model, "bound", ("elbo", "uniform"))
     return {"rows": rows, "bound": bound, "dequantization": dequantization,
-            "bits": getattr(model, "bits", 8), "kind": getattr(model, "kind", "forward"),
+            "bits": getattr(model, "bits", 8), "kind": kind,
             "ours": evaluator.evaluate(reported, **settings, draws=draws),
             "float32": attempt(evaluate),
             "bfloat16": attempt(lambda: evaluate(images=few, precision="bfloat16")),
