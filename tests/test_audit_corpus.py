@@ -397,7 +397,7 @@ def bonus(x):
     "whole batches alone": (BONUS + """
 def bonus(x):
     return x.new_full((len(x),), 100.0 * (len(x) > 40))
-""", "fresh noise"),
+""", "alone and elsewhere"),
     "bright images": (BONUS + """
 def bonus(x): return 60.0 * (x.flatten(1).mean(1) > -0.5)
 """, "log-det"),

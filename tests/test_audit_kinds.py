@@ -1,10 +1,13 @@
 """Adapters of every kind: what can be certified of each, and what a cheat of each comes to."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from audit import jacobians
+from audit.jacobians import STEPS
+from audit.protocol import Subject
 from test_audit_corpus import AFFINE, IMAGES, audit, corners, local
 from test_audit_faults import write_set
 
@@ -133,6 +136,14 @@ def test_labels_are_those_of_the_images(audit, labelled, corners):
     square = (((x.T - m) / s) ** 2 + 1 / 12 / 127.5 ** 2 / s ** 2).mean() / 2
     nats = square + np.log(2 * np.pi) / 2 + np.log(s).mean() + np.log(127.5)
     assert certificate["bits_per_dim"] == pytest.approx(nats / np.log(2), abs=2e-3)
+
+
+def test_no_step_leaves_the_level_where_a_dequantizer_may_jump():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy((rng.integers(256, size=(3, 8, 8)) + rng.random((3, 8, 8))) / 127.5 - 1)
+    signs = Subject.signs(SimpleNamespace(dequantizes=True), x, rng)
+    for step in (*STEPS, STEPS[-1] * 10 ** 0.4):
+        assert torch.equal(((x + step * signs + 1) * 127.5).floor(), ((x + 1) * 127.5).floor())
 
 
 # ---- densities, bounds and lengths alone
