@@ -25,10 +25,10 @@ INFORMING = 64  # images in bfloat16, which is slow on CPUs, where no claim is i
 def bits_table(model, images, seed, draws, batch_size=64):
     """From the formulas, in float64, {"bits", "square" (bits/dim), "logdet" (nats): (draws, N)}.
 
-    images: an ImageSet, whose labels a class-conditional model is told.
+    images: an array, or an ImageSet, whose labels a class-conditional model is told.
     """
     model, dtype, _ = at_precision(model, "float64")
-    array, classes = images.array, getattr(model, "classes", 0)
+    array, classes = getattr(images, "array", images), getattr(model, "classes", 0)
     rows = {name: np.empty((draws, len(array))) for name in ("square", "logdet")}
     dims = array[0].size
     with BAR(total=draws * len(array), desc="likelihood in float64") as bar:
