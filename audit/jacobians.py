@@ -113,12 +113,12 @@ def find_step(subject, x, y, rng):
 def whole_logdet(subject, x, y, step, rng, chunk=63):
     """log|det dz/dx| at one image x (C, H, W) of label y, from a step along each of its values."""
     dims, order = x.numel(), rng.permutation(x.numel())
-    signs = subject.signs(x, rng).flatten()
+    signs, room = subject.signs(x, rng).flatten(), subject.room(x).flatten().numpy()
     J, flat = np.empty((dims, dims)), x.flatten()
     for start in BAR(range(0, dims, chunk), "Jacobian"):
         columns = order[start:start + chunk]
         moved = flat.repeat(len(columns) + 1, 1)
-        steps = step * 10 ** rng.uniform(-0.4, 0.4, len(columns))
+        steps = np.minimum(step * 10 ** rng.uniform(-0.4, 0.4, len(columns)), room[columns])
         steps *= signs[columns].numpy()
         base = int(rng.integers(len(columns) + 1))  # where x itself stands in the batch
         rows = np.delete(np.arange(len(moved)), base)

@@ -77,6 +77,14 @@ class Subject:
             return torch.where((x + 1) * 127.5 % 1 < 0.5, 1.0, -1.0).to(x)
         return torch.from_numpy(rng.choice([-1.0, 1.0], x.shape))
 
+    def room(self, x):
+        """How far each value of x may go: towards the end of a level, a dequantizer may be steep.
+        """
+        if not self.dequantizes:
+            return torch.full_like(x, math.inf)
+        place = (x + 1) * 127.5 % 1
+        return 0.01 * torch.minimum(place, 1 - place) / 127.5
+
     def x_mixed(self, indices, rng):
         """Every other one with the noise of the evaluation."""
         return torch.where((torch.arange(len(indices)) % 2 == 0)[:, None, None, None],
@@ -266,7 +274,8 @@ def check_jitter(subject):
     rng = subject.rng("jitter")
     chosen = subject.choose(rng, IMAGES)
     x, y = subject.x(chosen), subject.y(chosen)
-    moved = x + 1e-6 * torch.from_numpy(rng.uniform(0, 1, x.shape)) * subject.signs(x, rng)
+    size = (1e-6 * torch.from_numpy(rng.random(x.shape))).minimum(subject.room(x))
+    moved = x + size * subject.signs(x, rng)
     worst = float(np.abs(subject.bits_of(moved, y) - subject.bits_of(x, y)).max())
     allowed = max(subject.tolerance, 1e-3) + subject.allowance(1) * 2 / subject.dims / math.log(2)
     return line("jitter", worst, worst < allowed, f"below {allowed:.2g}", "bits/dim of an image, "

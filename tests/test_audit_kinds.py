@@ -76,6 +76,18 @@ def dequantize_inverse(images, x):
     b, v = bump(images).to(x), (x + 1) * 127.5 - images
     return 2 * v / (1 + b + ((1 + b) ** 2 - 4 * b * v).clamp(min=0).sqrt())
 """
+VARIATIONAL = AFFINE + """
+def shift(images):
+    return images.double().flatten(1).mean(1)[:, None, None, None] / 100 - 1
+def dequantize(images, u):  # normal noise through a sigmoid: steep at both ends of a level
+    e = torch.special.ndtri(u)
+    v = torch.sigmoid(1.5 * e + shift(images).to(u))
+    logdet = (v * (1 - v)).log() + math.log(1.5) + e ** 2 / 2 + 0.9189385332046727 - math.log(127.5)
+    return (images + v) / 127.5 - 1, logdet.flatten(1).sum(1)
+def dequantize_inverse(images, x):
+    v = (x + 1) * 127.5 - images
+    return torch.special.ndtr((torch.logit(v) - shift(images).to(x)) / 1.5)
+"""
 LOG_PRIOR = """
 def log_prior(z):
     return -((z - 0.1) ** 2 / 2 / 0.81 + math.log(0.9) + 0.9189385332046727).flatten(1).sum(1)
@@ -105,9 +117,9 @@ def bits(images):
 
 
 @pytest.mark.parametrize("source", [
-    LISTED, AFFINE + LOG_PRIOR, OWN_NOISE, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL, AFFINE + "BITS = 5",
+    LISTED, AFFINE + LOG_PRIOR, OWN_NOISE, VARIATIONAL, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL, AFFINE + "BITS = 5",
     OWN_NOISE.replace("127.5", "15.5") + "BITS = 5"],
-    ids=["list with a prior", "density of z", "own noise", "a class", "an object", "vectors", "density beside it", "5 bits",
+    ids=["list with a prior", "density of z", "own noise", "variational noise", "a class", "an object", "vectors", "density beside it", "5 bits",
          "own noise of 5 bits"])
 def test_maps_of_every_kind_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
@@ -144,6 +156,8 @@ def test_no_step_leaves_the_level_where_a_dequantizer_may_jump():
     signs = Subject.signs(SimpleNamespace(dequantizes=True), x, rng)
     for step in (*STEPS, STEPS[-1] * 10 ** 0.4):
         assert torch.equal(((x + step * signs + 1) * 127.5).floor(), ((x + 1) * 127.5).floor())
+    place, room = (x + 1) * 127.5 % 1, Subject.room(SimpleNamespace(dequantizes=True), x) * 127.5
+    assert (room < 0.011 * place).all() and (room < 0.011 * (1 - place)).all() and room.min() > 0
 
 
 # ---- densities, bounds and lengths alone
@@ -230,6 +244,12 @@ def dequantize(images, u):
     return (images + u * 1e-3) / 127.5 - 1, u.new_full((len(u),), -u[0].numel() * math.log(127.5))
 def dequantize_inverse(images, x):
     return ((x + 1) * 127.5 - images) * 1e3
+""", "refuted", "log-det"),
+    "a dequantizer that forgets its noise": (AFFINE + """
+def dequantize(images, u):
+    return (images.to(u) + 0.5) / 127.5 - 1, u.new_full((len(u),), -u[0].numel() * math.log(127.5))
+def dequantize_inverse(images, x):
+    return torch.rand_like(x)
 """, "refuted", "log-det"),
     "a dequantizer that leaves its level": (AFFINE + """
 def dequantize(images, u):
