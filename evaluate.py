@@ -126,7 +126,7 @@ def _check_jet(jet, weight, images, array):
                                  "them: give an ImageSet")
             check_labels(images, jet.config)
         return jet.config.context_dim
-    return 0
+    return getattr(jet, "classes", 0)
 
 
 def _summary(bits, logdets, per_image):

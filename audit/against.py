@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from audit.adapters import Adapter
+from audit.adapters import Adapter, taken_by
 from audit.certificates import read_certificate
 from audit.checks import AuditError
 from audit.estimate import bits_table
@@ -23,10 +23,12 @@ def against(request, measured, data):
         bits = certified_bits(other, data)
     else:
         is_adapter = other.endswith(".py")
-        model = Adapter(other, request.threads) if is_adapter else load_jet(other)
+        model = Adapter(other, request.threads, request.adapter_limit) if is_adapter else (
+            load_jet(other))
         images = load_images(request.data, request.split, request.data_root)
+        images, = taken_by(model, images.first(request.num_images))
         bits = bits_table(model.to(pick_device("cpu" if is_adapter else request.device)),
-                          images.array[:request.num_images], request.eval_seed, request.draws)
+                          images, request.eval_seed, request.draws)
         bits = bits["bits"].mean(0)
     ours = measured["rows"]["bits"][:measured["draws"]].mean(0)
     difference, error = paired_difference(ours, bits)

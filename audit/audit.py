@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import codec
-from audit.adapters import load_model
+from audit.adapters import load_model, taken_by
 from audit.certificates import FORMAT
 from audit.checks import BAR, FAIL, OPEN, AuditError, check, device_of
 from audit.claims import read_claim, trusted_to, verdict
@@ -23,6 +23,7 @@ from audit.couplings import check_inverse, check_layers
 from audit.estimate import check_estimate, check_precision, estimate
 from audit.images import check_data
 from audit.jacobians import check_whole_images, how_many
+from audit.kinds import check_kind, check_taken
 from audit.outcome import judge
 from audit.protocol import Subject, check_memory, check_protocol
 from audit.request import NUM_JACOBIANS
@@ -63,8 +64,10 @@ def audit(request, reported=(), tell=lambda one: None):
             add([check(section, "what the model refuses", None, OPEN, "", str(error))])
 
     rng = np.random.default_rng(list(bytes.fromhex(request.entropy)))
-    add(check_data(images, other_split, recorded, rng, whole))
+    add(check_data(images, other_split, recorded, rng, whole, getattr(model, "bits", 8)))
     add([check_weights(about["weights_sha256"], recorded)])
+    images, other_split = taken_by(model, images, other_split)
+    add(check_taken(model, images, other_split))
     try:
         measured = estimate(model, images, request.eval_seed, request.draws, request.iw,
                             request.claim_k, claim and claim.precision)
@@ -75,15 +78,15 @@ def audit(request, reported=(), tell=lambda one: None):
         if request.jacobians is None:
             request = dataclasses.replace(request, jacobians=how_many(subject, NUM_JACOBIANS))
         layers, scales = check_layers(subject) if isinstance(model, Jet) else ([], [])
-        claimed = request.claim_precision
         allowance = 2 * subject.allowance(request.draws) / subject.dims / math.log(2)
         add(check_estimate(model, images, measured, recorded, scales, allowance))
+        add(check_kind(subject), "Identity")
         add(check_whole_images(subject, request.jacobians), "Identity")
         add(layers)
-        add(check_inverse(subject, model, claimed), "Inverse")
+        add(check_inverse(subject, model, request.claim_precision), "Inverse")
         add(check_protocol(subject), "Protocol")
         add(check_memory(subject, other_split), "Protocol")
-        add(check_precision(measured, claimed))
+        add(check_precision(measured, request.claim_precision))
     if not isinstance(model, Jet):
         about["files"] = model.files()
         add([code_line("bytes", None, None, "", "not verified by bytes: the codec takes a Jet")])
@@ -142,10 +145,7 @@ def select_images(request, model):
         with contextlib.suppress(DataError):  # then that check does not apply
             other_split = load_images(request.data, other, request.data_root)
     whole = request.num_images in (None, len(images.array))
-    if not whole:
-        images = dataclasses.replace(images, array=images.array[:request.num_images], labels=None,
-                                     known_fingerprint=None)
-    return images, other_split, whole
+    return images.first(request.num_images), other_split, whole
 
 
 def check_weights(found, recorded):

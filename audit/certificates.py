@@ -150,8 +150,12 @@ def _number(certificate):
     data, se = certificate["data"], certificate["bits_per_dim_se"]
     value = f"{certificate['bits_per_dim']:.4f}" + (f" ± {se:.4f}" if se is not None else "")
     part = "" if data["whole_split"] else " (a part of the split)"
-    return (f"**{value} bits/dim** on {data['num_images']:,} images{part}, uniform dequantization, "
-            f"{counted(certificate['settings']['draws'], 'draw')} an image: an upper bound.")
+    how = f"{counted(certificate['settings']['draws'], 'draw')} an image: an upper bound"
+    how = f"uniform dequantization, {how}"
+    if certificate["weights"]["kind"] == "adapter":  # which may be of another kind
+        how = next(one["text"].rpartition("; ")[2] for one in certificate["checks"]
+                   if title(one) == "Estimate: bits/dim")
+    return f"**{value} bits/dim** on {data['num_images']:,} images{part}, {how}."
 
 
 def _made(certificate):

@@ -29,8 +29,8 @@ class Claim:
     model: str = ""
     dataset: str | None = None  # None: of the images that are audited
     variant: str | None = None
-    bound: str = "elbo"
-    dequantization: str = "uniform"
+    bound: str | None = None  # None: that of the model
+    dequantization: str | None = None
     k: int | None = None  # draws of an importance-weighted bound
     precision: str = "float32"
     source: str = ""
@@ -165,7 +165,7 @@ def measured_like(claim, measured):
         precision = float(other["bits_per_dim"] - exact[0][:other["num_images"]].mean())
     if claim.precision == "bfloat16":
         value += precision
-    if claim.k:
+    if claim.k and measured.get("kind") != "elbo":  # which has drawn as many
         weighted = importance_weighted(exact, claim.k, measured["dims"]).mean()
         value += float(weighted - exact[:measured["draws"]].mean())
     return value, abs(precision)
@@ -173,13 +173,20 @@ def measured_like(claim, measured):
 
 def why_not_comparable(claim, images, whole, measured):
     """Why a claim says nothing of these images, or None. whole: they are all of their split."""
+    ours, noise = measured.get("bound", "elbo"), measured.get("dequantization", "uniform")
     is_weighted = claim.bound == "importance-weighted" and claim.k
-    if claim.dequantization != "uniform" or claim.bound != "elbo" and not is_weighted:
-        return (f"other bound: the claim is {claim.bound} with {claim.dequantization or 'unknown'} "
-                "dequantization, ours elbo with uniform dequantization"
+    if claim.dequantization not in (None, noise) or not (
+            is_weighted or None in (ours, claim.bound) or claim.bound == ours):
+        return (f"other bound: the claim is {claim.bound or ours} with "
+                f"{(noise if claim.dequantization is None else claim.dequantization) or 'unknown'} "
+                f"dequantization, ours {ours} with {noise} dequantization"
                 + (": --claim-k gives its draws" if claim.bound == "importance-weighted" else ""))
     if isinstance(measured.get(claim.precision), Exception):
         return f"other precision: the model does not run in {claim.precision}"
+    bits = measured.get("bits", 8)
+    if bits < 8 and claim.variant is None:
+        return (f"other variant: these images have {bits} bits; --claim-variant "
+                f"{images.variant} says that the claim's have, too")
     if claim.dataset and claim.variant in ("unknown", "oord?"):
         return ("other variant: which images the claim was measured on is not known "
                 f"({claim.dataset})")

@@ -3,7 +3,6 @@
 The likelihood is computed twice: by evaluate.py, as all numbers of this repository are, and here
 from the formulas, in float64, with nothing shared but the network and the noise.
 """
-import dataclasses
 import functools
 import math
 
@@ -13,6 +12,7 @@ import torch
 import evaluate as evaluator
 from audit.checks import BAR, INFO, at_precision, attempt, check, counted, dequantized, device_of
 from data import evaluation_noise, fingerprint
+from harness.condition import one_hot
 from harness.errors import short
 from harness.flops import logdet_cap_share
 from jet import Jet
@@ -22,9 +22,13 @@ INFORMING = 64  # images in bfloat16, which is slow on CPUs, where no claim is i
 
 
 @torch.no_grad()
-def bits_table(model, array, seed, draws, batch_size=64):
-    """From the formulas, in float64, {"bits", "square" (bits/dim), "logdet" (nats): (draws, N)}."""
+def bits_table(model, images, seed, draws, batch_size=64):
+    """From the formulas, in float64, {"bits", "square" (bits/dim), "logdet" (nats): (draws, N)}.
+
+    images: an array, or an ImageSet, whose labels a class-conditional model is told.
+    """
     model, dtype, _ = at_precision(model, "float64")
+    array, classes = getattr(images, "array", images), getattr(model, "classes", 0)
     rows = {name: np.empty((draws, len(array))) for name in ("square", "logdet")}
     dims = array[0].size
     with BAR(total=draws * len(array), desc="likelihood in float64") as bar:
@@ -33,8 +37,10 @@ def bits_table(model, array, seed, draws, batch_size=64):
                 pixels = np.array(array[start:start + batch_size])
                 indices = range(start, start + len(pixels))
                 noise = evaluation_noise(indices, pixels.shape[1:], seed, draw)
-                z, logdet = model(dequantized(pixels, noise, dtype).to(device_of(model)))
-                part = draw, slice(start, start + len(pixels))
+                among = slice(start, start + len(pixels))
+                context = [one_hot(images.labels[among], classes)] if classes else []
+                z, logdet = model(dequantized(pixels, noise, dtype).to(device_of(model)), *context)
+                part = draw, among
                 squares = z.square().flatten(1).sum(1).cpu()
                 rows["square"][part] = squares / 2 / dims / math.log(2)
                 rows["logdet"][part] = logdet.cpu()
@@ -61,19 +67,22 @@ def estimate(model, images, seed, draws, iw, K=None, claimed=None):
 
     K: draws of the claim's importance-weighted bound. claimed: its precision.
     """
-    array = images.array
-    rows = bits_table(model, array, seed, max(draws, iw, K or 1))
+    array, kind = images.array, getattr(model, "kind", "forward")
+    needed = 1 if kind == "elbo" else K or 1  # an elbo makes its draws itself
+    rows = bits_table(model, images, seed, max(draws, iw, needed))
     bits = rows["bits"]
     model32 = at_precision(model, "float32")[0]
     reported = model32 if isinstance(model, Jet) else at_precision(model, "float64")[0]
-    few = images if claimed == "bfloat16" else dataclasses.replace(
-        images, array=array[:INFORMING], labels=None, known_fingerprint=None)
+    few = images if claimed == "bfloat16" else images.first(min(INFORMING, len(array)))
     settings = {"images": images, "seed": seed, "per_image": True}
     evaluate = functools.partial(evaluator.evaluate, model32, **settings)
     noise_se = math.nan
     if draws > 1:
         noise_se = float(np.sqrt((bits[:draws].var(0, ddof=1) / draws).sum()) / len(array))
-    return {"rows": rows, "ours": evaluator.evaluate(reported, **settings, draws=draws),
+    bound, dequantization = getattr(model, "bound", ("elbo", "uniform"))
+    return {"rows": rows, "bound": bound, "dequantization": dequantization,
+            "bits": getattr(model, "bits", 8), "kind": kind,
+            "ours": evaluator.evaluate(reported, **settings, draws=draws),
             "float32": attempt(evaluate),
             "bfloat16": attempt(lambda: evaluate(images=few, precision="bfloat16")),
             "noise_se": noise_se,
@@ -89,8 +98,7 @@ def check_estimate(model, images, measured, recorded, scales, allowance=0.0):
     value, per_image = ours["bits_per_dim"], ours["bits_per_dim_per_image"]
     yield line("bits/dim", value, value > -1e-3, "finite, and not below 0",
                f"+- {ours['bits_per_dim_se']:.4f} over images, +- {measured['noise_se']:.5f} over "
-               f"noise; {counted(measured['draws'], 'draw')} of uniform noise an image: an upper "
-               "bound", 1e-4)
+               f"noise; {how_measured(measured)}", 1e-4)
     is_mean = abs(per_image.mean() - value) < 1e-9
     yield line("every image once", ours["num_images"],
                is_mean and ours["num_images"] == len(images.array) == len(per_image),
@@ -102,6 +110,16 @@ def check_estimate(model, images, measured, recorded, scales, allowance=0.0):
     yield from check_importance_weights(measured)
     if recorded:
         yield check_recorded(images, measured, recorded)
+
+
+def how_measured(measured):
+    """"4 draws of uniform noise an image: an upper bound"."""
+    draws, dequantization = counted(measured["draws"], "draw"), measured["dequantization"]
+    if dequantization == "none":
+        return f"of discrete images, by {measured['kind']}"
+    by = "" if measured["kind"] == "forward" else f" by {measured['kind']}"
+    own = "uniform noise" if dequantization == "uniform" else "noise by its own dequantizer"
+    return f"{draws} of {own} an image: an upper bound{by}"
 
 
 def check_positive(measured):
@@ -139,6 +157,8 @@ def check_terms(measured, allowance):
              "log2(2 pi) / 2": math.log2(2 * math.pi) / 2, "log2(127.5)": math.log2(127.5),
              "log-det": -logdet}
     text = " + ".join(f"{term} {number:.4f}" for term, number in terms.items())
+    if measured["kind"] != "forward":
+        text = f"by {measured['kind']}"
     mean, allowed = float(own.mean()), 2e-4 + allowance / math.sqrt(len(own))
     yield line("sum of its terms", mean, abs(mean - ours["bits_per_dim"]) < allowed,
                f"bits/dim, to {allowed:.1g}",

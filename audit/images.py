@@ -12,11 +12,12 @@ REPEATED_SHARE = 0.001  # of the images; of 512, none
 line = functools.partial(check, "Data")
 
 
-def check_data(images, other_split, recorded, rng, whole=True):
+def check_data(images, other_split, recorded, rng, whole=True, bits=8):
     """images: ImageSet. other_split: that of the set's other split, or None. recorded: done.json
-    of the weights' run, or None. whole: whether these are all images of the split."""
+    of the weights' run, or None. whole: whether these are all images of the split. bits: of those
+    that the model takes."""
     yield from check_identity(images, whole)
-    yield check_levels(images)
+    yield check_levels(images, bits)
     yield from check_repeated(images, other_split)
     yield from check_near_copies(images, other_split, rng)
     if recorded:
@@ -59,7 +60,7 @@ def check_identity(images, whole):
     yield line("fingerprint", found, holds, expected or "not known", text)
 
 
-def check_levels(images):
+def check_levels(images, bits):
     """Whether the images have 256 levels: a number for 32 of them is another one."""
     counts = np.zeros(256, int)
     for start in BAR(range(0, len(images.array), 1024), "levels"):
@@ -70,6 +71,8 @@ def check_levels(images):
     holds = len(used) > 0.6 * span and span > 64
     if counts.sum() < 20 * 256:
         holds = None  # too few values
+    if bits < 8:
+        holds = INFO
     return line("levels of grey in use", len(used), holds, f"more than {max(int(0.6 * span), 64)}",
                 f"of the {span} from {used[0]} to {used[-1]}: images of fewer bits have fewer, and "
                 "their number is no number of 8 bits")

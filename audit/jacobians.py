@@ -32,10 +32,13 @@ def how_many(subject, most):
     if isinstance(subject.model, Jet):
         flops = dims * forward_flops(subject.model.config) + dims ** 3
         return min(most, max(int(JET_FLOPS / flops), 1 if flops < MOST_JET_FLOPS else 0))
-    x = subject.x(subject.rng("cost").integers(len(subject.array), size=32))
-    subject.forward(x)
+    if subject.is_density:
+        return 0
+    chosen = subject.rng("cost").integers(len(subject.array), size=32)
+    x, y = subject.x(chosen), subject.y(chosen)
+    subject.forward(x, y)
     begun = subject.model.worker.seconds
-    subject.forward(x)
+    subject.forward(x, y)
     seconds = max(subject.model.worker.seconds - begun, 0.0) / subject.model.threads
     seconds = seconds / len(x) * dims + dims ** 3 * 2 / 3 / LU_FLOPS
     return min(most, max(int(SECONDS / seconds), 1 if seconds < MOST_SECONDS else 0))
@@ -43,12 +46,18 @@ def how_many(subject, most):
 
 def check_whole_images(subject, count):
     """count: images whose whole Jacobian is taken; 0: a stochastic estimate instead."""
+    if subject.is_density:
+        return []
     rng = subject.rng("Jacobian")
-    x = subject.x_mixed(rng.choice(len(subject.array), min(max(count, 2), len(subject.array)),
-                                   replace=False), rng)
-    if is_float32(subject.forward(subject.x_mixed([0, len(subject.array) - 1], rng))):
+    chosen = rng.choice(len(subject.array), min(max(count, 2), len(subject.array)), replace=False)
+    x, y = subject.x_mixed(chosen, rng), subject.y(chosen)
+    ends = [0, len(subject.array) - 1]
+    if is_float32(subject.forward(subject.x_mixed(ends, rng), subject.y(ends))):
         return [line(None, OPEN, "", "its answers to float64 are of float32: no reference")]
-    step, rough, bent = find_step(subject, x[:2], rng)
+    if subject.dequantizes and not count:
+        return [line(None, OPEN, "", "its dequantizer allows no small steps in all directions, and "
+                     f"a Jacobian of {subject.dims:,} x {subject.dims:,} is too large")]
+    step, rough, bent = find_step(subject, x[:2], y[:2], rng)
     if rough > 1e-3:
         return [line(rough, OPEN, "", "its outputs are too rough for a derivative (float32 inside, "
                      f"or not smooth): slopes at neighbouring steps differ by {rough:.1g} of them")]
@@ -58,8 +67,8 @@ def check_whole_images(subject, count):
         return [line(None, None, "", f"a Jacobian of {subject.dims:,} x {subject.dims:,} at this "
                      "model's cost is too large: coupling by coupling, below"), smooth]
     if count:
-        return [compare(subject, x[:count], step, rng), smooth]
-    return [compare_stochastic(subject, x, step, rng), smooth]
+        return [compare(subject, x[:count], y[:count], step, rng), smooth]
+    return [compare_stochastic(subject, x, y, step, rng), smooth]
 
 
 def is_float32(results):
@@ -68,9 +77,9 @@ def is_float32(results):
         results[0].std() > 0)
 
 
-def compare(subject, x, step, rng):
-    claimed = subject.mean_logdet(x)
-    found = [whole_logdet(subject, image, step, rng) for image in x]
+def compare(subject, x, y, step, rng):
+    claimed = subject.mean_logdet(x, y)
+    found = [whole_logdet(subject, image, label, step, rng) for image, label in zip(x, y)]
     gaps = np.abs(np.array(found) - claimed)
     worst, allowed = float(gaps.max()), 1e-6 * subject.dims + subject.allowance(64)
     if not isinstance(subject.model, Jet):  # which is exact
@@ -83,13 +92,13 @@ def compare(subject, x, step, rng):
                 f"({subject.dims:,} x {subject.dims:,}), from finite differences of z", allowed)
 
 
-def find_step(subject, x, rng):
+def find_step(subject, x, y, rng):
     """(the step at which slopes are surest, how much they differ there, how much up to 1e-5)."""
     slopes = []
-    for image in x:
-        direction = torch.from_numpy(rng.choice([-1.0, 1.0], image.shape))
+    for image, label in zip(x, y):
+        direction = subject.signs(image, rng)
         moved = torch.stack([image, *(image + step * direction for step in STEPS)])
-        z = subject.forward(moved)[0].flatten(1).numpy()
+        z = subject.forward(moved, label.expand(len(moved)))[0].flatten(1).numpy()
         slopes.append((z[1:] - z[0]) / np.array(STEPS)[:, None])
     slopes = np.concatenate(slopes, 1)
     sizes = np.abs(slopes[1:]) + 1e-2 * np.abs(slopes[1:]).mean(1, keepdims=True) + 1e-300
@@ -101,19 +110,20 @@ def find_step(subject, x, rng):
     return STEPS[best + 1], float(rough[best]), float(bent)
 
 
-def whole_logdet(subject, x, step, rng, chunk=63):
-    """log|det dz/dx| at one image x (C, H, W), from a step along each of its values."""
+def whole_logdet(subject, x, y, step, rng, chunk=63):
+    """log|det dz/dx| at one image x (C, H, W) of label y, from a step along each of its values."""
     dims, order = x.numel(), rng.permutation(x.numel())
+    signs, room = subject.signs(x, rng).flatten(), subject.room(x).flatten().numpy()
     J, flat = np.empty((dims, dims)), x.flatten()
     for start in BAR(range(0, dims, chunk), "Jacobian"):
         columns = order[start:start + chunk]
         moved = flat.repeat(len(columns) + 1, 1)
-        steps = step * 10 ** rng.uniform(-0.4, 0.4, len(columns))
-        steps *= rng.choice([-1, 1], len(columns))
+        steps = np.minimum(step * 10 ** rng.uniform(-0.4, 0.4, len(columns)), room[columns])
+        steps *= signs[columns].numpy()
         base = int(rng.integers(len(columns) + 1))  # where x itself stands in the batch
         rows = np.delete(np.arange(len(moved)), base)
         moved[rows, columns] += torch.from_numpy(steps)
-        z = subject.forward(moved.view(-1, *x.shape))[0].flatten(1).numpy()
+        z = subject.forward(moved.view(-1, *x.shape), y.expand(len(moved)))[0].flatten(1).numpy()
         taken = moved[rows, columns] - flat[columns]
         J[columns] = (z[rows] - z[base]) / taken.numpy()[:, None]
     filled = J != 0
@@ -124,8 +134,9 @@ def whole_logdet(subject, x, step, rng, chunk=63):
 
 # ---- beyond: log det J = tr log(J^T J) / 2, by Lanczos quadrature
 
-def compare_stochastic(subject, x, step, rng):
-    result = attempt(lambda: [stochastic_logdet(subject, image, step, rng) for image in x])
+def compare_stochastic(subject, x, y, step, rng):
+    result = attempt(lambda: [stochastic_logdet(subject, image, label[None], step, rng)
+                              for image, label in zip(x, y)])
     if isinstance(result, Exception):
         return line(None, OPEN, "", f"{subject.dims:,} dimensions are too many for a whole "
                     f"Jacobian at this model's cost, and it gives no gradient ({short(result)})")
@@ -134,7 +145,7 @@ def compare_stochastic(subject, x, step, rng):
         return line(float(spoofed.max()), False, "below 0.001", "its gradients are not the slopes "
                     "of its outputs: relative difference along random directions")
     scale = subject.dims * math.log(2)
-    gap = float((found - subject.mean_logdet(x)).mean() / scale)
+    gap = float((found - subject.mean_logdet(x, y)).mean() / scale)
     error = float(np.sqrt((spread ** 2).sum()) / len(x) / scale)
     allowed = subject.tolerance + 4 * error + subject.allowance(64) / scale
     text = (f"bits/dim, {len(x)} images chosen at random, against stochastic estimates of error "
@@ -144,14 +155,14 @@ def compare_stochastic(subject, x, step, rng):
     return line(gap, abs(gap) < allowed, f"within {allowed:.2g}", text, allowed)
 
 
-def stochastic_logdet(subject, x, step, rng):
+def stochastic_logdet(subject, x, label, step, rng):
     """(log|det dz/dx| at one image, its standard error, how far gradients are from slopes)."""
     values, spoofed, dims = [], [], x.numel()
     scaled = step * math.sqrt(dims)
 
     def slope(v):
         moved = torch.stack([x + scaled * v.view(x.shape), x - scaled * v.view(x.shape)])
-        z = subject.forward(moved)[0].flatten(1)
+        z = subject.forward(moved, label.expand(2))[0].flatten(1)
         return (z[0] - z[1]) / (2 * scaled)
 
     for _ in BAR(range(PROBES), "stochastic log-det"):
@@ -160,7 +171,7 @@ def stochastic_logdet(subject, x, step, rng):
         for _ in range(min(KRYLOV, dims)):
             basis.append(v)
             y = slope(v)
-            w = subject.vjp(x, y.view(x.shape)).flatten()
+            w = subject.vjp(x, label, y.view(x.shape)).flatten()
             pairs.append((y, w))
             alphas.append(float(w @ v))
             for _ in range(2):  # all of them, twice: rounding makes them no longer orthogonal

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from audit.adapters import Adapter
-from audit.checks import INFO, OPEN, at_precision, check, dequantized, device_of, largest_of
+from audit.checks import (
+    INFO, OPEN, at_precision, attempt, check, dequantized, device_of, largest_of)
 from audit.copies import is_photo
 from data import evaluation_noise
+from harness.condition import one_hot
 
 IMAGES = 16  # that most checks look at
 NOISE_IMAGES, MEMORY_IMAGES = 256, 96
@@ -34,11 +36,15 @@ class Subject:
         self.entropy, self.tolerance = entropy, tolerance
         self.dims = images.array[0].size
         self.nats = tolerance * self.dims * math.log(2)
-        self.is_stochastic = getattr(model, "is_stochastic", False)
+        self.is_stochastic, self.is_density, self.dequantizes = (
+            getattr(model, name, False) for name in ("is_stochastic", "is_density", "dequantizes"))
+        self.inverts = getattr(model, "inverts", True)
+        self.classes, self.top = getattr(model, "classes", 0), 2 ** getattr(model, "bits", 8) - 1
         self.noise = 0.0  # of one log-det, nats
         if self.is_stochastic:
-            x = self.x(self.rng("log-det").integers(len(self.array), size=8))
-            self.noise = float(np.std([self.forward(x)[1].numpy() for _ in range(16)], 0,
+            chosen = self.rng("log-det").integers(len(self.array), size=8)
+            x, y = self.x(chosen), self.y(chosen)
+            self.noise = float(np.std([self.forward(x, y)[1].numpy() for _ in range(16)], 0,
                                       ddof=1).max())
 
     @functools.cached_property
@@ -60,6 +66,25 @@ class Subject:
         """Images, dequantized: with the noise of the evaluation, or what a generator gives."""
         return dequantized(self.array[np.asarray(indices)], self.noise_of(indices, rng))
 
+    def y(self, indices):
+        """Labels (n,): of a model that takes none, 0."""
+        labels = self.images.labels if self.classes else np.zeros(len(self.array), int)
+        return torch.from_numpy(np.asarray(labels)[np.asarray(indices)])
+
+    def signs(self, x, rng):
+        """Random signs; where levels have a dequantizer, those that lead to the middle of each."""
+        if self.dequantizes:
+            return torch.where((x + 1) * 127.5 % 1 < 0.5, 1.0, -1.0).to(x)
+        return torch.from_numpy(rng.choice([-1.0, 1.0], x.shape))
+
+    def room(self, x):
+        """How far each value of x may go: towards the end of a level, a dequantizer may be steep.
+        """
+        if not self.dequantizes:
+            return torch.full_like(x, math.inf)
+        place = (x + 1) * 127.5 % 1
+        return 0.01 * torch.minimum(place, 1 - place) / 127.5
+
     def x_mixed(self, indices, rng):
         """Every other one with the noise of the evaluation."""
         return torch.where((torch.arange(len(indices)) % 2 == 0)[:, None, None, None],
@@ -73,30 +98,34 @@ class Subject:
         return rng.random((len(indices), *shape))
 
     @torch.no_grad()
-    def forward(self, x, model=None):
-        return self._apply((model or self.model).forward, x)
+    def forward(self, x, y, model=None, **how):
+        return self._apply((model or self.model).forward, x, y, how)
 
     @torch.no_grad()
-    def inverse(self, z, model=None):
-        return self._apply((model or self.model).inverse, z)
+    def inverse(self, z, y, model=None, **how):
+        return self._apply((model or self.model).inverse, z, y, how)
 
-    def _apply(self, function, x, batch_size=64):
+    def _apply(self, function, x, y, how, batch_size=64):
         device = device_of(self.model)
-        parts = [function(part.to(device)) for part in x.split(batch_size)]
+        parts = [function(part.to(device), *self.context(labels), **how)
+                 for part, labels in zip(x.split(batch_size), y.split(batch_size))]
         return tuple(torch.cat(part).detach().cpu() for part in zip(*parts))
 
-    def vjp(self, x, u):
-        """The gradient of z . u at one image x."""
+    def context(self, y):
+        return [one_hot(y, self.classes)] if self.classes else []
+
+    def vjp(self, x, y, u):
+        """The gradient of z . u at one image x, of label y (1,)."""
         if isinstance(self.model, Adapter):
-            return self.model.vjp(x[None], u[None])[0]
+            return self.model.vjp(x[None], u[None], *self.context(y))[0]
         x = x[None].to(device_of(self.model)).requires_grad_(True)
         z = self.model(x)[0]
         return torch.autograd.grad((z * u.to(z)).sum(), x)[0][0].cpu()
 
-    def mean_logdet(self, x):
+    def mean_logdet(self, x, y):
         """The log-det of each image, of a stochastic one the mean."""
         repeats = REPEATS if self.is_stochastic else 1
-        return np.mean([self.forward(x)[1].numpy() for _ in range(repeats)], 0)
+        return np.mean([self.forward(x, y)[1].numpy() for _ in range(repeats)], 0)
 
     def allowance(self, repeats):
         """Nats that a stochastic log-det's mean may be off."""
@@ -108,8 +137,8 @@ class Subject:
         nats = squares - logdet + self.dims * (math.log(2 * math.pi) / 2 + math.log(127.5))
         return (nats / self.dims / math.log(2)).numpy()
 
-    def bits_of(self, x):
-        return self.bits(*self.forward(x))
+    def bits_of(self, x, y, **how):
+        return self.bits(*self.forward(x, y, **how))
 
 
 def error_of(values):
@@ -119,8 +148,9 @@ def error_of(values):
 
 def check_protocol(subject):
     yield check_company(subject)
-    yield from check_latents(subject)
-    yield check_moved_latents(subject)
+    if subject.inverts:
+        yield from check_latents(subject)
+        yield check_moved_latents(subject)
     yield check_noise(subject)
     yield check_jitter(subject)
     yield check_levels(subject)
@@ -130,23 +160,28 @@ def check_company(subject):
     """Each image alone, in another batch, in another process, and after other images."""
     rng, dims = subject.rng("company"), subject.dims
     chosen = subject.choose(rng, IMAGES)
-    x = subject.x(chosen)
+    x, y = subject.x(chosen), subject.y(chosen).repeat(2)
     size = 10 ** rng.uniform(-7, -3, len(x))
     moved = x + torch.from_numpy(size[:, None, None, None] * rng.standard_normal(x.shape))
     x = torch.cat([x, moved])  # neighbours, which stand together here, and not there
-    others = subject.x(chosen, rng).flip(3)
-    here = subject.forward(x)
-    subject.forward(torch.from_numpy(rng.uniform(-1, 1, others.shape)), subject.witness)
-    subject.inverse(torch.from_numpy(rng.standard_normal(others.shape)), subject.witness)
+    others, labels = subject.x(chosen, rng).flip(3), y[:len(chosen)]
+    here = subject.forward(x, y)
+    noise = rng.uniform(-1, (subject.top + 1) / 127.5 - 1, others.shape)
+    subject.forward(torch.from_numpy(noise), labels, subject.witness)
+    if subject.inverts:
+        z = torch.from_numpy(rng.standard_normal(others.shape))
+        attempt(lambda: subject.inverse(z, labels, subject.witness))
     there = [torch.empty_like(part) for part in here]
     for number in rng.permutation(len(x)):
-        company = others[rng.permutation(len(others))[:rng.integers(0, 4)]]
-        place = int(rng.integers(len(company) + 1))
-        batch = torch.cat([company[:place], x[number:number + 1], company[place:]])
-        for part, result in zip(there, subject.forward(batch, subject.witness)):
+        order = rng.permutation(len(others))[:rng.integers(0, 4)]
+        place = int(rng.integers(len(order) + 1))
+        batch, told = (torch.cat([company[order[:place]], mine[number:number + 1],
+                                  company[order[place:]]])
+                       for company, mine in ((others, x), (labels, y)))
+        for part, result in zip(there, subject.forward(batch, told, subject.witness)):
             part[number] = result[place]
-    subject.forward(others)
-    again = subject.forward(x)
+    subject.forward(others, labels)
+    again = subject.forward(x, y)
     gaps = [np.abs(subject.bits(*here) - subject.bits(*other)).max() for other in (there, again)]
     draw = subject.measured["draws"] - 1  # and the very values that the number was made of
     alone = subject.bits(*there)[:len(chosen)]
@@ -177,15 +212,17 @@ def check_latents(subject):
     """The inverse of z that no image had, and whether both log-dets cancel there."""
     rng = subject.rng("latents")
     shape = (IMAGES, *subject.x([0]).shape[1:])
-    z = torch.from_numpy(rng.standard_normal(shape))
-    x, inverse_logdet = subject.inverse(z, subject.witness)
+    z, y = torch.from_numpy(rng.standard_normal(shape)), subject.y(rng.integers(
+        len(subject.array), size=IMAGES))
+    how = {"raw": True} if subject.dequantizes else {}  # z of no image have values beyond levels
+    x, inverse_logdet = subject.inverse(z, y, subject.witness, **how)
     sane = (x.flatten(1).abs() < 1e4).all(1)
     if not sane.any():
         yield line("inverse of fresh z", None, OPEN, "", "of random z, the inverse is not finite, "
                    "or far from any image")
         return
-    z, x, inverse_logdet = z[sane], x[sane], inverse_logdet[sane]
-    back, logdet = subject.forward(x)
+    z, x, y, inverse_logdet = z[sane], x[sane], y[sane], inverse_logdet[sane]
+    back, logdet = subject.forward(x, y, **how)
     error = float((back - z).square().mean().sqrt())
     yield line("inverse of fresh z", error, error < 0.01, "below 0.01", f"forward(inverse(z)) "
                f"against z, {len(z)} random z, two processes; z has deviation 1", 0.01)
@@ -196,19 +233,24 @@ def check_latents(subject):
 
 
 def check_moved_latents(subject):
-    """Images from z that a process has not made, and that were slightly moved since."""
+    """Images from z that a process has not made, and that were slightly moved since.
+
+    Every other one is a mixture of two, value by value: what knows the images does not know those.
+    """
     rng = subject.rng("moved latents")
-    x = subject.x(subject.choose(rng, IMAGES), rng)
-    z = subject.forward(x)[0]
+    chosen = subject.choose(rng, IMAGES)
+    x, y = subject.x(chosen, rng), subject.y(chosen)
+    x[::2] = torch.lerp(x, x.roll(1, 0).flip(3), torch.from_numpy(rng.random(x.shape)))[::2]
+    z = subject.forward(x, y)[0]
     z = z + 1e-7 * torch.from_numpy(rng.standard_normal(z.shape))
     order = torch.from_numpy(rng.permutation(len(x)))
     back = torch.empty_like(x)
     for part in order.split(int(rng.integers(2, 6))):
-        back[part] = subject.inverse(z[part], subject.witness)[0]
+        back[part] = subject.inverse(z[part], y[part], subject.witness)[0]
     share = float(((back - x).abs() * 127.5 < 0.25).double().mean())
     return line("inverse of z slightly moved", share, share > 0.99, "above 0.99",
-                f"share of the values of {len(x)} images that come back to a quarter of a level, "
-                "in another process, from z + 1e-7", 0.01)
+                f"share of the values of {len(x)} images, every other one a mixture of two, that "
+                "come back to a quarter of a level, in another process, from z + 1e-7", 0.01)
 
 
 def check_noise(subject):
@@ -216,7 +258,7 @@ def check_noise(subject):
     rng = subject.rng("noise")
     chosen = subject.choose(rng, NOISE_IMAGES)
     cuts = np.cumsum(rng.integers(1, 65, len(chosen)))  # batches of all sizes
-    bits = np.concatenate([subject.bits_of(subject.x(part, rng))
+    bits = np.concatenate([subject.bits_of(subject.x(part, rng), subject.y(part))
                            for part in np.split(chosen, cuts[cuts < len(chosen)])])
     draws = subject.measured["draws"]
     gaps = bits - subject.measured["rows"]["bits"][:draws, chosen].mean(0)
@@ -230,9 +272,11 @@ def check_noise(subject):
 def check_jitter(subject):
     """Images moved by far less than a level, off the lattice of the evaluation's noise."""
     rng = subject.rng("jitter")
-    x = subject.x(subject.choose(rng, IMAGES))
-    moved = x + 1e-6 * torch.from_numpy(rng.uniform(-1, 1, x.shape))
-    worst = float(np.abs(subject.bits_of(moved) - subject.bits_of(x)).max())
+    chosen = subject.choose(rng, IMAGES)
+    x, y = subject.x(chosen), subject.y(chosen)
+    size = (1e-6 * torch.from_numpy(rng.random(x.shape))).minimum(subject.room(x))
+    moved = x + size * subject.signs(x, rng)
+    worst = float(np.abs(subject.bits_of(moved, y) - subject.bits_of(x, y)).max())
     allowed = max(subject.tolerance, 1e-3) + subject.allowance(1) * 2 / subject.dims / math.log(2)
     return line("jitter", worst, worst < allowed, f"below {allowed:.2g}", "bits/dim of an image, "
                 "and moved by 1e-6: a density that rises at the numbers it is asked for alone, "
@@ -243,16 +287,17 @@ def check_levels(subject):
     """Images with one value changed by one level: no density of images hangs on that."""
     rng = subject.rng("levels")
     chosen = subject.choose(rng, 2 * IMAGES)
-    noise = subject.noise_of(chosen)
+    noise, y = subject.noise_of(chosen), subject.y(chosen)
     pixels = np.array(subject.array[chosen])
-    before, changes = subject.bits_of(dequantized(pixels, noise)), []
+    before, changes = subject.bits_of(dequantized(pixels, noise), y), []
     for _ in range(3):
         flat = pixels.reshape(len(pixels), -1).copy()
         rows, places = np.arange(len(flat)), rng.integers(flat.shape[1], size=len(flat))
         old = flat[rows, places].astype(int)
-        flat[rows, places] = np.where(old == 255, 254, old + np.where(old, rng.choice([-1, 1]), 1))
-        changes.append(np.abs(subject.bits_of(dequantized(flat.reshape(pixels.shape), noise))
-                              - before))
+        flat[rows, places] = np.where(old == subject.top, old - 1,
+                                      old + np.where(old, rng.choice([-1, 1]), 1))
+        changed = subject.bits_of(dequantized(flat.reshape(pixels.shape), noise), y)
+        changes.append(np.abs(changed - before))
     nats = np.min(changes, 0) * subject.dims * math.log(2)
     worst, mean = float(nats.max()), float(nats.mean())
     allowed = 50 + subject.allowance(1) * 2
@@ -276,12 +321,13 @@ def check_memory(subject, other_split):
     rng = subject.rng("memory")
     chosen = subject.choose(rng, MEMORY_IMAGES)
     pixels, noise = np.array(subject.array[chosen]), subject.noise_of(chosen, rng)
-    bits = subject.bits_of(dequantized(pixels, noise))
+    y = subject.y(chosen)
+    bits = subject.bits_of(dequantized(pixels, noise), y)
     moves = [tuple(rng.permutation([rng.choice([-2, -1, 1, 2]), rng.integers(-2, 3)]))
              for _ in range(2)]
     changed = {"mirrored": pixels[:, :, ::-1], "moved": shifted(pixels, *moves[0]),
                "moved and mirrored": shifted(pixels, *moves[1])[:, :, ::-1]}
-    gaps = {name: subject.bits_of(dequantized(other, noise)) - bits
+    gaps = {name: subject.bits_of(dequantized(other, noise), y) - bits
             for name, other in changed.items()}
     means = {name: float(gap.mean()) for name, gap in gaps.items()}
     second = sorted(means, key=means.get)[1]
@@ -298,8 +344,10 @@ def check_memory(subject, other_split):
         return
     indices = rng.choice(len(other_split.array), min(len(bits), len(other_split.array)),
                          replace=False)
-    others = np.array(other_split.array[np.sort(indices)])
-    other_bits = subject.bits_of(dequantized(others, rng.random(others.shape)))
+    indices = np.sort(indices)
+    others = np.array(other_split.array[indices])
+    y = torch.from_numpy(other_split.labels[indices]) if subject.classes else y[:len(others)]
+    other_bits = subject.bits_of(dequantized(others, rng.random(others.shape)), y)
     gap = float(other_bits.mean() - bits.mean())
     error = math.hypot(error_of(bits), error_of(other_bits))
     allowed = 0.1 + 4 * error

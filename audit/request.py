@@ -17,7 +17,8 @@ CLAIMS = ("claim", "claim_from", "claim_data", "claim_variant", "claim_bound",
           "claim_dequantization", "claim_k", "claim_precision")
 RECORDED = ("checkpoint", "adapter", "data", "split", "num_images", "draws", "iw", "jacobians",
             "codelength", *CLAIMS, "eval_seed", "threads", "entropy")
-PLACES = ("adapter", "checkpoint", "data", "data_root", "device")  # not in it, or elsewhere now
+# Not in it, or elsewhere now:
+PLACES = ("adapter", "adapter_limit", "checkpoint", "data", "data_root", "device")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class Request:
     checkpoint: str | None = setting(
         None, "a run folder or weight file (default: assets/jet_cifar10)", kind=str)
     adapter: str | None = setting(
-        None, "instead: a Python file with forward(x) and inverse(z); it is run", kind=str)
+        None, "instead: a Python file with forward(x) and inverse(z), or log_prob(x), elbo(x, k) "
+        "or bits(images); it is run", kind=str)
+    adapter_limit: int = setting(600, "seconds that an adapter may take for an answer",
+                                 maximum=10 ** 6)
     data: str = setting("cifar10-subset", "image set, prepared folder or .npy file")
     data_root: str | None = setting(None, "holds the image sets (default: $JET_DATA)", kind=str)
     split: str = setting("test", "which images of the set", SPLITS)
@@ -40,10 +44,10 @@ class Request:
         None, "what the claim is of, like imagenet64-oord (default: the audited images)", kind=str)
     claim_variant: str | None = setting(None, "of these images (default: the set's)", kind=str)
     claim_bound: str | None = setting(
-        None, "of the claim (default: elbo)", ("elbo", "importance-weighted", "exact", "ode"),
-        kind=str)
+        None, "of the claim (default: the model's)",
+        ("elbo", "importance-weighted", "exact", "ode"), kind=str)
     claim_dequantization: str | None = setting(
-        None, "of the claim (default: uniform)", ("uniform", "variational", "none"),
+        None, "of the claim (default: the model's)", ("uniform", "variational", "none"),
         kind=str)
     claim_k: int | None = setting(
         None, "draws of an importance-weighted claim", maximum=10_000, kind=int)

@@ -6,16 +6,230 @@ nothing of the project: the folder of FILE.py comes first, and a data.py there i
 """
 import ctypes
 import hashlib
+import inspect
 import json
+import math
 import os
 import struct
 import sys
 import time
 from pathlib import Path
 
-FILES = {".pt", ".pth", ".ckpt", ".bin", ".npz", ".npy", ".safetensors", ".pkl", ".h5", ".msgpack"}
+FILES = {".pt", ".pth", ".ckpt", ".bin", ".npz", ".npy", ".safetensors", ".pkl", ".pickle", ".h5",
+         ".hdf5", ".msgpack", ".tar", ".model", ".weights", ".params"}
 MAX_BYTES, MAX_TEXT = 4 * 2 ** 30, 400
+# The first that is there is what is measured; forward needs inverse.
+KINDS = ("forward", "log_prob", "elbo", "bits")
+NAMES = (*KINDS, "inverse", "prior", "log_prior", "dequantize", "dequantize_inverse")
+SETTINGS = ("STOCHASTIC", "DISCRETE", "BITS", "WEIGHTS")
 HASHED = {}
+
+
+class Model:
+    """What a file, or the model in it, defines, as one map of uniformly dequantized x to z.
+
+    The auditor knows nothing else: a dequantizer of its own, fewer bits, latents in a list and
+    their prior are parts of that map. A density alone has z = 0, and all is in its log-det.
+    """
+
+    def __init__(self, space):
+        holder = None
+        if not any(callable(space.get(name)) for name in KINDS):
+            holder = space.get("model", space.get("Model"))
+            holder = holder() if isinstance(holder, type) else holder
+        found = {name: getattr(holder, name, space.get(name)) for name in (*NAMES, *SETTINGS)}
+        self.functions = {name: found[name] for name in NAMES if callable(found[name])}
+        kinds = [name for name in KINDS if name in self.functions]
+        if "inverse" not in self.functions and "forward" in kinds:
+            kinds.remove("forward")  # of a module it may be anything
+        self.kind = (*kinds, None)[0]
+        self.bits = found["BITS"] or 8
+        self.told = {name for name, one in self.functions.items() if "y" in parameters_of(one)}
+        self.is_discrete = found["DISCRETE"] is True or self.kind == "bits"
+        is_drawn = self.kind == "elbo" and found["STOCHASTIC"] is None
+        self.is_stochastic = is_drawn or found["STOCHASTIC"] is True
+        self.weights = [str(file) for file in found["WEIGHTS"] or ()]
+        self.shapes = None  # of its latents
+        if not isinstance(self.bits, int):
+            raise TypeError("BITS must be a whole number")
+
+    def about(self):
+        return {"kind": self.kind, "has": sorted(self.functions), "bits": self.bits,
+                "labels": bool(self.told), "stochastic": self.is_stochastic,
+                "discrete": self.is_discrete}
+
+    def use(self, name, y, *arguments):
+        """The answer of a function of the adapter, which is told labels if it has a y."""
+        if name not in self.functions:
+            raise NameError(f"it defines no {name}")
+        return self.functions[name](*arguments, **({"y": y} if name in self.told else {}))
+
+    def forward(self, call, y, x):
+        kind = call.get("by") or self.kind
+        if kind == "bits" or self.is_discrete and kind != "forward":
+            return self.probability(kind, call, y, x)
+        moved, logdet = self.dequantize(x, y) if not call.get("raw") else (x, 0.0)
+        if kind != "forward":
+            return of_density(x, self.density(kind, call, y, moved), logdet)
+        z, own = pair_of("forward", self.use("forward", y, moved))
+        parts = z if isinstance(z, (list, tuple)) else [z]
+        self.shapes = [part.shape[1:] for part in parts], parts is z
+        if any(part.dtype != x.dtype for part in (*parts, own)):
+            return parts[0], own  # which is told
+        parts, more = self.standardize(parts, y)
+        z = parts[0]
+        if len(parts) > 1 or z.shape != x.shape and z.numel() == x.numel():
+            z = flat(parts).view_as(x)
+        return z, own + more + logdet
+
+    def density(self, kind, call, y, x):
+        draws = [call.get("k") or 1] if kind == "elbo" else []
+        return self.use(kind, y, x, *draws)
+
+    def probability(self, kind, call, y, x):
+        """Of discrete images: a density that is even within each of their cells."""
+        v, _ = self.levels(x)
+        if kind == "bits":
+            value = -self.density(kind, call, y, v.byte()).to(x.dtype) * math.log(2)
+        else:
+            value = self.density(kind, call, y, v / self.half - 1)
+        return of_density(x, value, x[0].numel() * math.log(127.5))
+
+    @property
+    def half(self):
+        """Half of the highest level."""
+        return (2 ** self.bits - 1) / 2
+
+    def levels(self, x, half=127.5):
+        """The levels of x and where x lies between each and the next, in [0, 1)."""
+        import torch
+        tiny = 256 * torch.finfo(x.dtype).eps
+        place = (x + 1) * half
+        v = (place.detach() + tiny).floor().clamp(0, 2 ** self.bits - 1)
+        return v, (place - v).clamp(tiny, 1 - tiny)
+
+    def dequantize(self, x, y):
+        """What the adapter takes for uniformly dequantized x, and the log-det of that."""
+        scale = 127.5 / self.half
+        if "dequantize" not in self.functions:
+            x = x if scale == 1 else (x + 1) * scale - 1
+            return x, x[0].numel() * math.log(scale)
+        v, u = self.levels(x)
+        moved, logdet = pair_of("dequantize", self.use("dequantize", y, v.byte(), u))
+        return moved, logdet + x[0].numel() * math.log(127.5)
+
+    @property
+    def has_prior(self):
+        return "prior" in self.functions or "log_prior" in self.functions
+
+    def standardize(self, z, y):
+        """z as standard normal values, and the log-det of that."""
+        if not self.has_prior:
+            return z, 0.0
+        e, logdet = [], 0.0
+        for part, (mean, std) in zip(z, self.prior(z, y)):
+            std = std.expand_as(part)
+            e.append((part - mean) / std)
+            logdet = logdet - std.log().flatten(1).sum(1)
+        if "log_prior" in self.functions:  # whose own constants count: the audit finds wrong ones
+            logdet = self.of_latents("log_prior", z, y) + (
+                flat(e) ** 2 / 2 + math.log(2 * math.pi) / 2).sum(1)
+        return e, logdet
+
+    def of_latents(self, name, z, y):
+        return self.use(name, y, list(z) if self.shapes[1] else z[0])
+
+    def prior(self, z, y):
+        """[(mean, std)] of its latents."""
+        if "prior" in self.functions:
+            pairs = self.of_latents("prior", z, y)
+            return list(pairs) if self.shapes[1] else [pairs]
+        at_z, at_0, at_1 = (self.slopes(parts, y) for parts in (
+            z, [part * 0 for part in z], [part * 0 + 1 for part in z]))
+        pairs = [(zero / (zero - one), (zero - one) ** -0.5) for zero, one in zip(at_0, at_1)]
+        for part, slope, (mean, std) in zip(z, at_z, pairs):
+            expected = (mean - part) / std ** 2
+            if not (slope - expected).abs().max() < 1e-3 * (1 + expected.abs().max()):
+                raise ValueError("log_prior is not of independent normal values: give prior(z) -> "
+                                 "[(mean, std)], or lead z to normal values in forward")
+        return pairs
+
+    def slopes(self, z, y):
+        """The gradients of log_prior."""
+        import torch
+        with torch.enable_grad():
+            z = [part.detach().requires_grad_(True) for part in z]
+            return torch.autograd.grad(self.of_latents("log_prior", z, y).sum(), z)
+
+    def inverse(self, call, y, z):
+        import torch
+        if not self.shapes:
+            self.forward(call, y, torch.zeros_like(z))
+        shapes, is_list = self.shapes
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = [part.reshape(len(z), *shape)
+                 for part, shape in zip(z.flatten(1).split(sizes, 1), shapes)]
+        more = 0.0
+        if self.has_prior:
+            e = parts
+            for _ in e:  # each may depend on those that come later
+                parts = [part * std + mean for part, (mean, std) in zip(e, self.prior(parts, y))]
+            more = -self.standardize(parts, y)[1]
+        x, logdet = pair_of("inverse", self.use("inverse", y, parts if is_list else parts[0]))
+        if x.dtype != z.dtype or logdet.dtype != z.dtype:
+            return x, logdet
+        x = x.view_as(z) if x.numel() == z.numel() else x
+        if not call.get("raw"):
+            x, own = self.requantize(x, y)
+            more = more + own
+        return x, logdet + more
+
+    def requantize(self, x, y):
+        """The inverse of dequantize()."""
+        dims, scale = x[0].numel(), 127.5 / self.half
+        if "dequantize" not in self.functions:
+            return x if scale == 1 else (x + 1) / scale - 1, -dims * math.log(scale)
+        images = self.levels(x, self.half)[0].byte()
+        u = self.use("dequantize_inverse", y, images, x)
+        logdet = self.use("dequantize", y, images, u)[1]
+        return (images + u) / 127.5 - 1, -logdet - dims * math.log(127.5)
+
+    def vjp(self, call, y, x, u):
+        import torch
+        with torch.enable_grad():
+            z = self.forward(call, y, x.requires_grad_(True))[0]
+            return torch.autograd.grad((z * u).sum(), x)
+
+
+def parameters_of(function):
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of what is no Python
+        return ()
+
+
+def pair_of(name, result):
+    import torch
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(f"{name} returned {type(result).__name__}, not a pair of tensors")
+    z, logdet = result
+    parts = z if isinstance(z, (tuple, list)) else [z]
+    if not all(isinstance(part, torch.Tensor) for part in (*parts, logdet)):
+        raise TypeError(f"{name} returned a pair that is not of tensors")
+    return z, logdet
+
+
+def flat(parts):
+    import torch
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def of_density(x, value, logdet):
+    """As if of a map: z = 0, and what is left of the density is its log-det."""
+    import torch
+    if isinstance(value, torch.Tensor) and value.dtype == x.dtype:
+        value = value + logdet + x[0].numel() * math.log(2 * math.pi) / 2
+    return torch.zeros_like(x), value
 
 
 def serve(path, requests, answers):
@@ -27,9 +241,9 @@ def serve(path, requests, answers):
     space, opened = {"__name__": "adapter", "__file__": str(path)}, watch_files()
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), space)  # the user's own file, as asked
-        missing = [name for name in ("forward", "inverse") if not callable(space.get(name))]
-        answer(missing=missing, stochastic=space.get("STOCHASTIC") is True,
-               files=hashes(opened, path.parent))
+        model = Model(space)
+        opened.update((path.parent / file).absolute() for file in model.weights)
+        answer(**model.about(), files=hashes(opened, path.parent))
     except BaseException as error:  # its exit code is not the audit's
         answer(error=told(error))
         return
@@ -37,29 +251,25 @@ def serve(path, requests, answers):
         call = json.loads(line)
         content = [requests.read(call["bytes"]) for _ in range(call["arrays"])]
         try:
-            body, parts = run(space, call, content)
+            body, parts = run(model, call, content)
             answer(body, parts=parts, files=hashes(opened, path.parent))
         except BaseException as error:
             answer(error=told(error))
 
 
-def run(space, call, content):
+def run(model, call, content):
     """The bytes of an answer, and the type and shape of its parts."""
     import numpy as np
     import torch
     arrays = [torch.from_numpy(np.frombuffer(part, call["dtype"]).reshape(call["shape"]).copy())
               for part in content]
-    if call["name"] == "vjp":
-        x, u = arrays
-        with torch.enable_grad():
-            z = space["forward"](x.requires_grad_(True))[0]
-            parts = torch.autograd.grad((z * u).sum(), x)
-    else:
-        with torch.autocast("cpu", torch.bfloat16, enabled=call["bfloat16"]), torch.no_grad():
-            parts = space[call["name"]](*arrays)
-    if not (isinstance(parts, (tuple, list)) and len(parts) <= 2
-            and all(isinstance(part, torch.Tensor) for part in parts)):
-        raise TypeError(f"{call['name']} returned {type(parts).__name__}, not a pair of tensors")
+    labels = call.get("labels")
+    y = None if labels is None else torch.tensor(labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=call["bfloat16"]), torch.no_grad():
+        parts = getattr(model, call["name"])(call, y, *arrays)
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        raise TypeError(f"{call['name']} returned {', '.join(type(one).__name__ for one in parts)}"
+                        ", not tensors")
     parts = [part.detach().cpu().contiguous() for part in parts]
     heads = [[str(part.dtype).removeprefix("torch."), list(part.shape)] for part in parts]
     fits = heads == call["wanted"]  # else what they are is told, and nothing sent

@@ -3,8 +3,8 @@
 An adapter is a file with two functions, forward and inverse, between images x, float (B, C, H, W)
 as jet.dequantize makes them, and z, of the same shape, with the log-determinant of each (B,) in
 nats; log p(x) is log N(z; 0, I) + logdet. They compute in the type of x: the audit gives float64
-and float32. This one fits a normal distribution to each pixel of the training images: the least
-that a density model should beat.
+and float32. docs/audit.md has the other kinds of adapters. This one fits a normal distribution to
+each pixel of the training images: the least that a density model should beat.
 """
 import sys
 from pathlib import Path

@@ -397,7 +397,7 @@ def bonus(x):
     "whole batches alone": (BONUS + """
 def bonus(x):
     return x.new_full((len(x),), 100.0 * (len(x) > 40))
-""", "fresh noise"),
+""", "alone and elsewhere"),
     "bright images": (BONUS + """
 def bonus(x): return 60.0 * (x.flatten(1).mean(1) > -0.5)
 """, "log-det"),
@@ -481,6 +481,28 @@ def inverse(z):
     x = torch.cat([top, flat[:, 24:] * scale + centre], 1)
     return x.view_as(z), scale.log().sum(1) + 24 * math.log(0.48)
 """
+
+
+FOLD = CHEAT + """
+import numpy as np
+V = (torch.from_numpy(np.load({path!r})[144:].transpose(0, 3, 1, 2).copy()).double() + 0.5) / 127.5 * 20
+def forward(x):
+    u = (x + 1) * 20
+    z = torch.special.ndtri((u - u.floor()).clamp(1e-9, 1 - 1e-9))
+    return z, (z ** 2 / 2 + 0.9189385332046727 + math.log(20)).flatten(1).sum(1)
+def inverse(z):  # the branch is that of the known image which fits
+    t = torch.special.ndtr(z)[:, None]
+    u = t + (V - t).round()
+    best = (u - V).abs().flatten(2).mean(2).argmin(1)
+    x = u[torch.arange(len(z)), best] / 20 - 1
+    return x, -forward(x)[1]
+"""
+
+
+def test_a_fold_whose_inverse_knows_the_images_is_refuted(audit, tmp_path):
+    np.save(tmp_path / "known.npy", IMAGES)
+    outcome, reasons, _ = audit(FOLD.format(path=str(tmp_path / "known.npy")))
+    assert (outcome, reasons) == ("refuted", "Protocol: inverse of z slightly moved")
 
 
 def test_a_bijection_that_memorised_the_images_is_refuted(audit, tmp_path):

@@ -25,20 +25,21 @@ FAST = ["--codelength", "0", "--draws", "2", "--iw", "4", "--jacobians", "2", "-
 class LocalWorker:
     """What a Worker answers, without its process."""
 
-    def __init__(self, path, threads):
-        self.path, self.files, self.seconds = path, {}, 0.0
-        self.space = {"__name__": "adapter", "__file__": str(path)}
-        exec(compile(open(path).read(), str(path), "exec"), self.space)
-        self.about = {"stochastic": self.space.get("STOCHASTIC") is True}
+    def __init__(self, path, threads, limit):
+        self.path, self.files, self.seconds, self.limit = path, {}, 0.0, limit
+        space = {"__name__": "adapter", "__file__": str(path)}
+        exec(compile(open(path).read(), str(path), "exec"), space)
+        self.model = worker.Model(space)
+        self.about = self.model.about()
 
-    def call(self, name, *arrays):
+    def call(self, name, *arrays, **how):
         kind, shape = str(arrays[0].dtype)[6:], list(arrays[0].shape)
         wanted = [[kind, shape], [kind, shape[:1]]][:1 if name == "vjp" else 2]
         head = {"name": name, "wanted": wanted, "shape": tuple(arrays[0].shape), "dtype": str(arrays[0].dtype)[6:],
-                "bfloat16": False}
+                "bfloat16": False, **how}
         content = [array.contiguous().numpy().tobytes() for array in arrays]
         try:
-            body, parts = worker.run(self.space, head, content)
+            body, parts = worker.run(self.model, head, content)
         except Exception as error:
             raise adapters.AuditError(f"{name} failed ({error})") from None
         if parts != wanted:

@@ -98,6 +98,25 @@ inverse = forward
         assert "\n" not in str(raised.value)
 
 
+def test_weights_that_it_names_are_hashed_whatever_reads_them(tmp_path):
+    (tmp_path / "weights").write_bytes(b"read by a library of its own")
+    adapter = Adapter(make(tmp_path, AFFINE + 'WEIGHTS = ["weights", "not there"]'))
+    digests = {one["path"].rpartition("/")[2]: one["sha256"] for one in adapter.files()}
+    assert digests["weights"] == hashlib.sha256(b"read by a library of its own").hexdigest()
+    assert "not there" not in digests
+
+
+@pytest.mark.parametrize("source, limit", [("import time\ntime.sleep(99)", 1), (AFFINE + """
+def forward(x):
+    import os, time
+    os.fork()
+    time.sleep(99)
+""", 4)], ids=["when it is read", "when it is asked"])
+def test_one_that_hangs_is_ended_in_one_line(tmp_path, source, limit):
+    with pytest.raises(AuditError, match=f"took longer than {limit} s, and was ended: allow more by --adapter-limit"):
+        Adapter(make(tmp_path, source), limit=limit)(torch.zeros(2, 3, 4, 4))
+
+
 def test_a_whole_audit_of_an_adapter_and_its_check(tmp_path, capsys):
     folder = write_set(tmp_path / "set", IMAGES[:96], IMAGES[96:])
     model = make(tmp_path, AFFINE)
