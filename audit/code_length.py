@@ -123,13 +123,14 @@ def check_adapter(model, array, request, digest):
     if abs(net - bound) >= near:
         return [unverified(f"its file takes {net:.4f} bits/dim, and by its likelihood it should be "
                            f"{bound:.4f}")], None
-    files = [Path(path) for path in model.worker.files]
-    size = sum(file.stat().st_size for file in files if file.suffix != ".py")
+    files = {Path(path).resolve() for path in (*model.worker.files, request.adapter)}
+    weights, code = (sum(file.stat().st_size for file in files if (file.suffix == ".py") == is_code)
+                     for is_code in (False, True))
     return [
         line("decoded by a fresh process", f"{len(array)} images", True, "every pixel as it was",
              f"of {len(content):,} bytes, {about['borrowed_bits'] // 8:,} of which are the bits "
              f"that the first image borrows and {about['header_bits'] // 8:,} a header; its weight "
-             f"files have {size:,}"),
+             f"files have {weights:,}, its code {code:,}"),
         line("bound, same images and noise", bound, True, "the reference", "bits/dim by the "
              "likelihood, float64", 0.01),
         line("net", net, True, f"within {near:.2g} of the bound", f"differs by {net - bound:+.2g}: "

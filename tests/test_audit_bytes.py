@@ -89,4 +89,5 @@ def test_the_size_of_the_weights_stands_beside_the_file(tmp_path, monkeypatch):
     np.save(tmp_path / "weights.npy", np.zeros(100))
     monkeypatch.setattr(code_length, "decode_elsewhere", lambda *_: (IMAGES[8:10], None))
     checks, content = code_length_of(tmp_path, AFFINE, files=[tmp_path / "weights.npy", tmp_path / "model.py"])
-    assert f"of {len(content):,} bytes" in checks[0].text and checks[0].text.endswith("its weight files have 928")
+    assert f"of {len(content):,} bytes" in checks[0].text and checks[0].text.endswith(
+        f"its weight files have 928, its code {len(AFFINE)}")
