@@ -4,15 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-import audit.code_length as code_length
-from audit import adapters
+from audit import adapters, code_length
 from audit.protocol import Subject
 from audit.request import Request
+from convert import load_jet
 from data import load_images
 from experiments import audit_bpd
 from test_audit_corpus import AFFINE, IMAGES
 from test_audit_faults import LocalWorker, write_set
+from test_codec import random_jet
 
 FAST = ["--draws", "1", "--iw", "1", "--jacobians", "1", "--threads", "1"]
 
@@ -91,3 +93,17 @@ def test_the_size_of_the_weights_stands_beside_the_file(tmp_path, monkeypatch):
     checks, content = code_length_of(tmp_path, AFFINE, files=[tmp_path / "weights.npy", tmp_path / "model.py"])
     assert f"of {len(content):,} bytes" in checks[0].text and checks[0].text.endswith(
         f"its weight files have 928, its code {len(AFFINE)}")
+
+
+def test_a_jet_s_images_come_back_in_a_fresh_process_and_cost_what_they_should(tmp_path):
+    jet, path = random_jet(std=0.02), tmp_path / "jet.pt"
+    for coupling in jet.couplings:  # flat images take less than their pixels
+        coupling.net.final_proj.bias.data[24:] = 3.0
+    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)}, "model": jet.state_dict()}, path)
+    request = Request(checkpoint=str(path), codelength=40, threads=1, device="cpu")
+    checks = list(code_length.check_jet(load_jet(path), IMAGES[:60] // 4 + np.uint8(96), request))
+    assert [one.name for one in checks] == ["decoded by a fresh process", "bound, same images and noise", "net", "whole file"]
+    assert {one.result for one in checks} == {"pass"} and checks[2].value == pytest.approx(checks[1].value, abs=0.02)
+    assert f"the weights' file has {path.stat().st_size:,}" in checks[0].text
+    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    assert [one.result for one in code_length.check_jet(load_jet(path), noise, request)] == ["pass"]
