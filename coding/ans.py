@@ -99,7 +99,7 @@ class Coder:
     def shrink(self, x, bounds):
         """Lanes above their bound move their low half to the stack."""
         is_high = x > bounds
-        if is_high.any():
+        if np.count_nonzero(is_high):  # faster than any()
             self.put(x[is_high])
             x[is_high] >>= 32
 
