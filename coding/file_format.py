@@ -82,7 +82,7 @@ def read_parts(content, kind, is_whole, lanes_of):
         if cut < 0:
             raise ValueError("it is too short")
         return header, unpack(body[:cut], lanes_of(header)), np.frombuffer(body[cut:], "<u4")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CodecError("not a file that this codec wrote "
                          f"({type(error).__name__}: {error})") from None
 
