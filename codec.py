@@ -8,7 +8,8 @@ A likelihood is a promise of a file size, and this module keeps it:
 
 - Bits back (Hinton and van Camp 1993): the dequantization noise is *popped* from the bits that are
   written, and the decoder, who finds it out, pushes it back. So an image costs what the uniform
-  dequantization bound says. The first image is stored raw: its bits are the first stack.
+  dequantization bound says. The first images are stored as WebP or PNG (coding/stored.py): their
+  bits are the first stack. So is each image for which the Jet would take more.
 - A coupling, z2 = (x2 + bias) * scale, is a bijection of the integers whatever the network says. It
   costs -log2 scale bits, as its log-det says (coding/lifting.py).
 - The prior is a table of whole numbers (coding/prior.py); to pop and push is asymmetric numeral
@@ -29,10 +30,11 @@ import numpy as np
 import torch
 
 from coding.ans import Coder, CodecError
-from coding.file_format import (BATCH, MAX_LABELS, PARAMETERS, num_lanes, read_file,
+from coding.file_format import (BATCH, MAX_LABELS, PARAMETERS, images_of, num_lanes, read_file,
                                 write_file)
 from coding.lifting import NOISE_BITS, Lifting, delta, noise_bits
 from coding.prior import Prior
+from coding.stored import restore, store
 from convert import config_checksum, load_jet
 from data import SPLITS, fingerprint, load_images
 from harness.checkpoint import weights_checksum
@@ -43,6 +45,7 @@ from harness.machine import MAX_THREADS, pick_device
 from harness.progress import progress
 from jet import ActNorm, Coupling, JetConfig, bits_per_dim, dequantize
 
+RAW_BITS = 8  # of a value of an image that is stored as it is
 QUIET = functools.partial(progress, disable=True)
 
 
@@ -55,23 +58,26 @@ class GridFlow:
     def __init__(self, jet, coder, ties=None):
         self.jet, self.device = copy.deepcopy(jet).double().eval(), next(jet.parameters()).device
         self.coder, self.prior, self.lifting = coder, Prior(), Lifting(coder, ties)
-        self.latents_beyond = 0  # the prior's tables
+        self.latents_beyond = 0  # the prior's tables, in the last batch
 
     def encode(self, images, batch, labels=None):
-        """Push the images (n, H, W, C); returns the noise that was popped, float32 in [0, 1).
+        """Push the images (n, H, W, C); labels: (n,) of a class-conditional Jet.
 
-        labels: (n,) of a class-conditional Jet.
+        Returns the noise that was popped, float32 in [0, 1), and the bits of each image.
         """
         context = self._context(labels)
         m = noise_bits(batch)
         noise = self.coder.pop_bits(images.size, m).reshape(images.shape)
         X = (images.astype(np.int64) << m) + noise - (255 << m - 1)  # -1 is -255/2 grey levels
         tokens = self.jet.patchify(torch.from_numpy(X).permute(0, 3, 1, 2).double()).long().numpy()
+        self.lifting.logdet = np.zeros(len(images))
         for number, layer in enumerate(self.jet.layers()):
             tokens = self._apply(layer, tokens, (batch, number), context, self.lifting.affine,
                                  self.lifting.dense)
-        self.latents_beyond += self.prior.push(self.coder, tokens.ravel(), m)
-        return ((noise + 0.5) / 2 ** m).astype(np.float32)
+        self.latents_beyond = self.prior.push(self.coder, tokens.ravel(), m)
+        z, logdet = map(torch.from_numpy, ((tokens + 0.5) * delta(m), self.lifting.logdet))
+        bits = images[0].size * bits_per_dim(z, logdet).numpy()
+        return ((noise + 0.5) / 2 ** m).astype(np.float32), bits
 
     def decode(self, count, batch, labels=None):
         """The inverse of encode: the next `count` images (n, H, W, C), uint8."""
@@ -115,10 +121,11 @@ def encode(jet, images, progress=QUIET, labels=None):
     """Compress images, uint8 (N, H, W, C), with a Jet. progress: tqdm shows a bar. labels: whole
     numbers (N,) of a class-conditional Jet, which go into the header.
 
-    Returns (bytes, a dict): net_bits (of all images but the first), noise (what dequantized them,
-    float32 in [0, 1)), file_bits, header_bits, borrowed_bits (from nowhere, while the first images
-    found too few), latents_beyond (the prior's tables) and ties. Raises CodecError where shape or
-    type do not fit, or the Jet overflows on an image.
+    Returns (bytes, a dict): coded (indices of the images that are not stored), net_bits (of those),
+    noise (what dequantized them, float32 in [0, 1)), file_bits, header_bits, stored_bits,
+    borrowed_bits (from nowhere, where no stored image fed the first one), latents_beyond (the
+    prior's tables) and ties. Raises CodecError where shape or type do not fit, or the Jet overflows
+    on an image.
     """
     channels, height, width = jet.config.image_shape
     if images.dtype != np.uint8 or not len(images) or images.shape[1:] != (height, width, channels):
@@ -130,39 +137,81 @@ def encode(jet, images, progress=QUIET, labels=None):
     if labels is not None and len(labels) > MAX_LABELS:
         raise CodecError(f"{len(labels):,} labels: a header takes {MAX_LABELS:,}: encode fewer "
                          "images at once")
-    raw = images[0].tobytes()
-    coder = Coder(np.frombuffer(raw + bytes(-len(raw) % 4), "<u4"), borrow=True)
-    flow, before, noise, sizes, need = GridFlow(jet, coder), 32 * coder.num_words, [], [], math.inf
-    with progress(total=len(images), initial=1) as bar:
-        start = 1
-        while start < len(images):
-            size = 1  # while the noise is coarse; later what the stack can feed, with a margin
-            if noise_bits(len(sizes)) == NOISE_BITS:
-                affordable = int(coder.num_words / (1.3 * need))
-                size = max(1, min(BATCH, len(images) - start, affordable))
-            coder.set_lanes(num_lanes([*sizes, size]))
-            coder.low_water = had = coder.num_words
-            told = None if labels is None else labels[start:start + size]
-            noise.append(flow.encode(images[start:start + size], len(sizes), told))
-            need = max(1, (had - coder.low_water) / size)  # words that an image popped
-            sizes.append(size)
-            start += size
-            bar.update(size)
-    net_bits = coder.bits - before - 32 * coder.borrowed - coder.fill_bits
-    ties = flow.lifting.ties
-    header = {"shape": list(images.shape), "bits": PARAMETERS, "batches": sizes,
-              "words": coder.num_words, "borrowed": coder.borrowed, **_checksums(jet),
-              "pixels": fingerprint(images)}
+    writer = Writer(jet, images, labels)
+    with progress(total=len(images)) as bar:
+        while writer.start < len(images):
+            bar.update(writer.step())
+    coder, ties = writer.coder, writer.flow.lifting.ties
+    header = {"shape": list(images.shape), "bits": PARAMETERS, "batches": writer.sizes,
+              "words": coder.num_words, **_checksums(jet), "pixels": fingerprint(images)}
     if labels is not None:
         header["labels"] = [int(label) for label in labels]
     if ties:
         header["ties"] = [[*key, values] for key, values in ties.items()]
     content, header_bytes = write_file(header, coder.lanes, coder.words)
     no_noise = np.zeros((0, *images.shape[1:]), np.float32)
-    return content, {"net_bits": net_bits, "file_bits": 8 * len(content),
-                     "header_bits": 8 * header_bytes, "borrowed_bits": 32 * coder.borrowed,
-                     "latents_beyond": flow.latents_beyond, "ties": sum(map(len, ties.values())),
-                     "noise": np.concatenate([no_noise, *noise])}
+    unpaid = writer.stored_bits + 32 * coder.borrowed + coder.fill_bits
+    return content, {"coded": writer.coded, "net_bits": coder.bits - unpaid,
+                     "file_bits": 8 * len(content), "header_bits": 8 * header_bytes,
+                     "stored_bits": writer.stored_bits, "borrowed_bits": 32 * coder.borrowed,
+                     "latents_beyond": writer.latents_beyond, "ties": sum(map(len, ties.values())),
+                     "noise": np.concatenate([no_noise, *writer.noise])}
+
+
+class Writer:
+    """What encode does: in each step as many images as the stack can feed with noise.
+
+    An image for which the Jet takes more bits than WebP, PNG or its pixels is stored so, as are the
+    first ones, for whose noise there are no bits yet.
+    """
+
+    def __init__(self, jet, images, labels):
+        self.images, self.labels, self.coder = images, labels, Coder(borrow=True)
+        self.flow = GridFlow(jet, self.coder)
+        self.start, self.size, self.sizes = 0, 1, []  # of images: the next, and how many are tried
+        self.coded, self.noise, self.stored_bits, self.latents_beyond = [], [], 0, 0
+
+    def step(self):
+        """Encode or store the next images; returns how many, 0 where fewer are to be tried."""
+        part, before = self.images[self.start:self.start + self.size], self.coder.saved()
+        noise, bits, popped = self._encode(part)
+        paid, limit = self.coder.most_bits - before.most_bits, RAW_BITS * part.size
+        is_cheap, is_fed = bits <= RAW_BITS * part[0].size, self.coder.borrowed == before.borrowed
+        if len(part) == 1:
+            kind, words = store(part[0])
+            limit, is_cheap, is_fed = 32 * len(words), True, True
+        if paid <= limit and np.all(is_cheap) and is_fed:
+            return self._keep(len(part), noise, popped)
+        self.coder.set_back(before)
+        ties = self.flow.lifting.ties
+        for key in [key for key in ties if key[0] == len(self.noise)]:
+            del ties[key]
+        if len(part) > 1:
+            self.size = max(1, min(len(part) // 2, int(np.argmin([*is_cheap, False]))))
+            return 0
+        self.coder.put(words)
+        self.stored_bits += 32 * len(words)
+        self.sizes.append(kind)
+        self.start += 1
+        return 1
+
+    def _encode(self, part):
+        """(noise, bits of each image, words of the stack that were popped)."""
+        self.coder.set_lanes(num_lanes([*self.sizes, len(part)], part[0].size))
+        self.coder.low_water = had = self.coder.num_words
+        told = None if self.labels is None else self.labels[self.start:self.start + len(part)]
+        return *self.flow.encode(part, len(self.noise), told), had - self.coder.low_water
+
+    def _keep(self, count, noise, popped):
+        self.coded += range(self.start, self.start + count)
+        self.noise.append(noise)
+        self.sizes.append(count)
+        self.start += count
+        self.latents_beyond += self.flow.latents_beyond
+        if noise_bits(len(self.noise)) == NOISE_BITS:  # with a margin; before, it is coarser
+            need = max(1, popped / count)
+            self.size = max(1, min(BATCH, int(self.coder.num_words / (1.3 * need))))
+        return count
 
 
 def _checksums(jet):
@@ -206,21 +255,23 @@ def decode(jet, content, progress=QUIET):
 
 def _decode(jet, header, lanes, words, progress):
     num_images, *shape = header["shape"]
-    sizes, coder = header["batches"], Coder(words)
+    sizes, coder, dims = header["batches"], Coder(words), math.prod(shape)
     coder.lanes = lanes
     ties = {(batch, layer, name): pairs for batch, layer, name, pairs in header.get("ties", ())}
     flow, images, end = GridFlow(jet, coder, ties), np.empty(header["shape"], np.uint8), num_images
+    batch = sum(size > 0 for size in sizes)
     with progress(total=num_images) as bar:
-        for batch in reversed(range(len(sizes))):
-            part = slice(end - sizes[batch], end)
-            told = header["labels"][part] if "labels" in header else None
-            images[part] = flow.decode(sizes[batch], batch, told)
-            end -= sizes[batch]
-            coder.set_lanes(num_lanes(sizes[:batch]))
-            bar.update(sizes[batch])
-        bar.update(end)
-    first = coder.words[header["borrowed"]:].astype("<u4").tobytes()[:math.prod(shape)]
-    images[0] = np.frombuffer(first, np.uint8).reshape(shape)
+        for number, size in reversed(list(enumerate(sizes))):
+            part = slice(end - images_of(size), end)
+            if size > 0:
+                batch -= 1
+                told = header["labels"][part] if "labels" in header else None
+                images[part] = flow.decode(size, batch, told)
+                coder.set_lanes(num_lanes(sizes[:number], dims))
+            else:
+                images[part] = restore(coder, size, shape)
+            end = part.start
+            bar.update(images_of(size))
     return images
 
 
@@ -281,7 +332,9 @@ def encode_set(jet, flags, progress):
     write_atomically(flags.out, lambda file: file.write(content))
     text = (f"{len(images):,} images of {flags.data} in {len(content):,} bytes, "
             f"{8 * len(content) / images.size:.4f} bits/dim")
-    return f"{text}, net {about['net_bits'] / images[1:].size:.4f}" if len(images) > 1 else text
+    net = about["net_bits"] / images[0].size / max(1, len(about["coded"]))
+    stored = len(images) - len(about["coded"])
+    return f"{text}, {stored:,} stored" + (f", net {net:.4f}" if about["coded"] else "")
 
 
 def decode_file(jet, flags, progress):

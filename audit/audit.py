@@ -2,23 +2,18 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
 import math
 import platform
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import codec
 from audit.adapters import load_model, taken_by
 from audit.certificates import FORMAT
-from audit.checks import BAR, FAIL, OPEN, AuditError, check, device_of
+from audit.checks import FAIL, OPEN, AuditError, check
 from audit.claims import read_claim, trusted_to, verdict
+from audit.code_length import affordable, check_code_length
 from audit.couplings import check_inverse, check_layers
 from audit.estimate import check_estimate, check_precision, estimate
 from audit.images import check_data
@@ -29,13 +24,9 @@ from audit.protocol import Subject, check_memory, check_protocol
 from audit.request import NUM_JACOBIANS
 from data import SPLITS, load_images
 from harness.errors import DataError, NonFiniteError
-from harness.flops import forward_flops
-from harness.host import ROOT, code_version
+from harness.host import code_version
 from harness.machine import hardware, pick_device
 from jet import Jet
-
-CODELENGTH_FLOPS = 1e13  # by default as many images (8 to 512) as this allows
-code_line = functools.partial(check, "Code length")
 
 
 def audit(request, reported=(), tell=lambda one: None):
@@ -48,8 +39,6 @@ def audit(request, reported=(), tell=lambda one: None):
     torch.set_num_threads(request.threads)
     model, about, recorded = load_model(request)
     images, other_split, whole = select_images(request, model)
-    if request.codelength is None:
-        request = dataclasses.replace(request, codelength=affordable_codelength(model))
     checks, measured = [], None
 
     def add(new, section=None):
@@ -87,24 +76,17 @@ def audit(request, reported=(), tell=lambda one: None):
         add(check_protocol(subject), "Protocol")
         add(check_memory(subject, other_split), "Protocol")
         add(check_precision(measured, request.claim_precision))
+    if request.codelength is None:
+        count = affordable(subject) if measured else 0
+        request = dataclasses.replace(request, codelength=count)
     if not isinstance(model, Jet):
         about["files"] = model.files()
-        add([code_line("bytes", None, None, "", "not verified by bytes: the codec takes a Jet")])
-    elif not request.codelength or not measured:
-        add([code_line("bytes", None, None, "", "not asked for (--codelength N)")])
-    else:
-        add(check_code_length(model, images.array[:request.codelength], request.checkpoint,
-                              request.model_arguments(), request.threads))
+    if measured:
+        found, measured["written"] = check_code_length(subject, model, request, about)
+        add(found)
     is_sound = all(one.result != FAIL for one in checks)
     found = verdict(claim, images, whole, measured, is_sound) if measured else None
     return make_certificate(request, about, images, whole, checks, found, measured, begun), measured
-
-
-def affordable_codelength(model):
-    """Images that are compressed by default."""
-    if not isinstance(model, Jet):
-        return 0
-    return max(8, min(512, int(CODELENGTH_FLOPS / 4 / forward_flops(model.config))))
 
 
 def make_certificate(request, about, images, whole, checks, found, measured, begun):
@@ -156,51 +138,3 @@ def check_weights(found, recorded):
                      "nothing to compare with: --check a certificate")
     return check("Data", "weights", found, found == expected, expected,
                  "SHA-256 of the weights, as the run recorded them when it ended")
-
-
-# ---- code length: whether the bits become bytes, and the bytes the images
-
-def check_code_length(model, images, checkpoint, model_arguments, threads):
-    """Images (N, H, W, C) in a file, and back in a fresh process. model_arguments: of codec.py."""
-    array = np.array(images)
-    try:
-        content, about = codec.encode(model, array, functools.partial(BAR, desc="encoding"))
-    except codec.CodecError as error:
-        yield code_line("encoding", str(error), False, "a file", "")
-        return
-    options = ["--checkpoint", str(checkpoint), "--threads", str(threads),
-               "--device", str(device_of(model)), *model_arguments]
-    with BAR(total=1, desc="decoding in a fresh process"):
-        decoded, error = decode_elsewhere(content, options)
-    is_exact = decoded is not None and np.array_equal(decoded, array)
-    yield code_line("decoded by a fresh process", f"{len(array)} images", is_exact,
-               "every pixel as it was", error or f"of {len(content):,} bytes")
-    if len(array) == 1:
-        return
-    bound = float(codec.bound(model, array[1:], about["noise"]).mean())
-    net = about["net_bits"] / array[1:].size
-    whole = about["file_bits"] / array.size
-    yield code_line("bound, same images and noise", bound, True, "the reference",
-               "bits/dim by the likelihood, float64", 1e-3)
-    near = 1e-3 + 100 / array[1:].size  # of few images, some bits more
-    yield code_line("net", net, abs(net - bound) < near, f"within {near:.2g} of the bound",
-               f"differs by {net - bound:+.2g}: what was written less what was borrowed", 1e-3)
-    # The raw image, the first stack, the header and the last lanes.
-    allowed = 0.001 + (8 * array[0].size + 40_000) / array.size
-    yield code_line("whole file", whole, whole - bound < allowed,
-               f"at most {allowed:.3f} above the bound",
-               f"{whole - bound:+.4f}: with one raw image, {about['borrowed_bits']:,} borrowed "
-               f"bits, {about['header_bits']:,} of header; {about['latents_beyond']} latents "
-               "beyond the tables", 1e-3)
-
-
-def decode_elsewhere(content, options):
-    """(images or None, the error or None) of codec.py in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = Path(folder) / "images.jet", Path(folder) / "images.npy"
-        file.write_bytes(content)
-        command = [sys.executable, str(ROOT / "codec.py"), "decode", str(file), "--out", str(out)]
-        done = subprocess.run([*command, *options], capture_output=True, text=True)
-        if done.returncode:
-            return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return np.load(out), None

@@ -21,7 +21,8 @@ def seal(certificate):
 
 
 def write(certificate, measured, out_dir):
-    """NAME.json, NAME.md and, where something was measured, NAME.csv; returns the paths."""
+    """NAME.json, NAME.md and, where something was measured, NAME.csv, and NAME.bits, the images in
+    bytes, where an adapter's were; returns the paths."""
     weights, data = certificate["weights"], certificate["data"]
     part = "" if data["whole_split"] else f"_{data['num_images']}"
     name = re.sub(r"[^\w.-]", "_", f"{weights['name']}-{weights['weights_sha256'][:8]}_"
@@ -31,9 +32,14 @@ def write(certificate, measured, out_dir):
     if table:
         digest = hashlib.sha256(table.encode()).hexdigest()
         certificate["per_image"] = {"file": f"{name}.csv", "sha256": digest}
+    written = measured and measured.get("written")
+    if written:
+        digest = hashlib.sha256(written).hexdigest()
+        certificate["bytes"] = {"file": f"{name}.bits", "sha256": digest}
     certificate["sha256"] = seal(certificate)
     texts = {"json": json.dumps(certificate, indent=1) + "\n",
-             "md": page(certificate, f"{name}.json"), "csv": table}
+             "md": page(certificate, f"{name}.json"), "csv": table,
+             "bits": written and (lambda file: file.write(written))}
     paths = {out_dir / f"{name}.{kind}": text for kind, text in texts.items() if text}
     for path, text in paths.items():
         write_atomically(path, text)

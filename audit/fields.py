@@ -55,7 +55,7 @@ CERTIFICATE = {
     "made_with": {
         **dict.fromkeys(("git_commit", "hardware", "python", "torch", "numpy"), is_text),
         "git_dirty": maybe(is_flag), "seconds": is_number},
-    "per_image?": {"file": is_text, "sha256": is_fingerprint}}
+    **dict.fromkeys(("per_image?", "bytes?"), {"file": is_text, "sha256": is_fingerprint})}
 
 
 def fault_in(value, rule):

@@ -34,14 +34,19 @@ def how_many(subject, most):
         return min(most, max(int(JET_FLOPS / flops), 1 if flops < MOST_JET_FLOPS else 0))
     if subject.is_density:
         return 0
+    seconds = jacobian_seconds(subject)
+    return min(most, max(int(SECONDS / seconds), 1 if seconds < MOST_SECONDS else 0))
+
+
+def jacobian_seconds(subject):
+    """What an adapter's whole Jacobian takes at one image."""
     chosen = subject.rng("cost").integers(len(subject.array), size=32)
     x, y = subject.x(chosen), subject.y(chosen)
     subject.forward(x, y)
     begun = subject.model.worker.seconds
     subject.forward(x, y)
     seconds = max(subject.model.worker.seconds - begun, 0.0) / subject.model.threads
-    seconds = seconds / len(x) * dims + dims ** 3 * 2 / 3 / LU_FLOPS
-    return min(most, max(int(SECONDS / seconds), 1 if seconds < MOST_SECONDS else 0))
+    return seconds / len(x) * subject.dims + subject.dims ** 3 * 2 / 3 / LU_FLOPS
 
 
 def check_whole_images(subject, count):

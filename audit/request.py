@@ -63,8 +63,8 @@ class Request:
         None, "images whose whole Jacobian is taken, up to 16 (default: by cost)", minimum=0,
         maximum=NUM_JACOBIANS, kind=int)
     codelength: int | None = setting(
-        None, "images that are really compressed (default: up to 512, by cost)", minimum=0,
-        maximum=10 ** 6, kind=int)
+        None, "images that are really compressed (default: up to 512, of an adapter 32, by cost)",
+        minimum=0, maximum=10 ** 6, kind=int)
     eval_seed: int = setting(0, "of the noise", minimum=0)
     device: str = setting("auto", "auto, cpu or cuda")
     threads: int = setting(2, "CPU threads; more need idle cores", maximum=MAX_THREADS)

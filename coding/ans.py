@@ -3,11 +3,14 @@
 The written bits are a stack of 32-bit words below a row of 64-bit states, the lanes, which numpy
 moves together. Every operation has an exact inverse; what was done is undone in reverse order.
 """
+import copy
+
 import numpy as np
 
 from harness.errors import UserError
 
 LOWEST = 30  # between two operations a lane is in [2^30, 2^62)
+SYMBOL_BITS = 24  # probabilities are multiples of 2^-24: lanes must be far above that
 
 
 class CodecError(UserError, ValueError):
@@ -32,6 +35,20 @@ class Coder:
     @property
     def words(self):
         return self._words[:self.num_words]
+
+    def saved(self):
+        """A copy, to which set_back returns."""
+        twin = copy.copy(self)
+        twin._words, twin.lanes = self.words.copy(), self.lanes.copy()
+        return twin
+
+    def set_back(self, twin):
+        self.__dict__.update(twin.saved().__dict__)
+
+    @property
+    def most_bits(self):
+        """What words and lanes take in a file, at most."""
+        return self.bits + (5 * len(self.lanes) + 8 if len(self.lanes) else 0)
 
     @property
     def bits(self):
@@ -82,7 +99,7 @@ class Coder:
     def shrink(self, x, bounds):
         """Lanes above their bound move their low half to the stack."""
         is_high = x > bounds
-        if is_high.any():
+        if np.count_nonzero(is_high):  # faster than any()
             self.put(x[is_high])
             x[is_high] >>= 32
 
@@ -116,6 +133,20 @@ class Coder:
         self.grow(x, 1 << LOWEST)
         return values
 
+    def push_symbol(self, x, start, freq):
+        """Push the symbol of [start, start + freq) of 2^SYMBOL_BITS to each of the lanes x."""
+        self.shrink(x, (freq << 62 - SYMBOL_BITS) - 1)
+        quotient, rest = np.divmod(x, freq)
+        x[:] = (quotient << SYMBOL_BITS) + rest + start
+
+    def pop_symbol(self, x, find):
+        """The inverse: find(slot) gives (symbol, start, freq), which it returns the first of."""
+        slot = x & (1 << SYMBOL_BITS) - 1
+        symbol, start, freq = find(slot)
+        x[:] = (x >> SYMBOL_BITS) * freq + slot - start
+        self.grow(x, 1 << LOWEST)
+        return symbol
+
     def rescale(self, x, values, p, shift):
         """values * p / 2^shift, rounded by a u that is popped; its low bits are pushed.
 
@@ -137,3 +168,27 @@ class Coder:
         self.shrink(x, (1 << 62) - 1)
         self.grow(x, 1 << LOWEST)
         return values
+
+
+def pack(lanes):
+    """Lanes as bytes: the position of the highest bit of each, and the bits below it."""
+    number = 1
+    for lane in lanes.tolist():
+        size = lane.bit_length() - 1
+        number = (number << size | lane - (1 << size)) << 5 | size - LOWEST
+    return number.to_bytes((number.bit_length() + 7) // 8, "little") if len(lanes) else b""
+
+
+def unpack(content, count):
+    """The inverse of pack; ValueError where the bytes are not of so many lanes."""
+    if len(content) > 9 * count:
+        raise ValueError("its lanes are damaged")
+    number, lanes = int.from_bytes(content, "little") or 1, []
+    for _ in range(count):
+        size = (number & 31) + LOWEST
+        lanes.append((number >> 5) & (1 << size) - 1 | 1 << size)
+        number >>= 5 + size
+    lanes = np.array(lanes[::-1], np.int64)
+    if number != 1 or pack(lanes) != bytes(content):
+        raise ValueError("its lanes are damaged")
+    return lanes

@@ -38,6 +38,7 @@ class Lifting:
         self.coder = coder
         self.is_decoding = ties is not None
         self.ties = {} if ties is None else ties
+        self.logdet = 0.0  # of each image so far, nats, by affine alone
 
     def affine(self, X, bias, scale, where):
         """(x + bias) * scale for X, int64 of any shape; bias and scale are floats of its shape."""
@@ -47,6 +48,7 @@ class Lifting:
         for p, shift in steps:
             for row, lanes in self.coder.rows(X.size):
                 Z[row] = self.coder.rescale(lanes, Z[row], p[row], shift[row])
+        self.logdet = self.logdet + np.log(scale).reshape(len(X), -1).sum(1)
         return Z.reshape(X.shape)
 
     def affine_inverse(self, Z, bias, scale, where):

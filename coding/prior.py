@@ -1,12 +1,12 @@
 """The prior of the codec: a normal distribution on the grid, as tables of whole numbers."""
+import functools
 import math
 from fractions import Fraction
 
 import numpy as np
 
-from coding.ans import LOWEST
+from coding.ans import SYMBOL_BITS
 
-PRIOR_BITS = 24  # probabilities are multiples of 2^-24: lanes, from 2^30 on, must be far above that
 CELL_WIDTH = Fraction(2, 255 * 2 ** 2)  # in deviations; within a cell a latent is uniform
 
 
@@ -48,8 +48,8 @@ class Prior:
                 table, symbol = self.tables[depth], cell - self.firsts[depth]
                 start, freq = table[symbol], table[symbol + 1] - table[symbol]
                 x = lanes[where]
-                coder.shrink(x, (freq << 62 - PRIOR_BITS) - 1)
-                lanes[where] = (x // freq << PRIOR_BITS) + x % freq + start
+                coder.push_symbol(x, start, freq)
+                lanes[where] = x
         return int(is_beyond.sum())
 
     def pop(self, coder, count, noise_bits):
@@ -67,11 +67,7 @@ class Prior:
         cells, where = np.zeros(len(lanes), np.int64), np.arange(len(lanes))
         for depth, table in enumerate(self.tables):
             x = lanes[where]
-            slot = x & 2 ** PRIOR_BITS - 1
-            symbol = np.searchsorted(table, slot, "right") - 1
-            start = table[symbol]
-            x = (x >> PRIOR_BITS) * (table[symbol + 1] - start) + slot - start
-            coder.grow(x, 1 << LOWEST)
+            symbol = coder.pop_symbol(x, functools.partial(find, table))
             lanes[where] = x
             cells[where] = symbol + self.firsts[depth]
             where = where[symbol == self.ends[depth] - self.firsts[depth]]
@@ -82,6 +78,12 @@ class Prior:
         cells[where] = self.ends[-1] + (high << 24 | coder.pop_raw(x, 24))
         lanes[where] = x
         return cells
+
+
+def find(table, slot):
+    """(symbol, start, freq) of slots in a table of cumulative probabilities."""
+    symbol = np.searchsorted(table, slot, "right") - 1
+    return symbol, table[symbol], table[symbol + 1] - table[symbol]
 
 
 def normal_tables(ends):
@@ -102,7 +104,7 @@ def normal_tables(ends):
             tail = one * one // (one - ratio)
         sums.append(sums[-1] + density * tail // one)
         tail = sums[-1]
-        tables.append(np.array([(value << PRIOR_BITS) // tail for value in sums], np.int64))
+        tables.append(np.array([(value << SYMBOL_BITS) // tail for value in sums], np.int64))
     return tables[::-1]
 
 

@@ -23,14 +23,19 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads must not spin where others work
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
+
+import numpy as np
+
 from audit import certificates
 from audit.against import against
 from audit.audit import audit
 from audit.checks import AuditError
+from audit.code_length import restore
 from audit.outcome import (
     EXIT_CODES, REFUTED, conclusion, outcome_line, show, show_check, show_outcome, wrap)
 from audit.request import PLACES, RECORDED, Request
 from harness.errors import printable
+from harness.files import write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, one_line_errors
 from harness.host import ROOT
 from jet import JetConfig
@@ -82,6 +87,16 @@ def make(flags):
     return certificate["outcome"], outcome_line(certificate)
 
 
+def decode(path, flags):
+    """--decode: the images that an audit of an adapter left in bytes, as NAME.npy."""
+    if "adapter" not in flags:
+        raise AuditError(f"--decode {path}: give the --adapter that it was encoded with")
+    images, out = restore(path, Request.from_flags(flags)), flags["out"] / f"{path.stem}.npy"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda file: np.save(file, images))
+    show(f"{out}: {len(images):,} images, pixels as encoded")
+
+
 def main(arguments=None):
     parser = ArgumentParser(prog="audit_bpd.py", description=__doc__)
     add_setting_flags(parser.add_argument_group("what is audited, and how"), Request, dashes=True)
@@ -89,11 +104,15 @@ def main(arguments=None):
                         help="default: results/audits")
     parser.add_argument("--check", type=Path, metavar="CERTIFICATE", default=argparse.SUPPRESS,
                         help="verify a certificate: audit again, and say what changed")
+    parser.add_argument("--decode", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+                        help="only restore the images that an --adapter's audit left in FILE")
     model = parser.add_argument_group("the model, as far as a file of another implementation "
                                       "does not tell it")
     add_setting_flags(model, JetConfig, "model.")
     flags = vars(parser.parse_args(arguments))
     with one_line_errors(parser.prog, code=2):
+        if "decode" in flags:
+            return decode(flags["decode"], flags)
         outcome, line = verify(flags["check"], flags) if "check" in flags else make(flags)
         show_outcome(outcome, line)
         sys.exit(EXIT_CODES[outcome])

@@ -12,7 +12,7 @@ from experiments import audit_bpd
 from test_audit_faults import LocalWorker, write_set
 
 IMAGES = load_images("cifar10-subset", "test").array[:208, :8, :8]
-FAST = ["--draws", "2", "--iw", "2", "--jacobians", "4", "--threads", "1"]
+FAST = ["--draws", "2", "--iw", "2", "--jacobians", "4", "--threads", "1", "--codelength", "0"]
 
 
 @pytest.fixture(autouse=True)

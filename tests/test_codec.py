@@ -19,8 +19,8 @@ import torch
 import codec
 import kernels
 from codec import bound, decode, encode
-from coding import file_format, lifting, prior as prior_module
-from coding.ans import CodecError, Coder
+from coding import file_format, lifting, prior as prior_module, stored
+from coding.ans import SYMBOL_BITS, CodecError, Coder, pack, unpack
 from coding.prior import Prior
 from data import load_images
 from jet import Coupling, Jet, JetConfig
@@ -33,10 +33,20 @@ HEADER = len(file_format.MAGIC) + 8
 PRIOR = Prior()
 
 
-@pytest.fixture(autouse=True)
-def one_prior(monkeypatch):
-    """The tables are computed once: that takes 40 ms."""
-    monkeypatch.setattr(codec, "Prior", lambda: PRIOR)
+@pytest.fixture(scope="module", autouse=True)
+def one_prior_and_nothing_stored():
+    """The tables are computed once: that takes 40 ms. And all images go through the Jet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "Prior", lambda: PRIOR)
+        patch.setattr(codec, "store", lambda image: (stored.RAW, range(10 ** 6)))
+        patch.setattr(codec, "RAW_BITS", 1e6)
+        yield
+
+
+@pytest.fixture
+def storing(monkeypatch):
+    monkeypatch.setattr(codec, "store", stored.store)
+    monkeypatch.setattr(codec, "RAW_BITS", 8)
 
 
 def random_jet(seed=0, std=0.1, **changes):
@@ -147,6 +157,18 @@ def test_lanes_are_taken_up_and_given_back():
         coder.set_lanes(4)
 
 
+def test_lanes_are_packed_to_some_bits_above_their_information():
+    lanes = (2 ** np.random.default_rng(0).uniform(30, 62, 300)).astype(np.int64)
+    lanes[:4] = 2 ** 30, 2 ** 62 - 1, 2 ** 32 - 1, 2 ** 32
+    assert np.array_equal(unpack(pack(lanes), 300), lanes)
+    assert 8 * len(pack(lanes)) <= np.log2(lanes).sum() + 5 * 300 + 8
+    assert pack(lanes[:0]) == b"" and len(unpack(b"", 0)) == 0
+    for content, count in ((pack(lanes), 299), (pack(lanes), 301), (b"", 1), (pack(lanes) + b"\0", 300),
+                           (b"\0" * 9, 0)):
+        with pytest.raises(ValueError, match="damaged"):
+            unpack(content, count)
+
+
 def test_only_a_borrowing_coder_runs_dry():
     with pytest.raises(CodecError, match="end too early"):
         Coder(np.zeros(3, np.uint32), num_lanes=4)
@@ -162,7 +184,7 @@ def test_prior_tables_are_whole_and_every_cell_can_be_coded():
     assert len(prior.tables) > 300 and prior.firsts[0] == 0
     assert np.array_equal(prior.firsts[1:], prior.ends[:-1])
     for table, first, end in zip(prior.tables, prior.firsts, prior.ends):
-        assert table[0] == 0 and table[-1] == 2 ** prior_module.PRIOR_BITS
+        assert table[0] == 0 and table[-1] == 2 ** SYMBOL_BITS
         assert (np.diff(table) > 0).all()
         assert len(table) == end - first + 2  # a probability for every cell, and the escape
     assert 63.9 < prior.ends[-1] * prior_module.CELL_WIDTH <= 64
@@ -233,7 +255,7 @@ def test_images_come_back(crops, kinds, mode, switches):
         jet = random_jet(std=0.05, kinds=kinds, split_mode=mode, block=block, patch_size=2,
                          **dict.fromkeys(switches, True))
         _, about = comes_back(stretch(jet), np.concatenate([crops[:5], random_images(1)]))
-        assert about["noise"].shape == (5, 8, 8, 3)
+        assert about["noise"].shape == (6, 8, 8, 3)
 
 
 @pytest.mark.parametrize("changes", [
@@ -250,12 +272,13 @@ def test_other_shapes_and_scales_come_back(changes):
 @pytest.mark.parametrize("n", [1, 2, 3, 70])
 def test_any_number_of_images_comes_back(crops, n):
     content, about = comes_back(random_jet(), crops[:n])
-    assert about["file_bits"] == 8 * len(content) and about["noise"].shape == (n - 1, 8, 8, 3)
+    assert about["file_bits"] == 8 * len(content) and about["noise"].shape == (n, 8, 8, 3)
+    assert about["coded"] == list(range(n)) and about["stored_bits"] == 0
     header, lanes, words = file_format.read_file(content)
-    assert sum(header["batches"]) == n - 1
+    assert sum(header["batches"]) == n
     assert all(1 <= size <= file_format.BATCH for size in header["batches"])
     frame = 8 * (HEADER + file_format.DIGEST_BYTES) + about["header_bits"]
-    assert about["file_bits"] == frame + 64 * len(lanes) + 32 * len(words)
+    assert about["file_bits"] == frame + 8 * len(pack(lanes)) + 32 * len(words)
 
 
 def test_a_file_is_the_same_each_time_and_its_reading_changes_nothing(crops):
@@ -297,18 +320,76 @@ def test_extreme_images_come_back():
     {"invertible_dense": True}], ids=str)
 def test_the_net_code_length_is_the_bound(crops, changes):
     jet = random_jet(**changes)
-    _, about = encode(jet, crops)
+    content, about = encode(jet, crops)
     noise = about["noise"]
     assert about["latents_beyond"] == 0 or changes == {"invertible_dense": True}
     assert noise.dtype == np.float32 and noise.min() >= 0 and noise.max() < 1
     assert noise.min() < 0.01 and noise.max() > 0.99
     assert abs(noise.mean() - 0.5) < 0.2 and noise.std() > 0.25
-    promised = bound(jet, crops[1:], noise).mean()
-    assert about["net_bits"] / crops[1:].size == pytest.approx(promised, abs=5e-4)
-    paid = about["net_bits"] + about["borrowed_bits"] + 8 * crops[0].size + about["header_bits"]
-    overhead = about["file_bits"] - paid
-    frame = 8 * (HEADER + file_format.DIGEST_BYTES)  # magic and digest; then the lanes' own bits
-    assert 0 < overhead < 64 * file_format.LANES + frame
+    promised = bound(jet, crops, noise).mean()
+    assert about["net_bits"] / crops.size == pytest.approx(promised, abs=5e-4)
+    overhead = about["file_bits"] - about["net_bits"] - about["borrowed_bits"] - about["header_bits"]
+    frame = 8 * (HEADER + file_format.DIGEST_BYTES)  # magic and digest; then the lanes
+    lanes = len(file_format.read_file(content)[1])
+    assert frame < overhead < 40 * lanes + frame
+
+
+# ---- images that are stored
+
+def test_no_image_takes_more_than_its_pixels_and_the_header(storing, crops):
+    jet, rng = random_jet(std=0.03), np.random.default_rng(0)
+    noise, flat = random_images(40), np.full((3, 8, 8, 3), 7, np.uint8)
+    images = np.concatenate([crops[:60], noise])[rng.permutation(100)]
+    for some in (crops[:1], noise[:1], noise, flat[:1], images, np.concatenate([noise[:2], crops[:40], flat])):
+        content, about = comes_back(jet, some)
+        header = 8 * (HEADER + file_format.DIGEST_BYTES) + about["header_bits"]
+        assert 8 * len(content) - header <= 8 * some.size
+        assert about["noise"].shape == (len(about["coded"]), 8, 8, 3)
+        if some is not images and len(about["coded"]):
+            assert about["net_bits"] <= 8 * some[about["coded"]].size
+    assert comes_back(jet, flat)[1]["file_bits"] < 8 * flat.size  # as PNG or WebP
+
+
+def test_noise_among_images_is_stored_and_they_are_not(storing, crops):
+    jet = random_jet(std=0.02)
+    with torch.no_grad():  # crops take less than their pixels
+        for coupling in jet.couplings:
+            coupling.net.final_proj.bias[24:] = 3.0
+    images = crops[:300] // 4 + np.uint8(96)
+    images[[150, 151, 260]] = random_images(3)
+    _, about = comes_back(jet, images)
+    assert about["borrowed_bits"] == 0 and 0 < about["stored_bits"]
+    told = bound(jet, images[about["coded"]], about["noise"])
+    assert about["net_bits"] / 192 / len(told) == pytest.approx(told.mean(), abs=2e-3)
+    assert {150, 151, 260}.isdisjoint(about["coded"]) and len(about["coded"]) > 200
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8, 1), (5, 7, 3), (4, 6, 2), (1, 1, 1), (2, 3, 5)])
+def test_what_is_stored_comes_back(shape, monkeypatch):
+    for image in (random_images(1, *shape)[0], np.full(shape, 9, np.uint8), np.zeros(shape, np.uint8)):
+        for kinds in (stored.FORMATS, {}, *({kind: stored.FORMATS[kind]} for kind in stored.FORMATS)):
+            with monkeypatch.context() as patch:
+                patch.setattr(stored, "FORMATS", kinds)
+                kind, words = stored.store(image)
+                coder = Coder(np.concatenate([np.arange(5, dtype=np.uint32), words]))
+                assert np.array_equal(stored.restore(coder, kind, shape), image) and coder.num_words == 5
+
+
+def test_a_damaged_stored_image_is_one_line_or_other_pixels():
+    for kind in stored.FORMATS:
+        content = stored._compressed(random_images(1)[0], kind)
+        for damaged in (content[:-20], b"", content[:20] + bytes(20) + content[40:], content[:60] + content[70:]):
+            try:
+                assert stored._decompressed(damaged, kind, (8, 8, 3)).shape == (8, 8, 3)
+            except CodecError as error:
+                assert str(error).startswith("a stored image is not one") and "\n" not in str(error)
+        for wrong in (b"", bytes(99)):
+            with pytest.raises(CodecError, match="a stored image is not one"):
+                stored._decompressed(wrong, kind, (8, 8, 3))
+        with pytest.raises(CodecError, match="a stored image is not one"):
+            stored._decompressed(content, kind, (8, 16, 3))
+    with pytest.raises(CodecError, match="end too early"):
+        stored.restore(Coder(np.array([5, 2 ** 31], np.uint32)), stored.PNG, (8, 8, 3))
 
 
 # ---- what cannot be read
@@ -390,16 +471,18 @@ def test_a_single_flipped_byte_is_noticed(jet, content):
 
 
 def test_another_version_is_refused(jet, content):
-    newer = signed(content[:8] + struct.pack("<I", 2) + content[12:])
-    refused(jet, newer, "format version 2, and this codec reads version 1")
+    for version in (1, 3):
+        other = signed(content[:8] + struct.pack("<I", version) + content[12:])
+        refused(jet, other, f"format version {version}, and this codec reads version 2: use the code that wrote it")
     refused(jet, with_header(content, bits=[8, 12, 23]), r"parameters \[8, 12, 23\]")
 
 
 @pytest.mark.parametrize("changes", [
-    {"batches": [5]}, {"batches": [1, 1, 3]}, {"batches": [1, 1]}, {"batches": []},
-    {"batches": [1, 1, 1, 1, 1, 1]},
-    {"batches": [6, -1]}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": None}, {"batches": 5},
-    {"batches": "11111"},
+    {"batches": [6]}, {"batches": [1, 1, 4]}, {"batches": [1, 1]}, {"batches": []},
+    {"batches": [1] * 7}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": [-1, 1, 1, 1, 1, 1]},
+    {"batches": [-2, 1, 1, 1, 1, 1]}, {"batches": [-3, 1, 1, 1, 1, 1]}, {"batches": [1, 1, 1, 1, 1, 0]},
+    {"batches": [1, 1, 1, 1, 1, -2]}, {"batches": [0] * 6}, {"batches": [-1] * 6},
+    {"batches": [6, -1]}, {"batches": None}, {"batches": 5}, {"batches": "111111"},
     {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2},
     {"words": lambda n: n + 2},
     {"words": 0}, {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None},
@@ -408,9 +491,7 @@ def test_another_version_is_refused(jet, content):
     {"shape": [6, 4, 16, 3]},
     {"shape": [6, 8, 8, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None},
     {"shape": {"8": 8}},
-    {"shape": [10 ** 15, 8, 8, 3], "batches": [10 ** 15 - 1]},
-    {"borrowed": -1}, {"borrowed": 1}, {"borrowed": lambda n: n + 10 ** 9}, {"borrowed": 0.5},
-    {"borrowed": None},
+    {"shape": [10 ** 15, 8, 8, 3], "batches": [10 ** 15]},
     {"pixels": "0" * 64}, {"pixels": 1}, {"weights": None}, {"config": "0" * 32}, {"bits": None},
     {"ties": 3}, {"ties": [1]}, {"ties": [[0, 0, "bias", [[10 ** 9, 1]]]]},
     {"ties": [[0, 0, "bias", [["a", "b"]]]]},
@@ -424,9 +505,9 @@ def test_a_header_that_lies_is_noticed(jet, content, changes):
 
 def test_a_body_that_lies_is_noticed(jet, content):
     header, lanes, words = file_format.read_file(content)
-    body = len(content) - 32 - 4 * len(words) - 8 * len(lanes)
-    for lane in (0, 1, -1, 2 ** 62, 2 ** 63 - 1, -2 ** 63, 2 ** 40):
-        refused(jet, signed(content[:body] + struct.pack("<q", lane) + content[body + 8:]))
+    body = len(content) - 32 - 4 * len(words) - len(pack(lanes))
+    for size in (0, 4, 8):
+        refused(jet, signed(content[:body + size] + b"\xff" * 8 + content[body + size + 8:]))
     for place in np.linspace(body, len(content) - 33, 30).astype(int):
         refused(jet, signed(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]))
 
@@ -442,12 +523,12 @@ def test_what_is_no_file_of_ours_is_refused(jet, content):
 
 
 @pytest.mark.parametrize("batches, says", [
-    (10 ** 4, "end too early|do not fit these weights"), (10 ** 6, "32,000,001 images do not fit in this machine's"),
+    (10 ** 4, "end too early|do not fit these weights"), (10 ** 6, "32,000,000 images do not fit in this machine's"),
     (2 * 10 ** 6, "its header has 6,")])
 def test_images_that_are_promised_take_no_memory(jet, content, batches, says):
     header, _, words = file_format.read_file(content)
-    header |= {"shape": [1 + 32 * batches, 8, 8, 3], "batches": [32] * batches}
-    lies, _ = file_format.write_file(header, np.full(128, 2 ** 40), words)
+    header |= {"shape": [32 * batches, 8, 8, 3], "batches": [32] * batches}
+    lies, _ = file_format.write_file(header, np.full(64, 2 ** 40), words)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
@@ -576,7 +657,10 @@ def stopped(capsys, *arguments):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("codec") / "images.jet"
-    codec.main(f"encode --checkpoint {RUN} --num-images 3 --threads 1 --out {path}".split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "store", stored.store)
+        patch.setattr(codec, "RAW_BITS", 8)
+        codec.main(f"encode --checkpoint {RUN} --num-images 3 --threads 1 --out {path}".split())
     return path
 
 
