@@ -38,7 +38,7 @@ class Site:
         self.toc = []  # (level, id, title)
 
     def heading(self, level, title, badges=""):
-        name = re.sub("[^a-z0-9]+", "-", title.split(":")[0].lower()).strip("-")
+        name = anchor(title)
         self.toc.append((level, name, title))
         return f'<h{level} id="{name}">{html.escape(title)}{badges}</h{level}>'
 
@@ -59,6 +59,11 @@ class Site:
 
     def exists(self, name):
         return (self.results_dir / name).exists()
+
+
+def anchor(title):
+    """The name of a heading in links: "figure-2a"."""
+    return re.sub("[^a-z0-9]+", "-", title.split(":")[0].lower())
 
 
 def facts(pairs):
@@ -87,7 +92,7 @@ def first_section(site, runs):
     lead = re.search(r"^# .*?\n\n(.*?)\n\n", readme, re.S)[1]
     status = re.search(r"^## Status\n(.*?)^## ", readme, re.M | re.S)[1]
     rows = "".join(
-        f'<tr><td><a href="#{anchor(item)}">{html.escape(item.title)}</a></td>'
+        f'<tr><td><a href="#{anchor(item.title)}">{html.escape(item.title)}</a></td>'
         + "".join(f"<td>{badge(*state(site, item, scale, runs))}</td>"
                   for scale in style.SCALES[1:]) + "</tr>\n" for item in results_page.ITEMS)
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("", *style.SCALES[1:]))
@@ -95,10 +100,6 @@ def first_section(site, runs):
             site.heading(2, "Status"), site.text(status), site.heading(3, "What was run"),
             f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody>'
             "</table></div>"]
-
-
-def anchor(item):
-    return re.sub("[^a-z0-9]+", "-", item.title.split(":")[0].lower())
 
 
 def state(site, item, scale, runs):
@@ -251,12 +252,12 @@ def audits_section(site):
 
 
 def runs_section(site, runs):
-    rows = [*site_runs.shipped(), *(row for _, row in runs.iterrows())]
-    cells = [site_runs.cells(row) for row in rows]
+    rows = [*site_runs.shipped(), *runs.to_dict("records")]
     find = ('<div class="find" hidden><label>Find <input type="search" '
             'placeholder="vit medium H100"></label><output></output></div>')
     return [f'<div class="wide">{site.heading(2, "All runs")}', site.text(RUNS), find,
-            markup.table(site_runs.COLUMNS, cells, "..", "sortable"), "</div>"]
+            markup.table(site_runs.COLUMNS, [*map(site_runs.cells, rows)], "..", "sortable"),
+            "</div>"]
 
 
 # ---- the whole

@@ -26,17 +26,16 @@ def read(results_dir):
 
 
 def shipped():
-    """The small trained model as a row of read(), if it is there."""
-    import pandas as pd
+    """The small trained model like a row of read(), if it is there."""
     if (found := tables.read_shipped(tables.SHIPPED)) is None:
         return []
     done, _, share = found
     train, test = done["rows"][-2:]
     name = f"assets/{tables.SHIPPED.name}"
-    return [pd.Series({
+    return [{
         **done, **done["config"], **done["config"]["model"], **test, "experiment": name,
         "scale": "", "run_id": name, "csv": f"../{name}/done.json", "train_flops": math.nan,
-        "logdet_cap_share": share, "train_bits_per_dim": train["bits_per_dim"]})]
+        "logdet_cap_share": share, "train_bits_per_dim": train["bits_per_dim"]}]
 
 
 def cells(row):
@@ -44,12 +43,12 @@ def cells(row):
     point = row["run_id"].rpartition("_seed")[0]
     for name, words in SHORT.items():
         point = point.replace(name, words)
-    epochs = regime.epochs_of(row.to_frame().T)
+    epochs = regime.epochs(row["dataset"], row["total_steps"], row["batch_size"])
     return (row["experiment"], row["scale"], point.replace("_", " "), str(row["seed"]),
             row["dataset"], f"{row['bits_per_dim']:.4f}", f"{row['bits_per_dim_se']:.4f}",
             number(row["train_bits_per_dim"], ".4f"), str(row["num_couplings"]),
             str(row["block_depth"]), str(row["emb_dim"]), row["block"], f"{row['num_params']:,}",
-            f"{epochs[0]:.3g}" if epochs else "", f"{row['lr']:g}",
+            "" if epochs is None else f"{epochs:.3g}", f"{row['lr']:g}",
             number(row["train_flops"], ".3g").replace("e+", "e"),
             number(row["train_seconds"], ",.1f"), number(row["logdet_cap_share"], ".3f"),
             str(row["hardware"]), tables.commit_of(row["git_commit"], row["git_dirty"]),

@@ -74,6 +74,13 @@ def folders(tmp_path, monkeypatch):
     return results, out
 
 
+def keep(folders, *experiments):
+    """Leave the CSVs of these alone."""
+    for path in folders[0].glob("*.csv"):
+        if path.stem.removesuffix("_small") not in experiments:
+            path.unlink()
+
+
 def page(folders):
     return site_page.files(*folders)["index.html"].decode()
 
@@ -85,7 +92,7 @@ def section(text, name):
 def test_every_item_has_claim_table_words_and_evidence(folders):
     text = page(folders)
     for item in results_page.ITEMS:
-        part = section(text, site_page.anchor(item))
+        part = section(text, site_page.anchor(item.title))
         assert item.claim in part and item.to_tell in part and "<table" in part and "small: " in part, item.title
         assert f'href="../{item.experiment}_small.csv"' in part and "<code>0123456</code>" in part and "Machine" in part
         assert ("<img" in part) == bool(item.figure), item.title
@@ -94,8 +101,7 @@ def test_every_item_has_claim_table_words_and_evidence(folders):
 
 def test_what_is_no_evidence_yet_says_so_and_shows_nothing(folders):
     results, out = folders
-    for path in results.glob("*.csv"):
-        path.unlink()
+    keep(folders)
     rows = grid_rows("ablate_block_depth", "small")
     rows.assign(total_steps=10, step=10).to_csv(results / "ablate_block_depth_small.csv", index=False)
     part = section(page(folders), "figure-2b")
@@ -106,6 +112,7 @@ def test_what_is_no_evidence_yet_says_so_and_shows_nothing(folders):
 
 def test_a_part_of_a_grid_counts_as_a_part(folders):
     results, out = folders
+    keep(folders)
     grid_rows("scaling", "medium")[:8].to_csv(results / "scaling_medium.shard-00.csv", index=False)
     text = page(folders)
     assert "medium: 4 runs, a part</span>" in section(text, "figure-3")
@@ -114,11 +121,13 @@ def test_a_part_of_a_grid_counts_as_a_part(folders):
 
 def test_every_run_is_one_row_of_the_table(folders):
     results, out = folders
+    keep(folders, "compare_vit_cnn", "main_results")
     grid_rows("compare_vit_cnn_lengths", "small").to_csv(results / "compare_vit_cnn_lengths_small.csv", index=False)
+    (out / "figure2a_lengths_small.png").write_bytes(PNG)
     wanted = {(path.name, run_id) for path in results.glob("*_small.csv") for run_id in read_runs(path)["run_id"]}
     runs = re.findall(r"<tr><td>(?:.*)<td>([^<]*)</td><td><a href=\"../([^\"]*)\">CSV</a></td></tr>",
                       page(folders).split('id="all-runs"')[1])
-    assert len(runs) == len(wanted) > 100 and {(file, run) for run, file in runs} == wanted
+    assert len(runs) == len(wanted) > 30 and {(file, run) for run, file in runs} == wanted
 
 
 def test_a_run_of_the_table_is_its_last_evaluation(tmp_path):
@@ -135,6 +144,7 @@ def test_a_run_of_the_table_is_its_last_evaluation(tmp_path):
 
 
 def test_a_certificate_that_is_no_text_is_refused(folders):
+    keep(folders)
     (folders[0] / "audits").mkdir()
     (folders[0] / "audits/a.md").write_bytes(b"\xff\xfe")
     with pytest.raises(ResultsError, match="a.md: not readable"):
@@ -142,6 +152,7 @@ def test_a_certificate_that_is_no_text_is_refused(folders):
 
 
 def test_the_page_is_the_same_twice_and_stray_files_are_found(folders, tmp_path, monkeypatch):
+    keep(folders, "ablate_layers")
     assert site_page.files(*folders) == site_page.files(*folders)
     results, out = folders
     paths = site_page.write(results, out)
