@@ -227,9 +227,9 @@ const frame = document.querySelector("iframe");
 frame.addEventListener("load", () => {
   const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement, report = {};
   const column = (table, k) => [...table.tBodies[0].rows].map((row) => row.cells[k].textContent);
-  report.width = [view.innerWidth, root.scrollWidth];
+  report.width = [root.clientWidth, root.scrollWidth];
   report.beyond = [...page.querySelectorAll("main *")].filter((one) => !one.closest(".scroll")
-    && one.getBoundingClientRect().right > view.innerWidth + 0.5).map((one) => one.outerHTML.slice(0, 80));
+    && one.getBoundingClientRect().right > root.clientWidth + 0.5).map((one) => one.outerHTML.slice(0, 80));
   report.images = [...page.images].map((image) => [image.currentSrc, image.complete && image.naturalWidth, image.getBoundingClientRect().width]);
   report.links = [...page.links].map((link) => link.href);
   report.colours = [view.getComputedStyle(page.body).color, view.getComputedStyle(page.body).backgroundColor];
@@ -257,7 +257,7 @@ frame.addEventListener("load", () => {
     hidden: [...page.querySelectorAll("nav, .find, footer")].filter((one) => one.offsetHeight).length,
     folded: [...page.querySelectorAll("details > *")].filter((one) => !one.offsetHeight).length,
     wide: [...page.querySelectorAll("table")].filter((table) => table.scrollWidth > table.parentElement.clientWidth + 1)
-      .map((table) => [table.className, table.scrollWidth, table.parentElement.clientWidth]),
+      .map((table) => [table.className, table.scrollWidth, table.parentElement.clientWidth, table.textContent.slice(0, 60)]),
   };
   const result = document.createElement("pre");
   result.id = "report";
@@ -271,7 +271,7 @@ A4, A4_WIDE = 688, 1047  # pixels between the margins of paper
 
 def run_browser(*flags):
     """(stdout, stderr) of a headless browser that has ended well."""
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
                "--allow-file-access-from-files", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -357,8 +357,8 @@ def test_runs_are_found_by_words(reports):
 def test_on_paper_all_is_unfolded_and_nothing_is_cut_off(reports, tmp_path):
     paper = reports[A4]["paper"]
     assert paper["hidden"] == 0 and paper["folded"] == 0
-    for css, needed, there in paper["wide"]:
-        assert css == "sortable" and needed <= A4_WIDE, css  # it gets pages of its own, across
+    for css, needed, there, text in paper["wide"]:
+        assert css == "sortable" and needed <= A4_WIDE, (needed, there, text)  # it gets pages of its own, across
     run_browser(f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer", (SITE / "index.html").as_uri())
     pdf = (tmp_path / "page.pdf").read_bytes()
     pages = re.findall(rb"/Type /Page\b", pdf)
