@@ -255,7 +255,7 @@ frame.addEventListener("load", () => {
     }
   report.paper = {
     hidden: [...page.querySelectorAll("nav, .find, footer")].filter((one) => one.offsetHeight).length,
-    folded: [...page.querySelectorAll("details > *")].filter((one) => !one.offsetHeight).length,
+    folded: [...page.querySelectorAll("details > *")].filter((one) => !one.checkVisibility()).length,
     wide: [...page.querySelectorAll("table")].filter((table) => table.scrollWidth > table.parentElement.clientWidth + 1)
       .map((table) => [table.className, table.scrollWidth, table.parentElement.clientWidth, table.textContent.slice(0, 60)]),
   };
