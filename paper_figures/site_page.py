@@ -98,8 +98,8 @@ def first_section(site, runs):
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("", *style.SCALES[1:]))
     return [f"<h1>Jet in PyTorch: results</h1>\n{site.text(lead, css='lead')}",
             site.heading(2, "Status"), site.text(status), site.heading(3, "What was run"),
-            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody>'
-            "</table></div>"]
+            f'<div class="scroll"><table class="overview"><thead><tr>{heads}</tr></thead>\n'
+            f"<tbody>{rows}</tbody></table></div>"]
 
 
 def state(site, item, scale, runs):
