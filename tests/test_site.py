@@ -269,9 +269,9 @@ frame.src = PAGE;
 A4, A4_WIDE = 688, 1047  # pixels between the margins of paper
 
 
-def run_browser(*flags):
-    """(stdout, stderr) of a headless browser that has ended well."""
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
+def run_browser(folder, *flags):
+    """(stdout, stderr) of a headless browser that has ended well; folder: for its profile."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}/profile", "--enable-logging=stderr", "--hide-scrollbars",
                "--allow-file-access-from-files", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -283,7 +283,7 @@ def look(folder, width):
     outside = folder / f"{width}.html"
     script = SCRIPT.replace("PAGE", json.dumps((SITE / "index.html").as_uri()))
     outside.write_text(f'<body><iframe style="border: 0; width: {width}px; height: 844px"></iframe><script>{script}</script>')
-    dom, said = run_browser("--dump-dom", outside.as_uri())
+    dom, said = run_browser(folder, "--dump-dom", outside.as_uri())
     (report,) = re.findall(r'<pre id="report">(.*?)</pre>', dom, re.S)
     return json.loads(html.unescape(report)) | {"console": re.findall(r".*CONSOLE.*", said)}
 
@@ -359,7 +359,7 @@ def test_on_paper_all_is_unfolded_and_nothing_is_cut_off(reports, tmp_path):
     assert paper["hidden"] == 0 and paper["folded"] == 0
     for css, needed, there, text in paper["wide"]:
         assert css == "sortable" and needed <= A4_WIDE, (needed, there, text)  # it gets pages of its own, across
-    run_browser(f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer", (SITE / "index.html").as_uri())
+    run_browser(tmp_path, f"--print-to-pdf={tmp_path}/page.pdf", "--no-pdf-header-footer", (SITE / "index.html").as_uri())
     pdf = (tmp_path / "page.pdf").read_bytes()
     pages = re.findall(rb"/Type /Page\b", pdf)
     assert 5 <= len(pages) <= 60 and pdf.count(b"/Subtype /Image") >= len(list(SITE.glob("*.png")))
