@@ -1,4 +1,4 @@
-"""Redraw all figures and tables from the committed CSVs, and write results/RESULTS.md.
+"""Redraw all figures and tables from the committed CSVs; write results/RESULTS.md and site/.
 
     python paper_figures/redraw.py              # under a minute
     python paper_figures/redraw.py --check      # writes nothing; fails where a file differs
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: F401 (first: it says what is not installed)
 from harness.flags import ArgumentParser, one_line_errors
 from paper_figures import (conditions, figure1, figure2, figure3, figure4, figure5, results_page,
-                           style, tables, throughput)
+                           site_page, style, tables, throughput)
 from paper_figures.results_csv import ResultsError
 
 DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
@@ -51,10 +51,12 @@ def check(results_dir, out_dir):
     with tempfile.TemporaryDirectory() as folder:
         wanted = {out_dir / path.name: path.read_bytes()
                   for path in redraw(results_dir, Path(folder))}
+        wanted |= {results_dir / "site" / name: content for name, content in
+                   site_page.files(results_dir, Path(folder)).items()}
     wanted[results_dir / "RESULTS.md"] = results_page.page(results_dir).encode()
     wrong = [path for path, content in wanted.items()
              if not path.exists() or path.read_bytes() != content]
-    wrong += [path for path in sorted(out_dir.glob("*"))
+    wrong += [path for path in sorted([*out_dir.glob("*"), *results_dir.glob("site/*")])
               if path not in wanted and "_smoke" not in path.name]
     if wrong:
         raise ResultsError(f"not what the CSVs give: {', '.join(map(str, wrong))}: run redraw.py")
@@ -73,6 +75,7 @@ def main(arguments=None):
         for path in redraw(flags.results_dir, flags.out):
             print(path)
         print(results_page.write(flags.results_dir))
+        print(site_page.write(flags.results_dir, flags.out)[0])
 
 
 if __name__ == "__main__":

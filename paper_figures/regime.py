@@ -10,12 +10,16 @@ from paper_figures.results_csv import SAME, ResultsError, columns, read_csv
 LEAST = {"small": 5}  # epochs
 
 
+def epochs(dataset, total_steps, batch_size):
+    """How often a run has seen each image of its set; None for sets that are not known."""
+    count = SETS[dataset].counts["train"] if dataset in SETS else 0
+    return int(total_steps) * int(batch_size) / count if count else None
+
+
 def epochs_of(rows):
     """The epochs of the runs of a CSV that were trained, on known image sets, from few to many."""
     runs = rows[["dataset", "total_steps", "batch_size"]].drop_duplicates()
-    counts = {name: SETS[name].counts["train"] for name in runs["dataset"] if name in SETS}
-    return sorted({int(run.total_steps) * int(run.batch_size) / counts[run.dataset]
-                   for run in runs.itertuples() if counts.get(run.dataset) and run.total_steps})
+    return sorted(filter(None, {epochs(*run) for run in runs.itertuples(index=False, name=None)}))
 
 
 def is_run(path, experiment):

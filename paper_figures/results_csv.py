@@ -148,6 +148,21 @@ def read_results(path, experiment, swept, varying=()):
     return rows
 
 
+def read_runs(path):
+    """The last test row of each run of any CSV of ours; `train_bits_per_dim`: of training images.
+
+    Raises ResultsError for a damaged file.
+    """
+    header = read_csv(path, "NAME", nrows=0)
+    swept = [name for name in header if name not in (*WHICH, *MEASURED)]
+    rows = _read_rows(path, "NAME", swept)
+    _check_values(path, rows, swept)
+    last = rows[rows["step"] == rows["total_steps"]].drop_duplicates(["run_id", "split"])
+    train = last[last["split"] == "train"].set_index("run_id")["bits_per_dim"]
+    test = last[last["split"] == "test"]
+    return test.assign(train_bits_per_dim=test["run_id"].map(train))
+
+
 def _read_rows(path, experiment, swept):
     """The rows with the right columns, and numbers as numbers where they are some."""
     texts = dict.fromkeys((*TEXTS, "init", "hardware", "git_commit", "git_dirty", *swept), str)

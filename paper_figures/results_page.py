@@ -175,13 +175,22 @@ def item_section(item, results_dir):
             lines += measured(item, item.rows(path), scale, path)
         else:
             missing.append(scale)
+    lines += paper_numbers(item)
+    return [*lines, f"Not run: {', '.join(missing)}. {command(item)}", "",
+            f"**To tell more:** {item.to_tell}", ""]
+
+
+def paper_numbers(item):
+    """A line with the paper's own numbers, as far as they are known."""
     known = [f"{' '.join(point)} {value}" for point, value in
              paper.paper_values(item.experiment, item.swept).items()]
-    if known:
-        lines += [f"**The paper's numbers** ([paper.csv](paper.csv)): {'; '.join(known)}.", ""]
-    return [*lines, f"Not run: {', '.join(missing)}. The command is `python experiments/"
-            f"{item.experiment}.py --scale SCALE --data-root DIR`.", "",
-            f"**To tell more:** {item.to_tell}", ""]
+    return [f"**The paper's numbers** ([paper.csv](paper.csv)): {'; '.join(known)}.", ""] \
+        if known else []
+
+
+def command(item):
+    return (f"The command is `python experiments/{item.experiment}.py --scale SCALE "
+            "--data-root DIR`.")
 
 
 def measured(item, rows, scale, path):
