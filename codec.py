@@ -63,7 +63,8 @@ class GridFlow:
     def encode(self, images, batch, labels=None):
         """Push the images (n, H, W, C); labels: (n,) of a class-conditional Jet.
 
-        Returns the noise that was popped, float32 in [0, 1), and the bits of each image.
+        Returns the noise that was popped, float32 in [0, 1), and the bits of each image. Where one
+        takes more than its pixels, nothing is pushed to the prior: such a batch is not kept.
         """
         context = self._context(labels)
         m = noise_bits(batch)
@@ -74,9 +75,10 @@ class GridFlow:
         for number, layer in enumerate(self.jet.layers()):
             tokens = self._apply(layer, tokens, (batch, number), context, self.lifting.affine,
                                  self.lifting.dense)
-        self.latents_beyond = self.prior.push(self.coder, tokens.ravel(), m)
         z, logdet = map(torch.from_numpy, ((tokens + 0.5) * delta(m), self.lifting.logdet))
         bits = images[0].size * bits_per_dim(z, logdet).numpy()
+        if np.all(bits <= RAW_BITS * images[0].size):
+            self.latents_beyond = self.prior.push(self.coder, tokens.ravel(), m)
         return ((noise + 0.5) / 2 ** m).astype(np.float32), bits
 
     def decode(self, count, batch, labels=None):
@@ -179,7 +181,7 @@ class Writer:
         is_cheap, is_fed = bits <= RAW_BITS * part[0].size, self.coder.borrowed == before.borrowed
         if len(part) == 1:
             kind, words = store(part[0])
-            limit, is_cheap, is_fed = 32 * len(words), True, True
+            limit, is_fed = 32 * len(words), True
         if paid <= limit and np.all(is_cheap) and is_fed:
             return self._keep(len(part), noise, popped)
         self.coder.set_back(before)

@@ -39,7 +39,7 @@ def one_prior_and_nothing_stored():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "Prior", lambda: PRIOR)
         patch.setattr(codec, "store", lambda image: (stored.RAW, range(10 ** 6)))
-        patch.setattr(codec, "RAW_BITS", 1e6)
+        patch.setattr(codec, "RAW_BITS", math.inf)
         yield
 
 
@@ -583,34 +583,32 @@ def test_weights_that_are_not_finite_are_refused(crops, layer, value):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bias", [1e9, 1e11, 1e13, 1e16, 1e300])
-@pytest.mark.parametrize("raw", [-40, -10, 0, 3])
+@pytest.mark.parametrize("bias, raw", [(1e9, -40), (1e11, -10), (1e13, 3), (1e16, 0), (1e300, -40)])
 def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
     jet = random_jet(num_couplings=2, scale_factor=4.0)
     with torch.no_grad():
         jet.couplings[0].net.final_proj.bias[:24] = bias
         jet.couplings[0].net.final_proj.bias[24:] = raw
     try:
-        content, _ = encode(jet, crops[:3])
+        content, _ = encode(jet, crops[:2])
     except CodecError as error:
         assert "overflows" in str(error) or "not finite" in str(error)
     else:
-        assert np.array_equal(decode(jet, content), crops[:3])
+        assert np.array_equal(decode(jet, content), crops[:2])
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("weight", [1e6, 1e12, 1e300])
-@pytest.mark.parametrize("name", ["lower", "upper"])
+@pytest.mark.parametrize("name, weight", [("lower", 1e6), ("upper", 1e12), ("upper", 1e300)])
 def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weight):
     jet = random_jet(num_couplings=2, patch_size=2, invertible_dense=True)
     with torch.no_grad():
         getattr(jet.denses[-1], name).fill_(weight)
     try:
-        content, about = encode(jet, crops[:3])
+        content, about = encode(jet, crops[:2])
     except CodecError as error:
         assert "overflows" in str(error) or "not finite" in str(error)
     else:
-        assert about["latents_beyond"] > 0 and np.array_equal(decode(jet, content), crops[:3])
+        assert about["latents_beyond"] > 0 and np.array_equal(decode(jet, content), crops[:2])
 
 
 # ---- another machine

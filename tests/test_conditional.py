@@ -1,6 +1,7 @@
 """Class-conditional Jets: a flow for every context, and the same model as before without one."""
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
@@ -339,6 +340,7 @@ def coded():
     crops, labels = images.array[:, :8, :8].copy(), [0, 4, 2, 2, 1, 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codec, "store", lambda image: (0, range(10 ** 6)))  # all go through the Jet
+        patch.setattr(codec, "RAW_BITS", math.inf)
         content, about = codec.encode(jet, crops, labels=labels)
     return jet, crops, labels, content, about
 
