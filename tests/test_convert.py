@@ -377,10 +377,10 @@ def test_a_configuration_allocates_nothing_before_it_fits_the_weights(checkpoint
     content = torch.load(checkpoint)
     content["config"]["model"][field] = value
     torch.save(content, checkpoint)
-    begun, before = time.monotonic(), peak_mib()
+    begun, before = time.process_time(), peak_mib()
     with pytest.raises(CheckpointError, match="do not fit their configuration"):
         load_jet(checkpoint)
-    assert time.monotonic() - begun < 10 and peak_mib() - before < 300
+    assert time.process_time() - begun < 10 and peak_mib() - before < 300
 
 
 def peak_mib():
@@ -456,11 +456,11 @@ HUNGRY = {  # what takes far more than its file, or has no shape
 @pytest.mark.parametrize("kind", HUNGRY)
 def test_a_weight_file_takes_no_more_than_its_size(tmp_path, kind):
     torch.save(HUNGRY[kind](bare_jet().state_dict()), tmp_path / "weights.pt")
-    begun, before = time.monotonic(), peak_mib()
+    begun, before = time.process_time(), peak_mib()
     with pytest.raises(CheckpointError) as error:
         load_jet(tmp_path / "weights.pt", num_heads=2)
     assert "\n" not in str(error.value) and len(str(error.value)) < 2000 + len(str(tmp_path))
-    assert time.monotonic() - begun < 5 and peak_mib() - before < 300
+    assert time.process_time() - begun < 5 and peak_mib() - before < 300
 
 
 def test_many_small_parts_of_an_archive_are_refused_at_once(tmp_path):
@@ -490,8 +490,8 @@ def test_couplings_of_a_byte_each_are_too_many(save):
     {"meta_json": np.zeros((10 ** 6, 0))}])
 def test_an_official_tree_takes_no_more_than_its_size(tmp_path, changes):
     np.savez_compressed(tmp_path / "tree.npz", **official("jet_spatial_only") | changes)
-    begun, before = time.monotonic(), peak_mib()
+    begun, before = time.process_time(), peak_mib()
     with pytest.raises(CheckpointError) as error:
         load_jet(tmp_path / "tree.npz")
     assert "\n" not in str(error.value) and len(str(error.value)) < 2000
-    assert time.monotonic() - begun < 10 and peak_mib() - before < 700
+    assert time.process_time() - begun < 10 and peak_mib() - before < 700

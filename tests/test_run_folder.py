@@ -611,10 +611,10 @@ def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, config, name, kind):
                                      {"emb_dim": 2 ** 18}, {"emb_dim": 2 ** 32}])
 def test_a_model_that_no_machine_can_hold_is_refused_at_once(tmp_path, config, changes):
     large = dataclasses.replace(config, model=dataclasses.replace(MODEL, **changes))
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(TrainingError, match="its weights need .* GiB, and .* make the model small"):
         train(large, tmp_path / "run", quiet=True)
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 @pytest.fixture(scope="module")
