@@ -106,14 +106,14 @@ def read_bits(experiment, scale, runs, results_dir):
 
 def runs_of_search(experiment, scale, runs_dir, results_dir, precision=None):
     """(the search of an experiment, its runs, the Rates found): widened as what is known asks."""
-    how, rates = (experiment.runs_of or experiment).search[scale], Rates((), {})
+    how, tried = (experiment.runs_of or experiment).search[scale], {}
     while True:
-        search = search_of(experiment, scale, rates.tried)
+        search = search_of(experiment, scale, tried)
         runs = make_runs(search, scale, [0], runs_dir / f"{search.name}_{scale}", precision)
-        before = rates.tried
-        rates = find_rates(how, runs, read_bits(search, scale, runs, results_dir), before)
-        if rates.tried == before:
+        rates = find_rates(how, runs, read_bits(search, scale, runs, results_dir), tried)
+        if rates.tried == tried:
             return search, runs, rates
+        tried = rates.tried
 
 
 def find_rates(search, runs, bits, tried=None):
