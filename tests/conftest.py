@@ -7,8 +7,19 @@ def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
     import torch
     torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared
-    gc.collect()  # each run that is trained collects garbage: not what is there by now
+    what_is_there_is_no_garbage()
+
+
+def what_is_there_is_no_garbage():
+    """Each run that is trained collects garbage, and would look through all that is imported by now."""
+    gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_module_has_imported_is_no_garbage():
+    yield
+    what_is_there_is_no_garbage()
 
 
 @pytest.fixture(autouse=True)

@@ -739,7 +739,7 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
             return result
         recipe.training_step = peak
         config = train.TrainConfig(data=sys.argv[1], batch_size=16, total_steps=1, model=JetConfig(
-            image_size=32, num_couplings=int(sys.argv[2]), emb_dim=128, num_heads=4))
+            image_size=32, num_couplings=int(sys.argv[2]), block_depth=2, emb_dim=128, num_heads=4))
         train.train(config, sys.argv[3], quiet=True, place=Place(checkpoint_activations="on"))
     """
     few, many = (int(subprocess.run([sys.executable, "-c", code, tmp_path / "images.npy", str(couplings),
