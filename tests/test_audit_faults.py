@@ -237,23 +237,21 @@ def images_doubled_in_the_mean(monkeypatch):
 
 
 @pytest.mark.parametrize("fault, caught_by", [
-    (wrong_sign, "Identity: log-det, whole images"),
-    (coupling_left_out, "Identity: log-det, whole images"),
-    (coupling_left_out, "Identity: sum over couplings"),
-    (unseen_scale, "Identity: log-det by coupling"),
-    (unseen_scale, "Identity: log-det, whole images"),
-    (wrong_permutation, "Inverse: float64: worst coupling"),
-    (wrong_permutation_both_ways, "Estimate: as recorded by its run"),
-    (bfloat16_affine, "Inverse: bfloat16: log-det against scales"),
-    (constant_left_out, "Estimate: sum of its terms"),
-    (divided_by_pixels, "Estimate: sum of its terms"), (wide_noise, "Estimate: levels of grey"),
-    (wide_noise_at_its_source, "Estimate: noise"), (batch_dropped, "Estimate: every image once"),
-    (images_doubled_in_the_mean, "Estimate: every image once")])
+    (wrong_sign, {"Identity: log-det, whole images"}),
+    (coupling_left_out, {"Identity: log-det, whole images", "Identity: sum over couplings"}),
+    (unseen_scale, {"Identity: log-det by coupling", "Identity: log-det, whole images"}),
+    (wrong_permutation, {"Inverse: float64: worst coupling"}),
+    (wrong_permutation_both_ways, {"Estimate: as recorded by its run"}),
+    (bfloat16_affine, {"Inverse: bfloat16: log-det against scales"}),
+    (constant_left_out, {"Estimate: sum of its terms"}),
+    (divided_by_pixels, {"Estimate: sum of its terms"}), (wide_noise, {"Estimate: levels of grey"}),
+    (wide_noise_at_its_source, {"Estimate: noise"}), (batch_dropped, {"Estimate: every image once"}),
+    (images_doubled_in_the_mean, {"Estimate: every image once"})])
 def test_fault_in_the_code_is_caught_by_its_check(tmp_path, run, folder, monkeypatch, fault,
                                                   caught_by):
     fault(monkeypatch)
     code, certificate = audit(tmp_path, "--checkpoint", run, "--data", folder)
-    assert code == 1 and caught_by in failed(certificate)
+    assert code == 1 and caught_by <= set(failed(certificate))
 
 
 def test_altered_weights_are_told_from_those_that_were_trained(tmp_path, run, folder):
