@@ -129,6 +129,11 @@ class Run:
         return [{**fixed, **row, **values} for values in self.points for row in measured]
 
 
+def folder_of(experiment, scale, runs_dir):
+    """The folder of a grid's runs, or of those whose runs it uses."""
+    return runs_dir / f"{(experiment.runs_of or experiment).name}_{scale}"
+
+
 def make_runs(experiment, scale, seeds, runs_dir, precision=None, rates=None):
     """The runs of a grid for each of the seeds, in its order.
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from paper_figures.results_csv import read_csv
-from sweeps.grid import Experiment, first_of, make_runs
+from sweeps.grid import Experiment, first_of, folder_of, make_runs
 from sweeps.search import arms_of, runs_of_search
 
 
@@ -44,12 +44,9 @@ def make_parts(experiment, flags):
     """The Parts of an experiment, in the order in which they are run. Raises ValueError."""
     scale, rates, parts, runs_dir = flags.scale, None, [], flags.runs_dir.absolute()
 
-    def folder_of(one):
-        return runs_dir / f"{(one.runs_of or one).name}_{scale}"
-
     def add(one, grid, is_search=False):
         parts.append(Part(experiment=one, scale=scale, grid=grid, runs=grid, is_search=is_search,
-                          runs_dir=folder_of(one),
+                          runs_dir=folder_of(one, scale, runs_dir),
                           csv=flags.results_dir / f"{one.name}_{scale}.csv"))
     if how := (experiment.runs_of or experiment).search.get(scale):
         search, runs, rates = runs_of_search(experiment, scale, runs_dir, flags.results_dir,
@@ -58,7 +55,8 @@ def make_parts(experiment, flags):
     seeds = range(flags.seeds or experiment.seeds.get(scale, 1))
     for one, of_one in ((experiment, seeds), *((other, [0]) for other in experiment.also)):
         if one is experiment or one.configs(scale):
-            add(one, make_runs(one, scale, of_one, folder_of(one), flags.precision, rates))
+            add(one, make_runs(one, scale, of_one, folder_of(one, scale, runs_dir), flags.precision,
+                               rates))
     if flags.shard:
         parts = shard(parts, flags.shard)
     if how:

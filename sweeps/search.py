@@ -11,7 +11,7 @@ import math
 from harness.errors import TrainingError
 from harness.run_folder import read_error
 from paper_figures.results_csv import read_results
-from sweeps.grid import Experiment, Point, make_runs, steps
+from sweeps.grid import Experiment, Point, folder_of, make_runs, steps
 
 DATA, EPOCHS = "cifar10-search", 1
 WIDEST = 6  # rates more than planned: what is best at an end then, no rate will do better soon
@@ -85,16 +85,19 @@ def arms_of(search, runs):
     return arms
 
 
-def read_bits(experiment, scale, runs, results_dir):
-    """{run_id: test bits/dim} of the runs of a search that are over: of their folders, and of CSVs.
-
-    Infinity where a run's numbers were not finite.
-    """
+def bits_in_csvs(experiment, scale, results_dir):
+    """{run_id: test bits/dim} of the runs of a search whose numbers its CSVs have."""
     bits = {}
     for csv in sorted(results_dir.glob(f"{experiment.name}_{scale}*.csv")):
         rows = read_results(csv, experiment.name, experiment.swept, experiment.varying)
         test = rows[(rows["split"] == "test") & (rows["step"] == rows["total_steps"])]
         bits |= dict(zip(test["run_id"], test["bits_per_dim"]))
+    return bits
+
+
+def bits_in_folders(runs):
+    """The same of the runs that are over; infinity where numbers were not finite."""
+    bits = {}
     for run in runs:
         with contextlib.suppress(TrainingError):  # a damaged result: its status says so
             if done := run.done:
@@ -107,13 +110,15 @@ def read_bits(experiment, scale, runs, results_dir):
 def runs_of_search(experiment, scale, runs_dir, results_dir, precision=None):
     """(the search of an experiment, its runs, the Rates found): widened as what is known asks."""
     how, tried = (experiment.runs_of or experiment).search[scale], {}
+    search = search_of(experiment, scale)
+    bits = bits_in_csvs(search, scale, results_dir)
     while True:
-        search = search_of(experiment, scale, tried)
-        runs = make_runs(search, scale, [0], runs_dir / f"{search.name}_{scale}", precision)
-        rates = find_rates(how, runs, read_bits(search, scale, runs, results_dir), tried)
+        runs = make_runs(search, scale, [0], folder_of(search, scale, runs_dir), precision)
+        rates = find_rates(how, runs, bits | bits_in_folders(runs), tried)
         if rates.tried == tried:
             return search, runs, rates
         tried = rates.tried
+        search = search_of(experiment, scale, tried)
 
 
 def find_rates(search, runs, bits, tried=None):
