@@ -219,7 +219,8 @@ def test_figure_2_has_three_training_lengths_and_patches_of_two_pixels():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_search_small.csv")), ids=lambda path: path.stem)
-def test_committed_searches_are_those_of_the_grids(path):
+def test_committed_searches_are_those_of_the_grids(path, monkeypatch):
+    monkeypatch.undo()
     declared = importlib.import_module(f"experiments.{path.stem.removesuffix('_search_small')}").EXPERIMENT
     found, runs, _ = search.runs_of_search(declared, "small", ROOT, path.parent)
     rows = read_results(path, found.name, found.swept, found.varying)
