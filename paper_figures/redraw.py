@@ -22,6 +22,24 @@ DRAWS = {  # what is drawn from results/<experiment>_<scale>.csv
     "condition_classes": [conditions.draw], "throughput": [throughput.draw]}
 
 
+def find_csvs(results_dir):
+    """{CSV: its experiment} of those that are drawn by themselves, small ones there or not.
+
+    Raises ResultsError for a file that is of no experiment.
+    """
+    small, found = {results_dir / f"{name}_small.csv" for name in DRAWS if name != "throughput"}, {}
+    for csv in sorted({*results_dir.glob("*.csv"), *small}):
+        experiment, _, scale = csv.stem.rpartition("_")
+        if csv.name in ("reported.csv", "paper.csv") or scale == "smoke" or ".shard-" in csv.name:
+            continue
+        if experiment.endswith(("_search", "_lengths")):  # drawn with what they belong to
+            continue
+        if experiment not in DRAWS:
+            raise ResultsError(f"{csv}: is of none of {', '.join(DRAWS)}: move it away")
+        found[csv] = experiment
+    return found
+
+
 def redraw(results_dir, out_dir):
     """Draw everything but smoke runs, and what is drawn from nothing; yields the paths.
 
@@ -29,29 +47,13 @@ def redraw(results_dir, out_dir):
     """
     if not results_dir.is_dir():
         raise ResultsError(f"{results_dir}: no such folder")
-    small = {results_dir / f"{name}_small.csv" for name in DRAWS if name != "throughput"}
-    found = [csv for csv in sorted({*results_dir.glob("*.csv"), *small}) if _is_drawn(csv)]
-    for csv in found:
-        if _experiment(csv) not in DRAWS:
-            raise ResultsError(f"{csv}: is of none of {', '.join(DRAWS)}: move it away")
-    for csv in found:
-        for draw in DRAWS[_experiment(csv)]:
+    for csv, experiment in find_csvs(results_dir).items():
+        for draw in DRAWS[experiment]:
             yield from draw(csv, out_dir)
     for path in sorted(results_dir.glob("samples/*.npz")):
         if path.name.split("_")[0] not in style.SCALES:
             yield from figure5.draw_file(path, out_dir)
     yield from figure1.draw(out_dir)
-
-
-def _experiment(csv):
-    return csv.stem.rpartition("_")[0]
-
-
-def _is_drawn(csv):
-    """By itself: a search, other lengths and single numbers are drawn with what they belong to."""
-    experiment, _, scale = csv.stem.rpartition("_")
-    return not (scale == "smoke" or experiment.endswith(("_search", "_lengths"))
-                or csv.name in ("reported.csv", "paper.csv") or ".shard-" in csv.name)
 
 
 def check(results_dir, out_dir):
