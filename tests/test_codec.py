@@ -207,11 +207,11 @@ def test_a_latent_costs_its_normal_density(noise_bits):
             bits.append(coder.bits - before - nats / math.log(2))
         return np.array(bits)
 
-    normal = surplus((rng.normal(size=2000) / delta).astype(np.int64))
+    normal = surplus((rng.normal(size=700) / delta).astype(np.int64))
     assert abs(normal.mean()) < 3e-4 and np.abs(normal).max() < 2e-2
     for deviations in (3.4, 3.5, 10, 40, 63):
         low, high = (deviations - 0.1) / delta, (deviations + 0.1) / delta
-        far = surplus(np.array([-1, 1] * 50) * rng.integers(low, high, 100))
+        far = surplus(np.array([-1, 1] * 20) * rng.integers(low, high, 40))
         escapes = 5e-5 * deviations ** 2  # each costs a little
         assert abs(far.mean()) < 0.01 + escapes
         falls = deviations * 1.5e-3  # within a cell
@@ -251,11 +251,11 @@ def stretch(jet):
 @pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")],
                          ids="+".join)
 def test_images_come_back(crops, kinds, mode, switches):
-    for block in ("vit", "cnn"):
-        jet = random_jet(std=0.05, image_size=4, kinds=kinds, split_mode=mode, block=block, patch_size=2,
-                         **dict.fromkeys(switches, True))
-        _, about = comes_back(stretch(jet), np.concatenate([crops[:5, :4, :4], random_images(1, 4, 4)]))
-        assert about["noise"].shape == (6, 4, 4, 3)
+    block = ("vit", "cnn")[(len(kinds) + len(mode) + len(switches)) % 2]  # with each of the others
+    jet = random_jet(std=0.05, image_size=4, kinds=kinds, split_mode=mode, block=block, patch_size=2,
+                     **dict.fromkeys(switches, True))
+    _, about = comes_back(stretch(jet), np.concatenate([crops[:5, :4, :4], random_images(1, 4, 4)]))
+    assert about["noise"].shape == (6, 4, 4, 3)
 
 
 @pytest.mark.parametrize("changes", [
@@ -601,7 +601,7 @@ def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
 @pytest.mark.parametrize("name, weight", [("lower", 1e6), ("upper", 1e12), ("upper", 1e300)])
 def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weight):
     jet = random_jet(image_size=4, num_couplings=2, patch_size=2, invertible_dense=True)
-    images = crops[:2, :4, :4]
+    images = crops[:1, :4, :4]
     with torch.no_grad():
         getattr(jet.denses[-1], name).fill_(weight)
     try:

@@ -1,6 +1,7 @@
 """One run over several processes: the same trajectory, the same evaluation, one writer."""
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +18,9 @@ import torch
 from convert import load_jet
 from data import load_images, training_batch, training_batches
 from evaluate import evaluate
+from harness import distributed
 from harness.checkpoint import read_tensors
+from harness.errors import TrainingError
 from harness.place import Place
 from harness.run_folder import read_progress
 from jet import JetConfig
@@ -57,35 +60,55 @@ def alone(folder, configs):
             for name, config in configs.items()}
 
 
-def launch(folder, processes, jobs, weights, torchrun=False):
-    """Run jobs {name: (config, arguments)} in so many processes; the folder of their runs.
+def launch(folder, processes, jobs, weights):
+    """Do jobs {name: (config, arguments of train)} in so many processes; the folder of their runs.
 
-    torchrun: by it, else by a process that imports torch once and becomes all of them.
+    They are forks of this process, which has imported all that they need.
     """
+    import torch._dynamo  # noqa: F401  as DistributedDataParallel does, for seconds: here once for all
     folder = folder / str(processes)
     folder.mkdir(exist_ok=True)
-    plan = {name: {"config": config.to_dict(), "run_dir": str(folder / name), **more}
-            for name, (config, more) in jobs.items()}
-    (folder / "jobs.json").write_text(json.dumps(plan))
-    command = [sys.executable, TESTS / "processes.py", folder / "jobs.json", weights, str(processes)]
-    if torchrun:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", command.pop()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[:3000]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=take_part, args=(rank, processes, port, folder, jobs, weights))
+               for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * processes
     return folder
+
+
+def take_part(rank, processes, port, folder, jobs, weights):
+    """What each process does, with the variables that torchrun gives it: train, and evaluate once."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE":
+                   f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    for name, (config, arguments) in jobs.items():
+        try:
+            done = train(config, folder / name, quiet=True, **arguments)
+        except (TrainingError, ValueError) as error:
+            done = {"error": str(error)}
+        (folder / f"{name}-rank-{rank}.json").write_text(json.dumps(done))
+    numbers = evaluate(load_jet(weights), np.load(config.data)[:13], draws=2, batch_size=4, per_image=True)
+    bits = numbers["bits_per_dim_per_image"].tolist()
+    (folder / f"bits-rank-{rank}.json").write_text(json.dumps(bits))
+    distributed.leave()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def together(request, folder, configs, alone):
     jobs = {name: (config, {}) for name, config in configs.items()}
-    jobs["micro"] = configs["float64"], {"place": {"micro_batch": 2}}
+    jobs["micro"] = configs["float64"], {"place": Place(micro_batch=2)}
     jobs["half"] = configs["float64"], {"stop_after": 5}
     jobs["first-half"] = configs["float32"], {"stop_after": 5}
     jobs["other"] = dataclasses.replace(configs["float32"], batch_size=request.param - 1), {}
     (folder / str(request.param) / "torn").mkdir(parents=True, exist_ok=True)
     (folder / str(request.param) / "torn/checkpoint.pt").write_bytes(b"")
     jobs["torn"] = configs["float32"], {}
-    return launch(folder, request.param, jobs, folder / "alone/float32", torchrun=request.param == 2)
+    return launch(folder, request.param, jobs, folder / "alone/float32")
 
 
 def losses(run_dir):

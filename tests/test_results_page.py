@@ -159,6 +159,8 @@ def test_redraw_refuses_a_folder_that_is_not_there(tmp_path):
 
 
 def test_redraw_draws_everything(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: style.write_files(
+        dict.fromkeys([f"{name}.pdf", f"{name}.png"], ""), out_dir))  # empty, for that takes seconds
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
     (results / "scaling_smoke.csv").write_text("not drawn")
     redraw.main(["--results-dir", str(results), "--out", str(tmp_path / "out")])
@@ -167,6 +169,7 @@ def test_redraw_draws_everything(results, tmp_path, monkeypatch):
         f"{name}_small.{kind}" for name in ("table2a", "table2b", "table_figure4", "main_table", "conditions") for kind in ("md", "tex")} | {
         "figure1.pdf", "figure1.png"}
     assert (results / "RESULTS.md").read_text() == results_page.page(results, style.ROOT / "assets")
+    style.pyplot().close("all")
 
 
 def test_a_csv_of_no_experiment_is_refused(results, tmp_path):

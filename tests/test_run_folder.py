@@ -32,6 +32,7 @@ from harness.place import Place
 from harness.run_folder import RunLog, is_running, read_done, read_error, read_progress
 from harness.signals import Signals
 from jet import JetConfig
+from tests import forked
 from train import TrainConfig, train
 
 MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
@@ -461,27 +462,35 @@ def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypa
     assert train(config, tmp_path / "run", quiet=True)["rows"] == rows
 
 
-def started(config, run_dir, **settings):
-    """train.py in a process of its own, after its first step."""
-    command = [sys.executable, ROOT / "train.py", "--data", config.data, "--batch_size", "8",
-               "--total_steps", "3000", "--model.num_couplings", "2", "--model.block_depth", "1",
-               "--model.emb_dim", "8", "--model.num_heads", "2", "--model.kinds", "channels",
-               "spatial", "--run-dir", run_dir]
-    running = subprocess.Popen(command, text=True, **settings)
+def flags_of(config, run_dir):
+    return ["--data", config.data, "--batch_size", "8", "--total_steps", "3000", "--model.num_couplings", "2",
+            "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2", "--model.kinds", "channels",
+            "spatial", "--run-dir", str(run_dir)]
+
+
+def after_the_first_step(run_dir, is_running):
     end = time.monotonic() + 60
     while read_progress(run_dir)[0] < 1:
-        assert running.poll() is None and time.monotonic() < end
+        assert is_running() and time.monotonic() < end
         time.sleep(0.02)
+
+
+def started(config, run_dir, **settings):
+    """train.py in a process of its own, after its first step."""
+    running = subprocess.Popen([sys.executable, ROOT / "train.py", *flags_of(config, run_dir)], text=True, **settings)
+    after_the_first_step(run_dir, lambda: running.poll() is None)
     return running
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
 def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, number, code):
-    running = started(config, tmp_path / "run", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    running.send_signal(number)
-    error = running.communicate(timeout=60)[1]
+    running = forked.start(ROOT / "train.py", *flags_of(config, tmp_path / "run"), out=tmp_path / "out.txt")
+    after_the_first_step(tmp_path / "run", running.is_alive)
+    os.kill(running.pid, number)
+    running.join(60)
+    error = (tmp_path / "out.txt").read_text()
     step = read_tensors(tmp_path / "run/checkpoint.pt")["step"]
-    assert running.returncode == code and 0 < step < 3000
+    assert running.exitcode == code and 0 < step < 3000
     assert error.endswith(f"train.py: stopped at step {step}: the same command goes on\n")
     assert "Traceback" not in error
 

@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,13 +25,12 @@ from jet import SPATIAL_SPLITS, JetConfig
 from paper_figures import style
 from paper_figures.results_csv import ResultsError, columns, final_rows
 from recipe import TrainConfig
-from sweeps import cluster, plan, sweep
+from sweeps import cluster, local, plan, sweep
 from sweeps.grid import Experiment, Point, make_runs
+from tests import forked, tiny_experiment
 from train import train
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
-import tiny_experiment
 
 TIMES = ["train_seconds"]
 TINY = tiny_experiment.EXPERIMENT
@@ -64,6 +64,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run(folder, "--seeds", "2")
     return folder
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Processes of --jobs begin as forks of this one, and so without seconds of imports."""
+    monkeypatch.setattr(local.multiprocessing, "get_context", lambda method: forked.FORK)
 
 
 # ---- the grid of Figure 4
@@ -172,13 +178,12 @@ def test_a_lost_csv_comes_back_from_the_runs(finished):
 
 
 def test_sigkill_in_the_middle_and_the_same_command_give_the_same_rows(finished, tmp_path):
-    killed = subprocess.Popen(command(tmp_path, "--seeds", "2", "--checkpoint-every-s", "0"),
-                              cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = started(tmp_path, "--seeds", "2", "--checkpoint-every-s", "0")
     while not (list(tmp_path.glob("runs/*/*/done.json"))
                and len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) > 1):
-        assert killed.poll() is None
+        assert killed.is_alive()
     killed.kill()
-    killed.wait()
+    killed.join()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/done.json")}
     assert 0 < len(done) < 6 and not csv(tmp_path).exists()
     run(tmp_path, "--seeds", "2")
@@ -236,8 +241,8 @@ def test_a_damaged_result_is_told_and_the_others_are_collected(tmp_path, capsys)
     assert again["bits_per_dim"] == json.loads(whole)["bits_per_dim"]
 
 
-def command(folder, *flags):
-    return [sys.executable, TESTS / "tiny_experiment.py", *arguments(folder, *flags)]
+def started(folder, *flags, out=os.devnull):
+    return forked.start(TESTS / "tiny_experiment.py", *arguments(folder, *flags), out=out)
 
 
 def same_rows(one, two):
@@ -257,11 +262,10 @@ def test_jobs_at_the_same_time_give_the_same_rows(finished, tmp_path):
 
 
 def test_sweeps_started_at_the_same_moment_share_the_runs(finished, tmp_path):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    sweeps = [subprocess.Popen(command(tmp_path, "--seeds", "2"), **pipes) for _ in range(2)]
+    sweeps = [started(tmp_path, "--seeds", "2", out=tmp_path / name) for name in ("one.txt", "two.txt")]
     for one in sweeps:
-        out, error = one.communicate(timeout=120)
-        assert one.returncode == 0, error
+        one.join(120)
+    assert [one.exitcode for one in sweeps] == [0, 0], (tmp_path / "one.txt").read_text()
     assert same_rows(tmp_path, finished) and each_run_once(tmp_path, 6)
     assert not list(tmp_path.rglob(".*"))
 
@@ -269,12 +273,10 @@ def test_sweeps_started_at_the_same_moment_share_the_runs(finished, tmp_path):
 def test_workers_end_with_their_parent(tmp_path):
     def running():
         return [folder for folder in tmp_path.glob("runs/*/*/") if run_folder.is_running(folder)]
-    killed = subprocess.Popen(
-        command(tmp_path, "--scale", "small", "--seeds", "2", "--jobs", "2", "--threads", "1"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = started(tmp_path, "--scale", "small", "--seeds", "2", "--jobs", "2", "--threads", "1")
     wait_until(lambda: len(running()) == 2)
     killed.kill()
-    killed.wait()
+    killed.join()
     wait_until(lambda: not running())
     # the parent is at a run, too, and had no time for its checkpoint
     assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 1
@@ -289,7 +291,7 @@ def wait_until(happened, seconds=180):  # on a busy machine processes take a min
 
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
-def test_runs_begin_with_the_weights_of_the_run_before_them(tmp_path, monkeypatch, flags):
+def test_runs_begin_with_the_weights_of_the_run_before_them(tmp_path, forked_workers, flags):
     run(tmp_path, *flags, experiment=CHAIN)
     rows = pd.read_csv(csv(tmp_path)).set_index(["heads", "split"])
     first = tiny_runs(tmp_path, experiment=CHAIN)[0].config
@@ -306,7 +308,7 @@ def test_runs_begin_with_the_weights_of_the_run_before_them(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
 def test_what_begins_with_a_failed_run_fails_with_it_and_is_fixed_by_the_same_command(
-        tmp_path, flags):
+        tmp_path, forked_workers, flags):
     first = tiny_runs(tmp_path, experiment=CHAIN)[0].folder
     first.parent.mkdir(parents=True)
     first.touch()  # where its folder would have to be
@@ -340,7 +342,7 @@ def test_a_script_that_does_more_can_refuse_its_flags_before_anything_is_run(tmp
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
 def test_points_with_the_same_couplings_are_trained_once_and_have_rows_of_their_own(
-        tmp_path, capsys, flags):
+        tmp_path, capsys, forked_workers, flags):
     run(tmp_path, *flags, experiment=SHARED)
     out, rows = capsys.readouterr().out, pd.read_csv(csv(tmp_path))
     assert "2 runs in" in out and each_run_once(tmp_path, 2)

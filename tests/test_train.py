@@ -35,6 +35,7 @@ from jet import Coupling, Jet, JetConfig, bits_per_dim
 from evaluate import evaluate
 from harness.errors import NonFiniteError, TrainingError
 from recipe import schedule
+from tests import forked
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,11 +144,11 @@ def test_sigkill_and_the_same_command_end_with_the_same_bits(tmp_path, config, c
     flags = ["--data", config.data, "--batch_size", "16", "--total_steps", "60",
              "--model.num_couplings", "3", "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2",
              "--model.kinds", "channels", "spatial", "--lr", "1e-2", "--checkpoint-every-s", "0", "--run-dir", str(tmp_path / "killed")]
-    killed = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    killed = forked.start(ROOT / "train.py", *flags)
     while not (tmp_path / "killed/checkpoint.pt").exists():
-        assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+        assert killed.is_alive()
+    killed.kill()
+    killed.join()
     step = checkpoint(tmp_path / "killed")["step"]
     assert 0 < step < 60
     with open(tmp_path / "killed/metrics.csv", "a") as file:
