@@ -122,6 +122,7 @@ class Session:
                       "processes": self.processes,
                       "train_fingerprint": self.images["train"].fingerprint}
         self.first_step_seconds = None
+        self.code_version = code_version()  # of what has been imported, not of what lies there at the end
 
     def begin(self, run, alone):
         """Go on from the newest checkpoint, or begin; make it fit in memory."""
@@ -150,7 +151,7 @@ class Session:
         first, place, log = self.state["step"], self.place, run.log
         run.begin_steps(first)
         tell = log.tell if alone else log.write
-        version = code_version()
+        version = self.code_version
         tree = {False: "clean", True: "dirty", None: "unknown"}[version["git_dirty"]]
         began = f"started at step {first}:"
         if first > self.config.extends:
@@ -326,7 +327,7 @@ class Session:
                 "test_fingerprint": self.images["test"].fingerprint,
                 "device": self.device.type, "hardware": hardware(self.device),
                 "threads": self.place.threads, "processes": self.processes,
-                "kernels": self.kernels, **code_version(), **versions()}
+                "kernels": self.kernels, **self.code_version, **versions()}
         return distributed.from_first(run.finish, done, self.per_image)
 
 

@@ -40,10 +40,10 @@ def code_version(root=ROOT):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     unknown = {"git_commit": "", "git_dirty": None}
     try:
-        top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+        top, _, commit = git("rev-parse", "--show-toplevel", "HEAD").partition("\n")
+        if commit in ("", "HEAD") or Path(top).resolve() != root.resolve():
+            return unknown  # no commit yet; or a copy inside another repository
         changes = git("status", "--porcelain", "--", ".", ":!results", ":!paper_figures/out")
     except OSError:  # no git
-        return unknown
-    if not commit or Path(top).resolve() != root.resolve():  # a copy inside another repository
         return unknown
     return {"git_commit": commit, "git_dirty": bool(changes)}

@@ -219,7 +219,8 @@ def run(code, **environment):
 
 def test_without_a_compiler_one_warning_says_so_and_pytorch_does_the_work(monkeypatch, recwarn):
     code = ("import torch, kernels, jet; "
-            "model = kernels.accelerate(jet.Jet(jet.JetConfig(image_size=8))); "
+            "config = jet.JetConfig(image_size=8, num_couplings=1, emb_dim=64, num_heads=2); "
+            "model = kernels.accelerate(jet.Jet(config)); "
             "model(torch.rand(1, 3, 8, 8)); print(kernels.used_by(model))")
     done = run(code, CC="no-such-compiler")
     assert done.returncode == 0 and done.stdout == "torch\n"

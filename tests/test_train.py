@@ -727,6 +727,7 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
     code = """if True:
         import os
         import sys
+        import torch._dynamo  # torch.utils.checkpoint does, for seconds: here once for both
         import train
         from jet import JetConfig
         import recipe
@@ -741,18 +742,25 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
             return result
         recipe.training_step = peak
         for couplings in (3, 12):
-            if os.fork():  # torch is imported once for both
+            if os.fork():
                 os.wait()
                 continue
-            config = train.TrainConfig(data=sys.argv[1], batch_size=16, total_steps=1, model=JetConfig(
+            config = train.TrainConfig(data=sys.argv[1], batch_size=16, total_steps=2, model=JetConfig(
                 image_size=32, num_couplings=couplings, block_depth=2, emb_dim=128, num_heads=4))
-            train.train(config, f"{sys.argv[2]}/{couplings}", quiet=True, place=Place(checkpoint_activations="on"))
+            train.train(config, f"{sys.argv[2]}/{couplings}", stop_after=1, quiet=True, place=Place(checkpoint_activations="on"))
             sys.stdout.flush()
             os._exit(0)
     """
     few, many = map(int, subprocess.run([sys.executable, "-c", code, tmp_path / "images.npy", tmp_path], cwd=ROOT,
                                         capture_output=True, text=True).stdout.split())
     assert 5 * 2 ** 20 < few and many < 1.25 * few, (few, many)
+
+
+def test_a_record_names_the_code_that_the_run_began_with(tmp_path, config, monkeypatch):
+    commits = iter("ab")  # somebody commits meanwhile
+    monkeypatch.setattr(train_module, "code_version", lambda: {"git_commit": next(commits) * 40, "git_dirty": False})
+    assert train(dataclasses.replace(config, total_steps=1), tmp_path / "run", quiet=True)["git_commit"] == "a" * 40
+    assert "commit aaaaaaaaaaaa" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_recipe_of_more_than_a_day_says_so_before_its_first_step(tmp_path, config, monkeypatch, capsys):
