@@ -122,7 +122,7 @@ class Session:
                       "processes": self.processes,
                       "train_fingerprint": self.images["train"].fingerprint}
         self.first_step_seconds = None
-        self.code_version = code_version()  # of what has been imported, not of what lies there at the end
+        self.code_version = code_version()  # now: it may change until the end
 
     def begin(self, run, alone):
         """Go on from the newest checkpoint, or begin; make it fit in memory."""

@@ -1,4 +1,5 @@
 import gc
+import os
 
 import pytest
 
@@ -7,6 +8,7 @@ def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
     import torch
     torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared
+    os.fsync = lambda file: None  # nothing here must outlive the machine
     what_is_there_is_no_garbage()
 
 

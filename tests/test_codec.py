@@ -66,8 +66,8 @@ def random_images(n, height=8, width=8, channels=3, seed=0):
 
 @pytest.fixture(scope="module")
 def crops():
-    """Real images, (500, 8, 8, 3)."""
-    return load_images("cifar10-subset", "test").array[:500, 12:20, 12:20].copy()
+    """Real images, (300, 8, 8, 3)."""
+    return load_images("cifar10-subset", "test").array[:300, 12:20, 12:20].copy()
 
 
 def comes_back(jet, images):
@@ -355,7 +355,7 @@ def test_noise_among_images_is_stored_and_they_are_not(storing, crops):
     with torch.no_grad():  # crops take less than their pixels
         for coupling in jet.couplings:
             coupling.net.final_proj.bias[24:] = 3.0
-    images = crops[:300] // 4 + np.uint8(96)
+    images = crops // 4 + np.uint8(96)
     images[[150, 151, 260]] = random_images(3)
     _, about = comes_back(jet, images)
     assert about["borrowed_bits"] == 0 and 0 < about["stored_bits"]
@@ -617,7 +617,7 @@ def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weig
 @pytest.mark.parametrize("switches", [{}, {"actnorm": True}, {"split_mode": "masking"}], ids=str)
 def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
         crops, monkeypatch, switches):
-    jet, images, affine = random_jet(**switches), crops[:40], Coupling.affine
+    jet, images, affine = random_jet(**switches), crops[:20], Coupling.affine
 
     def elsewhere(coupling, net_out, x2):
         bias, scale, logdet = affine(coupling, net_out, x2)
@@ -628,7 +628,7 @@ def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
     fragile, _ = encode(jet, images)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0.05)
     content, about = encode(jet, images)
-    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 100
+    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 50
     assert about["net_bits"] == encode(jet, images)[1]["net_bits"]
     monkeypatch.setattr(Coupling, "affine", elsewhere)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0)  # a reader has the file's word alone
