@@ -703,7 +703,7 @@ def test_help_shows_every_field_with_its_default(capsys):
     (["--checkpoint-activations", "maybe"], "invalid choice: 'maybe'"),
     (["--device", "mps"], "device 'mps': must be auto, cpu or cuda"),
     (["--device", "tpu"], "device 'tpu': must be auto, cpu or cuda"),
-    (["--run-dir", "/dev/null/run"], "/dev/null/run: cannot be a run folder")])
+    (["--run-dir", "/dev/null/run", "--model.num_couplings", "1"], "/dev/null/run: cannot be a run folder")])
 def test_a_users_mistake_is_one_line_and_a_failure(capsys, flags, message, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as stop:
