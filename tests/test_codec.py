@@ -617,7 +617,7 @@ def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weig
 @pytest.mark.parametrize("switches", [{}, {"actnorm": True}, {"split_mode": "masking"}], ids=str)
 def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
         crops, monkeypatch, switches):
-    jet, images, affine = random_jet(**switches), crops[:20], Coupling.affine
+    jet, images, affine = random_jet(**switches), crops[:40], Coupling.affine
 
     def elsewhere(coupling, net_out, x2):
         bias, scale, logdet = affine(coupling, net_out, x2)
@@ -628,7 +628,7 @@ def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
     fragile, _ = encode(jet, images)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0.05)
     content, about = encode(jet, images)
-    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 50
+    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 100
     assert about["net_bits"] == encode(jet, images)[1]["net_bits"]
     monkeypatch.setattr(Coupling, "affine", elsewhere)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0)  # a reader has the file's word alone

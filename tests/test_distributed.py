@@ -1,7 +1,6 @@
 """One run over several processes: the same trajectory, the same evaluation, one writer."""
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from harness.errors import TrainingError
 from harness.place import Place
 from harness.run_folder import read_progress
 from jet import JetConfig
+from tests import forked
 from train import TrainConfig, train
 
 TESTS = Path(__file__).parent
@@ -60,6 +60,12 @@ def alone(folder, configs):
             for name, config in configs.items()}
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(folder, processes, jobs, weights):
     """Do jobs {name: (config, arguments of train)} in so many processes; the folder of their runs.
 
@@ -68,11 +74,8 @@ def launch(folder, processes, jobs, weights):
     import torch._dynamo  # noqa: F401  as DistributedDataParallel does, for seconds: here once for all
     folder = folder / str(processes)
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=take_part, args=(rank, processes, port, folder, jobs, weights))
+    port = free_port()
+    started = [forked.FORK.Process(target=take_part, args=(rank, processes, port, folder, jobs, weights))
                for rank in range(processes)]
     for process in started:
         process.start()
@@ -199,13 +202,22 @@ def test_parts_make_up_the_batch(base, source):
     assert torch.equal(torch.cat(parts), whole) and [len(part) for part in parts] == [3, 3, 4]
 
 
+TINY = ["train.py", "--data", "cifar10-subset", "--batch_size", "4", "--model.num_couplings", "1", "--model.block_depth",
+        "1", "--model.emb_dim", "4", "--model.num_heads", "1", "--model.patch_size", "16"]
+
+
+def test_torchrun_starts_the_processes_of_one_run(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *TINY, "--total_steps", "2", "--run-dir", tmp_path / "run"], cwd=TESTS.parent,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run/done.json").read_text())["processes"] == 2
+    assert (tmp_path / "run/log.txt").read_text().count("started at step 0") == 1
+
+
 def test_a_process_that_hangs_ends_the_others_in_one_line(tmp_path):
-    flags = ["train.py", "--data", "cifar10-subset", "--batch_size", "4", "--total_steps", "100000", "--model.num_couplings",
-             "1", "--model.block_depth", "1", "--model.emb_dim", "4", "--model.num_heads", "1", "--model.patch_size", "16",
-             "--process-timeout-s", "3", "--run-dir", str(tmp_path / "run")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    flags = [*TINY, "--total_steps", "100000", "--process-timeout-s", "3", "--run-dir", str(tmp_path / "run")]
+    port = free_port()
     processes = [subprocess.Popen(
         [sys.executable, *flags], cwd=TESTS.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
