@@ -21,6 +21,7 @@ LU_FLOPS = 2e10  # a second
 STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 PROBES, KRYLOV = 12, 30
 NOISIEST = 0.02  # nats a dimension
+WIDEST = 1e8  # eigenvalues of J^T J: beyond, the smallest are lost in the rounding of slopes
 line = functools.partial(check, "Identity", "log-det, whole images")
 
 
@@ -102,6 +103,8 @@ def find_step(subject, x, y, rng):
     slopes = []
     for image, label in zip(x, y):
         direction = subject.signs(image, rng)
+        if not subject.dequantizes:  # the largest step must stay where the smallest is
+            direction = direction * (subject.room(image) / STEPS[-1]).clamp(max=1)
         moved = torch.stack([image, *(image + step * direction for step in STEPS)])
         z = subject.forward(moved, label.expand(len(moved)))[0].flatten(1).numpy()
         slopes.append((z[1:] - z[0]) / np.array(STEPS)[:, None])
@@ -140,12 +143,13 @@ def whole_logdet(subject, x, y, step, rng, chunk=63):
 # ---- beyond: log det J = tr log(J^T J) / 2, by Lanczos quadrature
 
 def compare_stochastic(subject, x, y, step, rng):
+    x = subject.inside(x, 0.25)  # at the ends a density may be steep
     result = attempt(lambda: [stochastic_logdet(subject, image, label[None], step, rng)
                               for image, label in zip(x, y)])
     if isinstance(result, Exception):
         return line(None, OPEN, "", f"{subject.dims:,} dimensions are too many for a whole "
                     f"Jacobian at this model's cost, and it gives no gradient ({short(result)})")
-    found, spread, spoofed = (np.array(part) for part in zip(*result))
+    found, halfway, spread, spoofed, widest = (np.array(part) for part in zip(*result))
     if spoofed.max() > 1e-3:
         return line(float(spoofed.max()), False, "below 0.001", "its gradients are not the slopes "
                     "of its outputs: relative difference along random directions")
@@ -157,12 +161,19 @@ def compare_stochastic(subject, x, y, step, rng):
             f"{error:.2g}: {subject.dims:,} dimensions are too many for whole Jacobians")
     if abs(gap) < allowed and error > 5e-3:
         return line(gap, OPEN, f"within {allowed:.2g}", text)
+    drift = abs(float((found - halfway).mean())) / scale
+    if abs(gap) >= allowed and (abs(gap) < allowed + 10 * drift or widest.max() > WIDEST):
+        return line(gap, OPEN, f"within {allowed:.2g}", "bits/dim, against a stochastic estimate "
+                    f"that is not sure: it moved by {drift:.2g} in the last half of its steps, and "
+                    f"the squared slopes differ by a factor of {widest.max():.0e}")
     return line(gap, abs(gap) < allowed, f"within {allowed:.2g}", text, allowed)
 
 
 def stochastic_logdet(subject, x, label, step, rng):
-    """(log|det dz/dx| at one image, its standard error, how far gradients are from slopes)."""
-    values, spoofed, dims = [], [], x.numel()
+    """log|det dz/dx| at one image: (estimate, the same with half of the steps, standard error, how
+    far gradients are from slopes, largest eigenvalue of J^T J divided by the smallest).
+    """
+    values, halfway, spoofed, widest, dims = [], [], [], [], x.numel()
     scaled = step * math.sqrt(dims)
 
     def slope(v):
@@ -189,7 +200,10 @@ def stochastic_logdet(subject, x, label, step, rng):
         along = slope(r)
         spoofed += [abs(float(w @ r - y @ along)) / float(w.norm() / math.sqrt(dims))
                     for y, w in pairs]
-        T = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
-        theta, vectors = np.linalg.eigh(T)
-        values.append(dims / 2 * float(vectors[0] ** 2 @ np.log(np.maximum(theta, 1e-300))))
-    return np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values)), max(spoofed)
+        for sums, k in ((halfway, (len(alphas) + 1) // 2), (values, len(alphas))):
+            T = np.diag(alphas[:k]) + np.diag(betas[:k - 1], 1) + np.diag(betas[:k - 1], -1)
+            theta, vectors = np.linalg.eigh(T)
+            sums.append(dims / 2 * float(vectors[0] ** 2 @ np.log(np.maximum(theta, 1e-300))))
+        widest.append(theta.max() / max(theta.min(), 1e-300))
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    return np.mean(values), np.mean(halfway), error, max(spoofed), max(widest)

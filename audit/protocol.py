@@ -78,12 +78,19 @@ class Subject:
         return torch.from_numpy(rng.choice([-1.0, 1.0], x.shape))
 
     def room(self, x):
-        """How far each value of x may go: towards the end of a level, a dequantizer may be steep.
+        """How far each value of x may go before a slope may change: a density may be steep towards
+        the ends of the data's range, a dequantizer towards those of a level.
         """
-        if not self.dequantizes:
-            return torch.full_like(x, math.inf)
-        place = (x + 1) * 127.5 % 1
-        return 0.01 * torch.minimum(place, 1 - place) / 127.5
+        place, width = (x + 1) * 127.5, self.top + 1
+        if self.dequantizes:
+            place, width = place % 1, 1
+        return 0.01 * torch.minimum(place, width - place).clamp(min=1e-6) / 127.5
+
+    def inside(self, x, margin=1e-6):
+        """x, its values a margin of a level or more inside the data's range: beyond it a model may
+        have no density.
+        """
+        return x.clamp(margin / 127.5 - 1, (self.top + 1 - margin) / 127.5 - 1)
 
     def x_mixed(self, indices, rng):
         """Every other one with the noise of the evaluation."""
@@ -163,7 +170,7 @@ def check_company(subject):
     x, y = subject.x(chosen), subject.y(chosen).repeat(2)
     size = 10 ** rng.uniform(-7, -3, len(x))
     moved = x + torch.from_numpy(size[:, None, None, None] * rng.standard_normal(x.shape))
-    x = torch.cat([x, moved])  # neighbours, which stand together here, and not there
+    x = torch.cat([x, subject.inside(moved)])  # neighbours: together here, and not there
     others, labels = subject.x(chosen, rng).flip(3), y[:len(chosen)]
     here = subject.forward(x, y)
     noise = rng.uniform(-1, (subject.top + 1) / 127.5 - 1, others.shape)
@@ -274,7 +281,7 @@ def check_jitter(subject):
     rng = subject.rng("jitter")
     chosen = subject.choose(rng, IMAGES)
     x, y = subject.x(chosen), subject.y(chosen)
-    size = (1e-6 * torch.from_numpy(rng.random(x.shape))).minimum(subject.room(x))
+    size = (1e-6 * torch.from_numpy(rng.random(x.shape))).minimum(0.1 * subject.room(x))
     moved = x + size * subject.signs(x, rng)
     worst = float(np.abs(subject.bits_of(moved, y) - subject.bits_of(x, y)).max())
     allowed = max(subject.tolerance, 1e-3) + subject.allowance(1) * 2 / subject.dims / math.log(2)

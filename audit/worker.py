@@ -296,7 +296,8 @@ def watch_files():
 def hashes(opened, folder):
     """{path: SHA-256} of those files, and of what was imported from the adapter's folder."""
     names = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    modules = {Path(name) for name in names if name and Path(name).is_relative_to(folder)}
+    inside = os.path.join(folder, "")  # a Path of each would take 20 ms, at every answer
+    modules = {Path(name) for name in names if isinstance(name, str) and name.startswith(inside)}
     for file in (opened | modules) - HASHED.keys():
         if file.is_file() and file.stat().st_size <= MAX_BYTES:
             with file.open("rb") as content:

@@ -67,6 +67,28 @@ def forward(x):
 def inverse(z):
     return (torch.special.ndtr(z.double()) * 256 / 127.5 - 1).to(z), -logdet(z)
 """
+# As FFJORD's, without an alpha: as steep at black and white as there is room.
+LOGIT = """
+import torch
+def forward(x):
+    p = (x + 1) * 127.5 / 256
+    return p.log() - (-p).log1p(), (-p.log() - (-p).log1p() - 0.697061079881).flatten(1).sum(1)
+def inverse(z):
+    x = torch.sigmoid(z) * 256 / 127.5 - 1
+    return x, -forward(x)[1]
+"""
+# One of its latents is ten million times as wide as the others.
+WIDE = """
+import math, torch
+def forward(x):
+    z = (x + 0.05) / 0.48
+    z[:, 0, 0, 0] *= 1e-7
+    return z, x.new_full((len(x),), -math.log(0.48) * x[0].numel() + math.log(1e-7))
+def inverse(z):
+    z = z.clone()
+    z[:, 0, 0, 0] *= 1e7
+    return z * 0.48 - 0.05, z.new_full((len(z),), math.log(0.48) * z[0].numel() - math.log(1e-7))
+"""
 # Its density waves within a level, so that a bound of two draws is another number.
 UNIFORM_BUT_ROUGH = """
 import math, torch
@@ -195,9 +217,9 @@ def inverse(z):
 
 
 @pytest.mark.parametrize("source", [
-    AFFINE, UNIFORM, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
+    AFFINE, UNIFORM, LOGIT, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
     CONTINUOUS.format(stochastic=True), RESIDUAL],
-    ids=["affine", "uniform", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
+    ids=["affine", "uniform", "logit", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
          "residual"])
 def test_honest_models_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
@@ -515,7 +537,8 @@ def test_a_bijection_that_memorised_the_images_is_refuted(audit, tmp_path):
 # ---- beyond whole Jacobians
 
 @pytest.mark.parametrize("name, source, outcomes", [
-    ("honest", AFFINE, ["certified"]), ("stochastic", CHEATS["two nats a dimension"][0], ["refuted"]),
+    ("honest", AFFINE, ["certified"]), ("steep", LOGIT, ["certified", "not certified"]),
+    ("wide", WIDE, ["certified", "not certified"]), ("stochastic", CHEATS["two nats a dimension"][0], ["refuted"]),
     ("no gradient", AFFINE.replace("return (x + 0.05)", "x = x.detach(); return (x + 0.05)"),
      ["not certified"]),
     ("spoofed", CHEAT + """
