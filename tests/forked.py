@@ -3,23 +3,36 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import types
 
 FORK = multiprocessing.get_context("fork")
 
 
-def start(program, *arguments, out=os.devnull):
+def start(program, *arguments, out=os.devnull, env=None, daemon=None, before=lambda: None):
     """Start a program with what it writes in a file; returns its multiprocessing.Process."""
-    process = FORK.Process(target=_become, args=(program, arguments, out))
+    process = FORK.Process(target=_become, args=(program, arguments, out, env or {}, before), daemon=daemon)
     process.start()
     return process
 
 
-def _become(program, arguments, out):
+def popen(command, env=None, start_new_session=False, **_):
+    """As subprocess.Popen for a Python program of whose output nothing is read."""
+    return start(*command[1:], env=env, daemon=True, before=os.setsid if start_new_session else lambda: None)
+
+
+SUBPROCESS = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)  # in place of the module
+
+
+def _become(program, arguments, out, env, before):
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
+    os.environ.update(env)
     sys.stdout = sys.stderr = open(out, "w", buffering=1)
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
+    before()
     sys.argv = [str(program), *map(str, arguments)]
+    sys.path.insert(0, os.path.dirname(program))
     runpy.run_path(str(program), run_name="__main__")

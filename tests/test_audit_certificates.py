@@ -10,13 +10,14 @@ import time
 import pytest
 
 import kernels
-from audit import certificates
+from audit import adapters, certificates
 from audit.request import CLAIMS, Request
 from data import load_images
 from experiments import audit_bpd
 from harness.errors import printable
 from harness.flags import one_line_errors
 from test_audit_faults import FAST, make_run, write_set
+from tests import forked
 
 NULL = {  # fields that may be null
     "bits_per_dim", "bits_per_dim_se", "noise_se", "verdict", "checks.0.value", "weights.config",
@@ -249,7 +250,8 @@ def test_a_certificate_that_is_no_file_of_ours_is_refused(check, tmp_path, kind)
 @pytest.mark.parametrize("source", ["exit(0)", "import sys\nsys.exit()", "raise SystemExit(0)",
                                     "def forward(x): exit(0)\ndef inverse(z): return z, z[:, 0, 0, 0]",
                                     "def forward(x): 1 / 0\ndef inverse(z): return z, z"])
-def test_an_adapter_that_ends_the_program_has_not_passed(made, check, tmp_path, source):
+def test_an_adapter_that_ends_the_program_has_not_passed(made, check, tmp_path, monkeypatch, source):
+    monkeypatch.setattr(adapters, "subprocess", forked.SUBPROCESS)
     (tmp_path / "adapter.py").write_text(source)
     code, said = check.ended("--adapter", tmp_path / "adapter.py", "--data", made[1].parent / "set", *FAST)
     assert code == 2 and "--adapter" in said

@@ -17,6 +17,7 @@ from data import ImageSet, fingerprint, load_images
 from experiments import audit_bpd
 from harness.checkpoint import weights_checksum
 from jet import Coupling, Jet, JetConfig
+from tests import forked
 
 SUPPORTS, WORKER = kernels.supports, adapters.Worker
 FAST = ["--codelength", "0", "--draws", "2", "--iw", "4", "--jacobians", "2", "--threads", "1"]
@@ -386,6 +387,7 @@ def test_faults_of_an_adapter_are_caught(tmp_path, folder, sign, back, caught_by
     ("def forward(x): return x, x\ndef inverse(z): return z, z", "must return")])
 def test_unfit_adapters_are_refused_in_one_line(tmp_path, folder, source, message, capsys, monkeypatch):
     monkeypatch.setattr(adapters, "Worker", WORKER)
+    monkeypatch.setattr(adapters, "subprocess", forked.SUBPROCESS)
     code, _ = audit(tmp_path, "--adapter", adapter(tmp_path, source), "--data", folder)
     said = capsys.readouterr().err.rstrip("\n")
     assert code == 2 and "error" in said and message in said and "\n" not in said

@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 import torch
 
+from audit import adapters
 from audit.adapters import Adapter
 from audit.checks import AuditError
 from experiments import audit_bpd
 from test_audit_corpus import AFFINE
 from test_audit_faults import FAST, IMAGES, write_set
+from tests import forked
 
 
 def make(folder, source):
     (folder / "model.py").write_text(source)
     return folder / "model.py"
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Its processes need not be fresh: they begin as forks of this one, which has imported torch."""
+    monkeypatch.setattr(adapters, "subprocess", forked.SUBPROCESS)
 
 
 def is_confined():
@@ -98,7 +106,7 @@ inverse = forward
         assert "\n" not in str(raised.value)
 
 
-def test_weights_that_it_names_are_hashed_whatever_reads_them(tmp_path):
+def test_weights_that_it_names_are_hashed_whatever_reads_them(tmp_path, forks):
     (tmp_path / "weights").write_bytes(b"read by a library of its own")
     adapter = Adapter(make(tmp_path, AFFINE + 'WEIGHTS = ["weights", "not there"]'))
     digests = {one["path"].rpartition("/")[2]: one["sha256"] for one in adapter.files()}
@@ -112,12 +120,12 @@ def forward(x):
     os.fork()
     time.sleep(99)
 """, 4)], ids=["when it is read", "when it is asked"])
-def test_one_that_hangs_is_ended_in_one_line(tmp_path, source, limit):
+def test_one_that_hangs_is_ended_in_one_line(tmp_path, forks, source, limit):
     with pytest.raises(AuditError, match=f"took longer than {limit} s, and was ended: allow more by --adapter-limit"):
         Adapter(make(tmp_path, source), limit=limit)(torch.zeros(2, 3, 4, 4))
 
 
-def test_a_whole_audit_of_an_adapter_and_its_check(tmp_path, capsys):
+def test_a_whole_audit_of_an_adapter_and_its_check(tmp_path, capsys, request):
     folder = write_set(tmp_path / "set", IMAGES[:96], IMAGES[96:])
     model = make(tmp_path, AFFINE)
     command = ["--adapter", str(model), "--data", str(folder), *FAST, "--out", str(tmp_path / "out")]
@@ -126,6 +134,7 @@ def test_a_whole_audit_of_an_adapter_and_its_check(tmp_path, capsys):
     assert ended.value.code == 0 and capsys.readouterr().out.endswith("\ncertified\n")
     path, = (tmp_path / "out").glob("*.json")
     assert json.loads(path.read_text())["weights"]["kind"] == "adapter"
+    request.getfixturevalue("forks")
     with pytest.raises(SystemExit) as ended:
         audit_bpd.main(["--check", str(path), "--adapter", str(model)])
     assert ended.value.code == 0 and "nothing has changed" in capsys.readouterr().out

@@ -48,8 +48,8 @@ def checkpoint(tmp_path):
 
 
 def same_weights(one, two):
-    return one.state_dict().keys() == two.state_dict().keys() and all(
-        torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    one, two = one.state_dict(), two.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def test_official_config_is_read_off_the_file():

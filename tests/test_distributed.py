@@ -217,20 +217,20 @@ def test_torchrun_starts_the_processes_of_one_run(tmp_path):
 
 def test_a_process_that_hangs_ends_the_others_in_one_line(tmp_path):
     flags = [*TINY, "--total_steps", "100000", "--process-timeout-s", "3", "--run-dir", str(tmp_path / "run")]
-    port = free_port()
-    processes = [subprocess.Popen(
-        [sys.executable, *flags], cwd=TESTS.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        for rank in range(2)]
+    port = str(free_port())
+    import torch._dynamo  # noqa: F401  here once for both
+    processes = [forked.start(TESTS.parent / TINY[0], *flags[1:], out=tmp_path / f"{rank}.txt", env={
+        "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
     try:
         end = time.monotonic() + 100
         while read_progress(tmp_path / "run")[0] < 1:
-            assert time.monotonic() < end and all(process.poll() is None for process in processes)
+            assert time.monotonic() < end and all(process.is_alive() for process in processes)
             time.sleep(0.05)
-        processes[1].send_signal(signal.SIGSTOP)
-        error = processes[0].communicate(timeout=30)[1].splitlines()[-1]
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        processes[0].join(30)
+        error = (tmp_path / "0.txt").read_text().splitlines()[-1]
     finally:
         for process in processes:
             process.kill()
-    assert processes[0].returncode == 1 and error.startswith("train.py: error: process 0 lost the others (Timed out waiting 3000ms")
+    assert processes[0].exitcode == 1 and error.startswith("train.py: error: process 0 lost the others (Timed out waiting 3000ms")
     assert error.count("lost the others") == 1

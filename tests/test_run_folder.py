@@ -475,17 +475,16 @@ def after_the_first_step(run_dir, is_running):
         time.sleep(0.02)
 
 
-def started(config, run_dir, **settings):
+def started(config, run_dir, out, before=lambda: None):
     """train.py in a process of its own, after its first step."""
-    running = subprocess.Popen([sys.executable, ROOT / "train.py", *flags_of(config, run_dir)], text=True, **settings)
-    after_the_first_step(run_dir, lambda: running.poll() is None)
+    running = forked.start(ROOT / "train.py", *flags_of(config, run_dir), out=out, before=before)
+    after_the_first_step(run_dir, running.is_alive)
     return running
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
 def test_train_py_stops_in_one_line_and_goes_on_with_the_same_bits(tmp_path, config, number, code):
-    running = forked.start(ROOT / "train.py", *flags_of(config, tmp_path / "run"), out=tmp_path / "out.txt")
-    after_the_first_step(tmp_path / "run", running.is_alive)
+    running = started(config, tmp_path / "run", tmp_path / "out.txt")
     os.kill(running.pid, number)
     running.join(60)
     error = (tmp_path / "out.txt").read_text()
@@ -499,25 +498,27 @@ def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_p
     ours, terminal = pty.openpty()
 
     def own_terminal():
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.setsid()
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore it
-    closed = started(config, tmp_path / "closed", stdin=terminal, stdout=terminal, stderr=terminal,
-                     start_new_session=True, preexec_fn=own_terminal)
+        for end in (ours, terminal):
+            os.close(end)
+    closed = started(config, tmp_path / "closed", os.ttyname(terminal), own_terminal)
     os.close(terminal)
     os.close(ours)  # as a terminal's window that is closed
-    assert closed.wait(60) == 1
+    closed.join(60)
+    assert closed.exitcode == 1
     assert 0 < read_tensors(tmp_path / "closed/checkpoint.pt")["step"] < 3000
-    ignored = started(config, tmp_path / "ignored", stderr=subprocess.PIPE,
-                      stdout=subprocess.DEVNULL,
-                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    ignored = started(config, tmp_path / "ignored", os.devnull,
+                      lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     step = read_progress(tmp_path / "ignored")[0]
-    ignored.send_signal(signal.SIGHUP)
+    os.kill(ignored.pid, signal.SIGHUP)
     end = time.monotonic() + 60
     while read_progress(tmp_path / "ignored")[0] < step + 20:
-        assert ignored.poll() is None and time.monotonic() < end
+        assert ignored.is_alive() and time.monotonic() < end
         time.sleep(0.02)
     ignored.terminate()
-    ignored.communicate(timeout=60)
+    ignored.join(60)
 
 
 def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path, config):
