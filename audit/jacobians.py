@@ -19,6 +19,7 @@ SECONDS, MOST_SECONDS = 50, 240  # that Jacobians take by default; that the firs
 JET_FLOPS, MOST_JET_FLOPS = 6e11, 2.5e12  # of a Jet the same, but equal everywhere
 LU_FLOPS = 2e10  # a second
 STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+SURE = 1e-7  # relative difference of slopes at neighbouring steps: all that a check needs
 PROBES, KRYLOV = 12, 30
 NOISIEST = 0.02  # nats a dimension
 WIDEST = 1e8  # eigenvalues of J^T J: beyond, the smallest are lost in the rounding of slopes
@@ -112,7 +113,8 @@ def find_step(subject, x, y, rng):
     sizes = np.abs(slopes[1:]) + 1e-2 * np.abs(slopes[1:]).mean(1, keepdims=True) + 1e-300
     # Of most values: an honest density may be as steep as the step is wide at a few.
     rough = np.quantile(np.abs(np.diff(slopes, axis=0)) / sizes, 0.9, axis=1)
-    best = int(np.argmin(rough[:-1]))
+    sure = np.flatnonzero(rough[:-1] < SURE)  # the smallest step of these crosses fewest kinks
+    best = int(sure[0] if len(sure) else np.argmin(rough[:-1]))
     last = max(best + 1, STEPS.index(1e-5))
     bent = np.quantile(np.abs(slopes[last] - slopes[best + 1]) / sizes[best], 0.9)
     return STEPS[best + 1], float(rough[best]), float(bent)
@@ -149,10 +151,11 @@ def compare_stochastic(subject, x, y, step, rng):
     if isinstance(result, Exception):
         return line(None, OPEN, "", f"{subject.dims:,} dimensions are too many for a whole "
                     f"Jacobian at this model's cost, and it gives no gradient ({short(result)})")
-    found, halfway, spread, spoofed, widest = (np.array(part) for part in zip(*result))
-    if spoofed.max() > 1e-3:
-        return line(float(spoofed.max()), False, "below 0.001", "its gradients are not the slopes "
-                    "of its outputs: relative difference along random directions")
+    found, halfway, spread, mostly, spoofed, widest = (np.array(part) for part in zip(*result))
+    if spoofed.max() > 1e-3:  # at a kink, as of a ReLU, a few are honestly so
+        return line(float(spoofed.max()), False if mostly.max() > 1e-3 else OPEN, "below 0.001",
+                    "its gradients are not the slopes of its outputs: relative difference along "
+                    f"random directions (median {mostly.max():.1g})")
     scale = subject.dims * math.log(2)
     gap = float((found - subject.mean_logdet(x, y)).mean() / scale)
     error = float(np.sqrt((spread ** 2).sum()) / len(x) / scale)
@@ -171,7 +174,8 @@ def compare_stochastic(subject, x, y, step, rng):
 
 def stochastic_logdet(subject, x, label, step, rng):
     """log|det dz/dx| at one image: (estimate, the same with half of the steps, standard error, how
-    far gradients are from slopes, largest eigenvalue of J^T J divided by the smallest).
+    far gradients are from slopes by the median and at most, largest eigenvalue of J^T J divided by
+    the smallest).
     """
     values, halfway, spoofed, widest, dims = [], [], [], [], x.numel()
     scaled = step * math.sqrt(dims)
@@ -206,4 +210,5 @@ def stochastic_logdet(subject, x, label, step, rng):
             sums.append(dims / 2 * float(vectors[0] ** 2 @ np.log(np.maximum(theta, 1e-300))))
         widest.append(theta.max() / max(theta.min(), 1e-300))
     error = np.std(values, ddof=1) / math.sqrt(len(values))
-    return np.mean(values), np.mean(halfway), error, max(spoofed), max(widest)
+    return (np.mean(values), np.mean(halfway), error, np.median(spoofed), max(spoofed),
+            max(widest))

@@ -89,6 +89,24 @@ def inverse(z):
     z[:, 0, 0, 0] *= 1e7
     return z * 0.48 - 0.05, z.new_full((len(z),), math.log(0.48) * z[0].numel() - math.log(1e-7))
 """
+KINKED = """
+import math, torch
+torch.manual_seed(0)
+W = [torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64))[0] for _ in range(3)]
+def forward(x):
+    h, logdet = x.flatten(1) / 0.5, x.new_full((len(x),), 192 * math.log(2))
+    for w in W:
+        h = h @ w.to(h).T
+        slope = torch.where(h > 0, 1.0, 0.5).to(h)
+        h, logdet = h * slope, logdet + slope.log().sum(1)
+    return h.view_as(x), logdet
+def inverse(z):
+    h, logdet = z.flatten(1), z.new_full((len(z),), -192 * math.log(2))
+    for w in reversed(W):
+        slope = torch.where(h > 0, 1.0, 0.5).to(h)
+        h, logdet = h / slope @ w.to(h), logdet - slope.log().sum(1)
+    return (h * 0.5).view_as(z), logdet
+"""
 # Its density waves within a level, so that a bound of two draws is another number.
 UNIFORM_BUT_ROUGH = """
 import math, torch
@@ -217,9 +235,9 @@ def inverse(z):
 
 
 @pytest.mark.parametrize("source", [
-    AFFINE, UNIFORM, LOGIT, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
+    AFFINE, UNIFORM, LOGIT, KINKED, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
     CONTINUOUS.format(stochastic=True), RESIDUAL],
-    ids=["affine", "uniform", "logit", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
+    ids=["affine", "uniform", "logit", "kinked", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
          "residual"])
 def test_honest_models_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
@@ -538,7 +556,8 @@ def test_a_bijection_that_memorised_the_images_is_refuted(audit, tmp_path):
 
 @pytest.mark.parametrize("name, source, outcomes", [
     ("honest", AFFINE, ["certified"]), ("steep", LOGIT, ["certified", "not certified"]),
-    ("wide", WIDE, ["certified", "not certified"]), ("stochastic", CHEATS["two nats a dimension"][0], ["refuted"]),
+    ("wide", WIDE, ["certified", "not certified"]), ("kinked", KINKED, ["certified", "not certified"]),
+    ("stochastic", CHEATS["two nats a dimension"][0], ["refuted"]),
     ("no gradient", AFFINE.replace("return (x + 0.05)", "x = x.detach(); return (x + 0.05)"),
      ["not certified"]),
     ("spoofed", CHEAT + """
