@@ -46,13 +46,17 @@ def pick_device(device, graph=False):
 
 
 def hardware(device, info=Path("/proc/cpuinfo")):
-    """The GPU's or the CPU's name."""
+    """The GPU's name, or the CPU's with its family and model: virtual ones share a name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = info.read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError, UnicodeDecodeError):
+        lines = info.read_text().partition("\n\n")[0].splitlines()
+        told = {name.strip(): value.strip() for name, _, value in
+                (line.partition(":") for line in lines)}
+        kind = ", ".join(f"{name} {told[field]}" for name, field in
+                         (("family", "cpu family"), ("model", "model")) if field in told)
+        return told["model name"] + (f" ({kind})" if kind else "")
+    except (OSError, KeyError, UnicodeDecodeError):
         return platform.processor() or platform.machine()
 
 

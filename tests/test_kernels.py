@@ -281,6 +281,15 @@ def test_an_odd_cpuinfo_is_no_error(tmp_path, content):
     assert isinstance(machine.hardware(torch.device("cpu"), info), str)
 
 
+@pytest.mark.parametrize("content, name", [
+    ("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t: 2\n",
+     "AMD EPYC (family 25, model 1)"),
+    ("model name : A: CPU\nflags : a\n", "A: CPU")])
+def test_hardware_tells_kinds_of_cpu_apart(tmp_path, content, name):
+    (tmp_path / "cpuinfo").write_text(content)
+    assert machine.hardware(torch.device("cpu"), tmp_path / "cpuinfo") == name
+
+
 def test_memory_is_used_again_once_no_graph_holds_it(monkeypatch):
     """Two graphs at once have memory of their own, and later ones take it over.
 
