@@ -32,7 +32,7 @@ from formats.jet_pytorch import jet_pytorch_overrides, jet_pytorch_source, jet_p
 from formats.official import official_source, official_tree, official_weights  # noqa: F401
 from formats.source import Source, grid_fields, split_names
 from harness.checkpoint import (CHECKPOINT_FORMAT, check_content, checksum, load_weights,
-                                read_weights, save_checkpoint)
+                                Weights, read_weights, save_checkpoint)
 from harness.errors import CheckpointError, short
 from harness.files import check_npz, file_sha256, parse_json, read_bytes, write_atomically
 from harness.flags import ArgumentParser, add_setting_flags, model_fields, one_line_errors
@@ -58,7 +58,7 @@ def load_jet(path, **overrides):
         if name not in JetConfig.__dataclass_fields__:
             raise CheckpointError(f"{name}={value!r}: no field of JetConfig "
                                   f"({', '.join(JetConfig.__dataclass_fields__)})")
-    path, content, kind, make_source = _read(fetched(path))
+    path, content, kind, make_source = _read(path)
     try:
         source = make_source(path, content, overrides)
     except CheckpointError:
@@ -70,12 +70,11 @@ def load_jet(path, **overrides):
 
 def _read(path):
     """(the file's path, its content, what it is, what makes a Source of it)."""
+    path, content = opened(path)
     if _is_a(".npz", path):
-        return Path(path), _read_npz(path), "an official parameter tree", official_source
+        return path, _read_npz(path), "an official parameter tree", official_source
     if _is_a(".safetensors", path):
-        path, content = Path(path), _read_safetensors(path)
-    else:
-        path, content = read_weights(Path(path))
+        content = _read_safetensors(path)
     if content.get("format") == CHECKPOINT_FORMAT:
         return path, content, "a whole checkpoint of ours", _our_source
     state = {} if "format" in content else _plain_state(path, content)  # else of another version
@@ -91,9 +90,16 @@ def _is_a(suffix, path):
     return Path(path).suffix == suffix and not Path(path).is_dir()
 
 
-def is_ours(path):
-    """Whether a path may hold a checkpoint of ours, by its name."""
-    return not (_is_a(".npz", path) or _is_a(".safetensors", path))
+def opened(path):
+    """The Weights at a path: with them in its place all that is asked here reads them only once.
+
+    What is no file of ours by its name has no content: it is read where it is needed.
+    """
+    if isinstance(path, Weights):
+        return path
+    path = Path(fetched(path))
+    is_foreign = _is_a(".npz", path) or _is_a(".safetensors", path)
+    return Weights(path, {}) if is_foreign else read_weights(path)
 
 
 def _read_safetensors(path):
@@ -172,8 +178,7 @@ def weights_id(path):
     It is the SHA-256 of the weights in a checkpoint of ours, of all bytes of another file. Raises
     CheckpointError.
     """
-    path = fetched(path)
-    path, content = read_weights(Path(path)) if is_ours(path) else (Path(path), {})
+    path, content = opened(path)
     try:
         if content.get("format") == CHECKPOINT_FORMAT:
             return f"sha256-{checksum(content['model'])[:16]}"

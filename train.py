@@ -18,7 +18,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 import torch
 
 import kernels
-from convert import is_ours, load_jet, weights_id
+from convert import load_jet, opened, weights_id
 from data import (image_shape, load_images, pinned, training_batch, training_batches,
                   told, training_labels)
 from evaluate import evaluate
@@ -46,8 +46,7 @@ TRAIN_ROW_IMAGES = 2048  # the first training images, evaluated beside the test 
 
 def weights_config(path):
     """(TrainConfig, step) of the run whose weights a path holds; (None, None) if it is foreign."""
-    path = Path(fetched(path))
-    path, content = read_weights(path) if is_ours(path) else (path, {})
+    path, content = opened(path)
     if content.get("format") != CHECKPOINT_FORMAT:
         return None, None
     try:
@@ -346,10 +345,11 @@ def first_jet(config, images, init_from, run_dir):
     if init_from is None:
         raise TrainingError(f"{run_dir} begins with the weights {config.init}: give the run folder "
                             "or file that holds them (--init-from)")
-    if config.init not in (found := weights_names(init_from)):
+    weights = opened(init_from)
+    if config.init not in (found := weights_names(weights)):
         raise TrainingError(f"{init_from} holds the weights {found[0]}, and this run begins with "
                             f"{config.init}: give that one's run folder or file")
-    return load_jet(init_from, **vars(config.model))  # refuses another value of a field by name
+    return load_jet(weights, **vars(config.model))  # refuses another value of a field by name
 
 
 def weights_names(path):
@@ -357,6 +357,7 @@ def weights_names(path):
 
     Of a finished run the hash of its configuration, too: it is known before there are weights.
     """
+    path = opened(path)
     config, step = weights_config(path)
     is_final = config is not None and step == config.total_steps
     return (weights_id(path), config.hash) if is_final else (weights_id(path),)
@@ -371,18 +372,20 @@ def config_from_flags(flags):
     model = model_fields(flags)
     if flags.get("extend_to") is not None:
         run = flags["init_from"]
-        before, step = weights_config(run) if run else (None, None)
+        weights = opened(run) if run else None
+        before, step = weights_config(weights) if run else (None, None)
         if before is None or not 0 < step == before.total_steps:
             raise TrainingError("--extend-to: --init-from must be the folder of a finished run of "
                                 f"ours, and is {run or 'not given'}; alone it trains any weights")
-        return extension(before, run, weights_id(run), flags["extend_to"], top, model)
+        return extension(before, run, weights_id(weights), flags["extend_to"], top, model)
     height, width, channels = image_shape(top.get("data", TrainConfig.data), flags.get("data_root"))
     if flags.get("init_from") == "":
         raise TrainingError("--init-from is empty: give a run folder or weight file, or leave it "
                             "out")
     if flags.get("init_from") is not None:
-        model = vars(load_jet(flags["init_from"], **model).config)
-        top["init"] = weights_id(flags["init_from"])
+        weights = opened(flags["init_from"])
+        model = vars(load_jet(weights, **model).config)
+        top["init"] = weights_id(weights)
     if top.get("condition", "none") != "none" and "context_dim" not in model:
         images = load_images(top.get("data", TrainConfig.data), "train", flags.get("data_root"))
         if images.labels is None:

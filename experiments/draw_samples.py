@@ -23,7 +23,7 @@ import harness  # noqa: F401 (first: it says what is not installed)
 import numpy as np
 import torch
 
-from convert import load_jet, weights_id
+from convert import load_jet, opened, weights_id
 from data import SETS, load_images
 from experiments import main_results
 from harness.condition import one_hot
@@ -236,8 +236,9 @@ def sample_checkpoint(arguments):
         check_sample_flags(flags)
         name = flags.name or flags.checkpoint.resolve().stem
         device = pick_device(flags.device)
-        jet = load_jet(flags.checkpoint, **model_fields(vars(flags))).to(device).eval()
-        config, _ = weights_config(flags.checkpoint)
+        weights = opened(flags.checkpoint)
+        jet = load_jet(weights, **model_fields(vars(flags))).to(device).eval()
+        config, _ = weights_config(weights)
         trained_on, images = config.data if config else "", {}
         if flags.neighbours or flags.interpolate:
             if not (data := flags.data or trained_on):
@@ -246,7 +247,7 @@ def sample_checkpoint(arguments):
             images = load_splits(data, flags.data_root)
         about = {"run_id": name, "dataset": trained_on,
                  "variant": SETS[trained_on].variant if trained_on in SETS else "",
-                 "weights": weights_id(flags.checkpoint)}
+                 "weights": weights_id(weights)}
         path = flags.results_dir / f"samples/{name}.npz"
         save_samples(path, flags.checkpoint, jet, images, flags, about)
         for drawn in figure5.draw_file(path, flags.figures_dir):

@@ -8,6 +8,8 @@ import os
 import pickle
 import warnings
 import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -178,16 +180,22 @@ def read_checkpoint(run_dir, tell):
     return path, content
 
 
+class Weights(NamedTuple):
+    """A file and what is in it, where that is a checkpoint or a state dict."""
+    path: Path
+    content: dict
+
+
 def read_weights(path):
-    """(path, content) of a weight file, or of the newest whole checkpoint of a run folder.
+    """The Weights of a weight file, or of the newest whole checkpoint of a run folder.
 
     Warns where that is the one before the newest. Raises CheckpointError.
     """
     if not path.is_dir():
-        return path, read_tensors(path)
+        return Weights(path, read_tensors(path))
     found, content, damage = newest_whole(path)
     if found is None:
         raise CheckpointError(f"{path / CHECKPOINT_NAME}: no such file")
     if damage:
         warnings.warn(f"{damage}; read {PREVIOUS_NAME}, step {content.get('step')}", stacklevel=3)
-    return found, content
+    return Weights(found, content)

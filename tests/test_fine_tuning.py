@@ -15,6 +15,7 @@ import train as train_module
 from convert import load_jet, weights_id
 from data import load_images, training_batch
 from evaluate import evaluate
+from harness import checkpoint
 from harness.checkpoint import read_tensors
 from harness.errors import CheckpointError, TrainingError
 from jet import JetConfig, bits_per_dim
@@ -151,11 +152,14 @@ def test_what_does_not_fit_is_refused_in_one_line(first, folder, config, tmp_pat
             data=str(tmp_path / "larger.npy"), model=dataclasses.replace(MODEL, image_size=16))
 
 
-def test_the_command_line_takes_the_model_from_the_weights(first, folder, tmp_path, capsys):
+def test_the_command_line_takes_the_model_from_the_weights(first, folder, tmp_path, capsys, monkeypatch):
+    read, real = [], checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: read.append(path) or real(path))
     flags = ["--data", first.data, "--batch_size", "16", "--total_steps", "2", "--run-dir",
              str(tmp_path / "run")]
     more = ["--init-from", str(folder / "first"), "--lr", "1e-3"]
     train_module.main([*flags, *more])
+    assert len(read) == 2  # for the configuration, and to begin: they may be large
     config = TrainConfig.from_dict(read_tensors(tmp_path / "run/checkpoint.pt")["config"])
     assert config.model == MODEL and config.init == weights_id(folder / "first")
     assert config.lr == 1e-3
