@@ -268,7 +268,7 @@ def run_and_collect(sweep):
         more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
         sys.exit(f"{sweep.program}: error: {len(failed)} of {len(runs)} runs failed: "
                  f"{'; '.join(failed[:3])}{more}")
-    if not has_own:
+    if not has_own and (sweep.own.runs or not finished):  # a shard may be beside the grid alone
         sys.exit(f"{sweep.program}: error: no run of {flags.scale} scale has finished: nothing to "
                  "collect (without --collect, the same command runs them)")
     if failed:

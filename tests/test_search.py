@@ -126,6 +126,11 @@ def test_a_shard_without_an_arm_does_not_search_it(tmp_path, capsys):
     assert "4 runs (4 new)" in said and said.count("heads=2") == 4
 
 
+def test_a_shard_may_have_runs_beside_the_grid_alone(tmp_path):
+    run(tmp_path, "--shard", "5/5", "--seeds", "1", experiment=dataclasses.replace(EXPERIMENT, search={}))
+    assert [path.name for path in (tmp_path / "results").glob("*.csv")] == ["tiny_experiment_lengths_smoke.shard-5-of-5.csv"]
+
+
 def test_a_rate_is_chosen_where_the_best_lies_inside_and_the_search_is_widened_where_it_does_not(finished,
                                                                                                      monkeypatch):
     runs = make_runs(search.search_of(EXPERIMENT, "smoke"), "smoke", [0], finished / "runs/tiny_experiment_search_smoke")
