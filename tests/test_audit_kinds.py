@@ -1,18 +1,11 @@
 """Adapters of every kind: what can be certified of each, and what a cheat of each comes to."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from audit.adapters import load_model
-from audit.checks import PASS
-from audit.jacobians import STEPS, check_whole_images
-from audit.protocol import Subject
-from audit.request import Request
-from data import load_images
-from test_audit_corpus import AFFINE, IMAGES, UNIFORM, audit, corners, local
+from test_audit_corpus import AFFINE, IMAGES, audit, corners, local
 from test_audit_faults import write_set
 
 SET = np.concatenate([IMAGES[:144], IMAGES[144:]])
@@ -152,32 +145,6 @@ def test_labels_are_those_of_the_images(audit, labelled, corners):
     square = (((x.T - m) / s) ** 2 + 1 / 12 / 127.5 ** 2 / s ** 2).mean() / 2
     nats = square + np.log(2 * np.pi) / 2 + np.log(s).mean() + np.log(127.5)
     assert certificate["bits_per_dim"] == pytest.approx(nats / np.log(2), abs=2e-3)
-
-
-def test_no_step_leaves_the_level_where_a_dequantizer_may_jump():
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy((rng.integers(256, size=(3, 8, 8)) + rng.random((3, 8, 8))) / 127.5 - 1)
-    signs = Subject.signs(SimpleNamespace(dequantizes=True), x, rng)
-    for step in (*STEPS, STEPS[-1] * 10 ** 0.4):
-        assert torch.equal(((x + step * signs + 1) * 127.5).floor(), ((x + 1) * 127.5).floor())
-    place, room = (x + 1) * 127.5 % 1, Subject.room(SimpleNamespace(dequantizes=True, top=255), x) * 127.5
-    assert (room < 0.011 * place).all() and (room < 0.011 * (1 - place)).all() and room.min() > 0
-
-
-@pytest.mark.parametrize("noise", [1e-6, 1e-4, 0.01])
-def test_no_step_leaves_the_range_at_whose_ends_a_density_may_be_steep(tmp_path, monkeypatch, noise):
-    """Every eighth value is black or white, near the outer end of its level: UNIFORM's slope there is 1 / noise."""
-    (tmp_path / "model.py").write_text(UNIFORM.replace("1e-12", "1e-15"))
-    pixels, place = IMAGES[144:152].copy(), np.full((8, 8, 8, 3), 0.5)
-    pixels[:, ::4, ::2], place[:, ::4, ::2] = 0, noise
-    pixels[:4, ::4, ::2], place[:4, ::4, ::2] = 255, 1 - noise
-    images = load_images(str(write_set(tmp_path / "set", IMAGES[:8], pixels)), "test")
-    monkeypatch.setattr(Subject, "noise_of", lambda self, indices, rng=None: place[indices])
-    model, *_ = load_model(Request(adapter=str(tmp_path / "model.py"), threads=1))
-    for entropy in range(8):
-        subject = Subject(model, images, {"seed": 0, "draws": 1}, f"{entropy:032x}", 1e-3)
-        found = {line.name: line for line in check_whole_images(subject, 2)}
-        assert {line.result for line in found.values()} == {PASS}, found
 
 
 # ---- densities, bounds and lengths alone
