@@ -18,13 +18,13 @@ from test_audit_faults import write_set
 
 @pytest.fixture
 def images(tmp_path):
-    return load_images(str(write_set(tmp_path / "set", IMAGES[:8], IMAGES[144:152])), "test")
+    return load_images(str(write_set(tmp_path / "set", IMAGES[:8, 2:6, 2:6], IMAGES[144:152, 2:6, 2:6])), "test")
 
 
 def random_jet(std):
     """A Jet whose networks have random weights: the larger, the further apart a Jacobian's singular values."""
     torch.manual_seed(0)
-    jet = Jet(JetConfig(image_size=8, patch_size=4, num_couplings=5, block_depth=1, emb_dim=8, num_heads=2))
+    jet = Jet(JetConfig(image_size=4, patch_size=2, num_couplings=5, block_depth=1, emb_dim=8, num_heads=2))
     for parameter in jet.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return jet
@@ -39,14 +39,14 @@ def of_whole_images(model, images, count=8):
 
 # ---- the steps' own errors
 
-@pytest.mark.parametrize("std, allowed", [(0.2, {PASS}), (0.8, {PASS}), (1.0, {PASS, OPEN}), (1.2, {OPEN})])
+@pytest.mark.parametrize("std, allowed", [(0.2, {PASS}), (0.9, {PASS}), (1.1, {PASS, OPEN})])
 def test_an_honest_jet_is_not_refuted_by_rounding(images, std, allowed):
-    """Singular values of 10 ** 8, 10 ** 12 and 10 ** 16 times the smallest, in float64."""
+    """The largest singular value is 4, 10 ** 7 and 10 ** 11 times the smallest, of float64."""
     found = of_whole_images(random_jet(std), images)
     assert {line.result for line in found} <= allowed, found
 
 
-@pytest.mark.parametrize("std", [0.2, 0.8])
+@pytest.mark.parametrize("std", [0.2, 0.9])
 def test_a_jet_whose_log_det_is_slightly_off_is_refuted(images, monkeypatch, std):
     forward = Jet.forward
     monkeypatch.setattr(Jet, "forward", lambda self, x: (lambda z, logdet: (z, logdet + 0.01))(*forward(self, x)))
