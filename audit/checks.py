@@ -14,11 +14,13 @@ import torch
 
 from harness.errors import UserError
 from harness.progress import progress
+from paper_figures.inference import quantile
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "FAIL", "n/a"
 OPEN, INFO = "open", "info"  # could not be checked, though it matters; nothing hangs on it
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 BAR = functools.partial(progress, leave=False, unit="")
+CHANCE = 6e-5  # of an honest model to fail a check of a mean: four standard errors of many values
 
 
 class AuditError(UserError):
@@ -68,6 +70,18 @@ def counted(number, noun):
 
 def device_of(model):
     return next(model.parameters(), torch.empty(0)).device
+
+
+def errors_of(df):
+    """How many standard errors a mean may be off: they are of so many degrees of freedom."""
+    return quantile(min(df, 200), CHANCE)
+
+
+def margin_of(values):
+    """How far the mean of an array may be off: of one value that is not known, inf."""
+    if len(values) < 2:
+        return math.inf
+    return errors_of(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def largest_of(values):

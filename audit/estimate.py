@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 import evaluate as evaluator
-from audit.checks import BAR, INFO, at_precision, attempt, check, counted, dequantized, device_of
+from audit.checks import (BAR, INFO, at_precision, attempt, check, counted, dequantized,
+                          device_of, errors_of)
 from data import evaluation_noise, fingerprint
 from harness.condition import one_hot
 from harness.errors import short
@@ -124,8 +125,10 @@ def how_measured(measured):
 
 def check_positive(measured):
     """No image has a probability above 1, so on average over the noise none has less than 0."""
-    bits = measured["rows"]["bits"]
-    error = bits.std(0, ddof=1) / math.sqrt(len(bits)) if len(bits) > 1 else math.inf
+    bits, error = measured["rows"]["bits"], math.inf
+    if len(bits) > 1:  # two draws may be equal by chance: the mean over images stands beside them
+        variance = bits.var(0, ddof=1)
+        error = np.sqrt((variance + variance.mean()) / len(bits))
     below = int((bits.mean(0) < -0.01 - 6 * error).sum())
     return line("images below 0", below, below == 0, "0", "code lengths are not negative; the "
                 f"least is {bits.mean(0).min():.3f}, within the error of its noise")
@@ -208,7 +211,8 @@ def check_recorded(images, measured, recorded):
     is_same = recorded["test_fingerprint"] == fingerprint(images.array)
     is_part = images.split == "test" and (is_same or images.name == f"{recorded['dataset']}-subset")
     difference = ours["bits_per_dim"] - recorded["bits_per_dim"]
-    error = 4 * math.hypot(ours["bits_per_dim_se"], recorded["bits_per_dim_se"])
+    error = math.hypot(ours["bits_per_dim_se"], recorded["bits_per_dim_se"])
+    error *= errors_of(len(images.array) - 1)
     if is_same:  # but for the noise
         error = measured["noise_se"] if measured["draws"] > 1 else ours["bits_per_dim_se"]
         error = 1e-3 + 4 * error

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from audit.checks import BAR, OPEN, attempt, check
+from audit.checks import BAR, OPEN, attempt, check, errors_of
 from harness.errors import short
 from harness.flops import forward_flops
 from jet import Jet
@@ -215,7 +215,7 @@ def compare_stochastic(subject, x, y, step, rng):
     scale = subject.dims * math.log(2)
     gap = float((found - subject.mean_logdet(x, y)).mean() / scale)
     error = float(np.sqrt((spread ** 2).sum()) / len(x) / scale)
-    allowed = subject.tolerance + 4 * error + subject.allowance(64) / scale
+    allowed = subject.tolerance + errors_of(PROBES - 1) * error + subject.allowance(64) / scale
     text = (f"bits/dim, {len(x)} images chosen at random, against stochastic estimates of error "
             f"{error:.2g}: {subject.dims:,} dimensions are too many for whole Jacobians")
     if abs(gap) < allowed and error > 5e-3:

@@ -27,13 +27,13 @@ def two_sided(t, df):
     return max(0.0, 1 - within)
 
 
-def quantile(df):
-    """The t beyond which LEVEL of Student's distribution lies, on both sides together."""
+def quantile(df, level=LEVEL):
+    """The t beyond which that share of Student's distribution lies, on both sides together."""
     low, high = 0.0, 1.0
-    while two_sided(high, df) > LEVEL:
+    while two_sided(high, df) > level:
         high *= 2
     while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if two_sided(middle, df) > LEVEL else (low, middle)
+        low, high = (middle, high) if two_sided(middle, df) > level else (low, middle)
     return high
 
 

@@ -1,4 +1,5 @@
-"""Log-dets against Jacobians of finite differences: where the steps may go, and what their errors mean."""
+"""What is honest is not refuted: not for curvature, rounding or steps of Jacobians, nor by chance."""
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,9 +7,9 @@ import pytest
 import torch
 
 from audit.adapters import load_model
-from audit.checks import FAIL, OPEN, PASS
+from audit.checks import FAIL, OPEN, PASS, margin_of
 from audit.jacobians import STEPS, check_whole_images, error_of_steps, gap_of_image, log_abs_det
-from audit.protocol import Subject
+from audit.protocol import Subject, check_memory, check_noise
 from audit.request import Request
 from data import load_images
 from jet import Jet, JetConfig
@@ -87,6 +88,34 @@ def test_the_error_of_a_log_det_is_that_which_a_jacobian_s_errors_make():
             error = error_of_steps(J, sizes * rng.standard_normal(shape))
             assert np.abs(made).max() < error < 40 * np.std(made)
     assert error_of_steps(J, J) == error_of_steps(np.zeros((48, 48)), J) == pytest.approx(4.8)
+
+
+# ---- chance
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_few_images_chance_refutes_nothing(images, count):
+    """With four standard errors of so few, the first two would refute one audit of 20 and of 60."""
+    jet, results = random_jet(0.2), []
+    for entropy in range(30):
+        chosen = np.random.default_rng(entropy).choice(8, count, replace=False)
+        few = SimpleNamespace(array=images.array[chosen], split="test")
+        subject = Subject(jet, few, {"seed": entropy, "draws": 1}, f"{entropy:032x}", 1e-4)
+        bits = subject.bits_of(subject.x(range(count)), subject.y(range(count)))
+        subject.measured["rows"] = {"bits": bits[None]}
+        results.append(check_noise(subject).result)
+        if entropy < 5:
+            results += [line.result for line in check_memory(subject, images)]
+        subject.measured["rows"] = {"bits": bits[None] - 0.2}  # noise that is known to the model
+        assert check_noise(subject).result == FAIL
+    assert set(results) == {PASS, OPEN}, results
+
+
+def test_a_mean_of_many_may_be_four_standard_errors_off_and_one_of_few_more():
+    values = np.random.default_rng(0).standard_normal(1001)
+    for count, errors in ((1001, 4.1), (11, 6.61), (3, 129.1)):
+        some = values[:count]
+        assert margin_of(some) == pytest.approx(errors * some.std(ddof=1) / math.sqrt(count), rel=0.01)
+    assert margin_of(values[:1]) == math.inf
 
 
 # ---- where steps may go
