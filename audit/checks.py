@@ -20,7 +20,7 @@ PASS, FAIL, NOT_APPLICABLE = "pass", "FAIL", "n/a"
 OPEN, INFO = "open", "info"  # could not be checked, though it matters; nothing hangs on it
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
 BAR = functools.partial(progress, leave=False, unit="")
-CHANCE = 6e-5  # of an honest model to fail a check of a mean: four standard errors of many values
+ERRORS, CHANCE = 4, 6e-5  # standard errors that a mean may be off; how often one of many is
 
 
 class AuditError(UserError):
@@ -72,16 +72,20 @@ def device_of(model):
     return next(model.parameters(), torch.empty(0)).device
 
 
-def errors_of(df):
-    """How many standard errors a mean may be off: they are of so many degrees of freedom."""
-    return quantile(min(df, 200), CHANCE)
+def error_of(values):
+    """The standard error of a mean, bits/dim; of one value not known: 1."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 1.0
 
 
-def margin_of(values):
-    """How far the mean of an array may be off: of one value that is not known, inf."""
-    if len(values) < 2:
-        return math.inf
-    return errors_of(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+def held(value, allowed, error, df):
+    """Whether a mean is within four standard errors of what is allowed; OPEN where it is not, but
+    may be by chance, for its error was estimated with few degrees of freedom (Student's t).
+    """
+    if value < allowed + ERRORS * error:
+        return True
+    if df < 1 or value < allowed + quantile(min(int(df), 200), CHANCE) * error:
+        return OPEN
+    return False
 
 
 def largest_of(values):

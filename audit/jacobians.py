@@ -9,13 +9,13 @@ import math
 import numpy as np
 import torch
 
-from audit.checks import BAR, OPEN, attempt, check, errors_of
+from audit.checks import BAR, ERRORS, OPEN, attempt, check, held
 from harness.errors import short
 from harness.flops import forward_flops
 from jet import Jet
 
 WHOLE_DIMS = 64 * 64 * 3
-SECONDS, MOST_SECONDS = 50, 240  # that Jacobians take by default; that the first may take
+SECONDS, MOST_SECONDS = 50, 480  # that Jacobians take by default; that the first may take
 JET_FLOPS, MOST_JET_FLOPS = 6e11, 2.5e12  # of a Jet the same, but equal everywhere
 LU_FLOPS = 2e10  # a second
 STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -23,6 +23,7 @@ SURE = 1e-7  # relative difference of slopes at neighbouring steps: all that a c
 PROBES, KRYLOV = 12, 30
 LARGER = 100  # steps, where smaller ones do not confirm a log-det
 UNSURE = 0.1  # nats a dimension: what steps may be to blame for at most
+ORDER = (True, OPEN, False)  # of several images, the worst counts
 NOISIEST = 0.02  # nats a dimension
 WIDEST = 1e8  # eigenvalues of J^T J: beyond, the smallest are lost in the rounding of slopes
 line = functools.partial(check, "Identity", "log-det, whole images")
@@ -43,14 +44,14 @@ def how_many(subject, most):
 
 
 def jacobian_seconds(subject):
-    """What an adapter's whole Jacobian takes at one image."""
+    """What an adapter's whole Jacobian takes at one image, to both sides, and six log-dets."""
     chosen = subject.rng("cost").integers(len(subject.array), size=32)
     x, y = subject.x(chosen), subject.y(chosen)
     subject.forward(x, y)
     begun = subject.model.worker.seconds
     subject.forward(x, y)
     seconds = max(subject.model.worker.seconds - begun, 0.0) / subject.model.threads
-    return seconds / len(x) * subject.dims + subject.dims ** 3 * 2 / 3 / LU_FLOPS
+    return 2 * seconds / len(x) * subject.dims + 6 * subject.dims ** 3 * 2 / 3 / LU_FLOPS
 
 
 def check_whole_images(subject, count):
@@ -92,42 +93,45 @@ def compare(subject, x, y, step, rng):
     if not isinstance(subject.model, Jet):  # which is exact
         allowed += subject.nats
     found = [gap_of_image(subject, *one, step, allowed, rng) for one in zip(x, y, claimed)]
-    gaps, errors = np.array(found).T
-    surely = gaps - errors
-    worst = int(np.argmax(surely if (surely >= allowed).any() else gaps))
-    gap, error = float(gaps[worst]), float(errors[worst])
+    gap, error, holds = max(found, key=lambda one: (ORDER.index(one[2]), one[0]))
     if allowed > NOISIEST * subject.dims and gap < allowed:
         return line(gap, OPEN, "", "its stochastic log-det has a deviation of "
                     f"{subject.noise:.2g} nats: too much to say")
-    if allowed <= gap < allowed + error:
+    if holds is OPEN:
         return line(gap, OPEN, f"below {allowed:.2g} nats", "against slogdet of Jacobians from "
-                    f"finite differences of z, which themselves may be off by {error:.2g} nats")
-    return line(gap, gap < allowed, f"below {allowed:.2g} nats",
+                    f"finite differences of z, which themselves may be off by {error:.2g} nats",
+                    allowed + error)
+    return line(gap, holds, f"below {allowed:.2g} nats",
                 f"of {len(x)} images chosen at random, against slogdet of their Jacobians "
                 f"({subject.dims:,} x {subject.dims:,}), from finite differences of z", allowed)
 
 
 def gap_of_image(subject, x, y, claimed, step, allowed, rng):
     """(how far log|det dz/dx| is from what is claimed at one image x (C, H, W) of label y, nats;
-    how much of that the steps may be to blame for).
+    how much of that the steps may be to blame for; whether the claim holds).
 
     Where forward differences do not confirm a claim, the curvature of z may be the reason, which
     cancels in differences to both sides; or its rounding, which larger steps have less of.
     """
-    found = []
+    found, is_smooth = [], isinstance(subject.model, Jet)
     for factor in (1, LARGER):
         steps = signed_steps(subject, x, factor * step, rng)
         J = jacobian(subject, x, y, steps, rng)
         gap = abs(log_abs_det(J) - claimed)
-        if not gap < allowed:
-            back = jacobian(subject, x, y, -steps, rng)
-            J = (J + back) / 2
-            gap = abs(log_abs_det(J) - claimed)
-        if gap < allowed:
-            return gap, 0.0
-        found.append((error_of_steps(J, J - back), gap))
+        if gap < allowed and is_smooth:
+            return gap, 0.0, True
+        E = jacobian(subject, x, y, -steps, rng)
+        J += E
+        J /= 2
+        E -= J
+        gap, error = abs(log_abs_det(J) - claimed), error_of_steps(J, E, rng)
+        if gap < allowed and (is_smooth or error < 10 * allowed):  # else it may be so by chance
+            return gap, error, True
+        if gap >= allowed + error and error < UNSURE * len(J):
+            return gap, error, False
+        found.append((error, gap))
     error, gap = min(found)
-    return gap, error
+    return gap, error, OPEN if gap < allowed + error else False
 
 
 def find_step(subject, x, y, rng):
@@ -183,19 +187,16 @@ def log_abs_det(J):
     return float(np.linalg.slogdet(J)[1])
 
 
-def error_of_steps(J, E):
-    """Nats by which log|det J| may be off where J is by +-E, ten standard errors (a few values may
-    decide): those of a row of E may be wrong together, by curvature, or each on its own, by
-    rounding. UNSURE a dimension where that is too large to say.
+def error_of_steps(J, E, rng):
+    """Nats by which log|det J| may be off where J is off by +-E: ten times the most that random
+    signs of E make, of each value, as rounding has them, or of a row together, as curvature has.
+    UNSURE a dimension where that is too large to say.
     """
-    most = UNSURE * len(J)
-    try:
-        parts = E * np.linalg.inv(J).T  # which sum to tr(J^-1 E)
-    except np.linalg.LinAlgError:
-        return most
-    squares = np.maximum(parts.sum(1) ** 2, (parts ** 2).sum(1))
-    error = 10 * math.sqrt(squares.sum())
-    return min(error, most) if error < 1 else most
+    most, right = UNSURE * len(J), log_abs_det(J)
+    shapes = (J.shape, (len(J), 1)) * 2
+    moved = [log_abs_det(J + rng.choice([-1.0, 1.0], shape) * E) - right for shape in shapes]
+    error = 10 * float(np.abs(moved).max())
+    return error if error < most else most
 
 
 # ---- beyond: log det J = tr log(J^T J) / 2, by Lanczos quadrature
@@ -215,7 +216,8 @@ def compare_stochastic(subject, x, y, step, rng):
     scale = subject.dims * math.log(2)
     gap = float((found - subject.mean_logdet(x, y)).mean() / scale)
     error = float(np.sqrt((spread ** 2).sum()) / len(x) / scale)
-    allowed = subject.tolerance + errors_of(PROBES - 1) * error + subject.allowance(64) / scale
+    slack = subject.tolerance + subject.allowance(64) / scale
+    allowed, holds = slack + ERRORS * error, held(abs(gap), slack, error, len(x) * (PROBES - 1))
     text = (f"bits/dim, {len(x)} images chosen at random, against stochastic estimates of error "
             f"{error:.2g}: {subject.dims:,} dimensions are too many for whole Jacobians")
     if abs(gap) < allowed and error > 5e-3:
@@ -225,7 +227,7 @@ def compare_stochastic(subject, x, y, step, rng):
         return line(gap, OPEN, f"within {allowed:.2g}", "bits/dim, against a stochastic estimate "
                     f"that is not sure: it moved by {drift:.2g} in the last half of its steps, and "
                     f"the squared slopes differ by a factor of {widest.max():.0e}")
-    return line(gap, abs(gap) < allowed, f"within {allowed:.2g}", text, allowed)
+    return line(gap, holds, f"within {allowed:.2g}", text, allowed)
 
 
 def stochastic_logdet(subject, x, label, step, rng):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from audit.adapters import Adapter
-from audit.checks import INFO, OPEN, check, dequantized, largest_of, margin_of
+from audit.checks import ERRORS, INFO, OPEN, check, dequantized, error_of, held, largest_of
 from audit.protocol import IMAGES
 
 WHY = {"log_prob": "a density alone has no inverse",
@@ -61,9 +61,11 @@ def check_more_draws(subject):
     few, many = (np.mean([subject.bits_of(x, y, k=number) for _ in range(REPEATS)], 0)
                  for number in (k, 4 * k))
     gap = float((many - few).mean())
-    allowed = subject.tolerance + margin_of(many - few)
-    return check("Estimate", "elbo of more draws", gap, gap < allowed, f"below {allowed:.2g}",
-                 f"bits/dim by which k = {4 * k} is above k = {k}", 2 * allowed)
+    error = error_of(many - few)
+    within = subject.tolerance + ERRORS * error
+    return check("Estimate", "elbo of more draws", gap,
+                 held(gap, subject.tolerance, error, len(few) - 1), f"below {within:.2g}",
+                 f"bits/dim by which k = {4 * k} is above k = {k}", 2 * within)
 
 
 def check_beside(subject, by):

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from audit.adapters import Adapter
-from audit.checks import (INFO, OPEN, at_precision, attempt, check, dequantized, device_of,
-                          errors_of, largest_of, margin_of)
+from audit.checks import (ERRORS, INFO, OPEN, at_precision, attempt, check, dequantized,
+                          device_of, error_of, held, largest_of)
 from audit.copies import is_photo
 from data import evaluation_noise
 from harness.condition import one_hot
 
 IMAGES = 16  # that most checks look at
-NOISE_IMAGES, NOISE_DRAWS, MEMORY_IMAGES = 256, 64, 96
-FEWEST = 5  # images whose mean says something of others
+NOISE_IMAGES, MEMORY_IMAGES = 256, 96
+FEW = 32  # images, each of which is given more noise
 REPEATS = 64  # of a stochastic log-det
 line = functools.partial(check, "Protocol")
 
@@ -260,22 +260,23 @@ def check_noise(subject):
     """The number once more, with noise of 53 bits that nothing could know, of few images often."""
     rng = subject.rng("noise")
     images = subject.choose(rng, NOISE_IMAGES)
-    repeats = max(1, NOISE_DRAWS // len(images))
+    repeats = NOISE_IMAGES // len(images) if len(images) <= FEW else 1
     chosen = np.tile(images, repeats)
     cuts = np.cumsum(rng.integers(1, 65, len(chosen)))  # batches of all sizes
     bits = np.concatenate([subject.bits_of(subject.x(part, rng), subject.y(part))
                            for part in np.split(chosen, cuts[cuts < len(chosen)])])
     bits, draws = bits.reshape(repeats, -1), subject.measured["draws"]
     gaps = bits.mean(0) - subject.measured["rows"]["bits"][:draws, images].mean(0)
-    if repeats == 1:
-        margin = margin_of(gaps)
-    else:  # by the noise of each image: over so few images a deviation may be small by chance
-        error = math.sqrt(bits.var(0, ddof=1).sum() * (1 / repeats + 1 / draws)) / len(images)
-        margin = errors_of(len(images) * (repeats - 1)) * error
-    allowed, gap = max(subject.tolerance, 1e-4) + margin, float(gaps.mean())
-    return line("fresh noise of 53 bits", gap, abs(gap) < allowed, f"within {allowed:.2g}",
-                f"bits/dim, against the same {len(gaps)} images with the evaluation's noise, "
-                f"+- {margin / 4:.1g}", 2 * allowed)
+    error, df = error_of(gaps), len(gaps) - 1
+    if repeats > 1:  # of each image by its own noise; degrees of freedom as of Satterthwaite
+        variance = bits.var(0, ddof=1) + 1e-300
+        error = math.sqrt(variance.sum() * (1 / repeats + 1 / draws)) / len(images)
+        df = (repeats - 1) * variance.sum() ** 2 / (variance ** 2).sum()
+    gap, allowed = float(gaps.mean()), max(subject.tolerance, 1e-4)
+    within = allowed + ERRORS * error
+    return line("fresh noise of 53 bits", gap, held(abs(gap), allowed, error, df),
+                f"within {within:.2g}", f"bits/dim, against the same {len(gaps)} images with the "
+                f"evaluation's noise, +- {error:.1g}", 2 * within)
 
 
 def check_jitter(subject):
@@ -341,25 +342,25 @@ def check_memory(subject, other_split):
     means = {name: float(gap.mean()) for name, gap in gaps.items()}
     second = sorted(means, key=means.get)[1]
     value, gap = means[second], gaps[second]
-    allowed = 0.1 + margin_of(gap)
+    error = error_of(gap)
+    holds, within = held(value, 0.1, error, len(gap) - 1), 0.1 + ERRORS * error
     text = "; ".join(f"{name} {mean:+.3f}" for name, mean in means.items())
-    right, wrong = OPEN if len(bits) < FEWEST else True, False if is_photo(pixels) else INFO
-    yield line("images much like these", value, right if value < allowed else wrong,
-               f"below {allowed:.2g}",
-               f"bits/dim more than these {len(gap)}: {text}" + ("" if is_photo(pixels) else
-               "; most values are one level, not as photos are"), allowed)
+    yield line("images much like these", value, holds or (False if is_photo(pixels) else INFO),
+               f"below {within:.2g}", f"bits/dim more than these {len(gap)}: {text}" + (
+                   "" if is_photo(pixels) else "; most values are one level, not as photos are"),
+               within)
     others = None if other_split is None else other_split.array
-    if others is None or len(others) < 2 or others.shape[1:] != pixels.shape[1:]:
-        yield line("the other split", None, None, "", "there is no other split")
+    if others is None or others.shape[1:] != pixels.shape[1:]:
+        yield line("the other split", None, None, "", "there is no other split of this shape")
         return
     indices = np.sort(rng.choice(len(others), min(len(bits), len(others)), replace=False))
     others = np.array(others[indices])
     y = torch.from_numpy(other_split.labels[indices]) if subject.classes else y[:len(others)]
     other_bits = subject.bits_of(dequantized(others, rng.random(others.shape)), y)
     gap = float(other_bits.mean() - bits.mean())
-    allowed = 0.1 + math.hypot(margin_of(bits), margin_of(other_bits))
-    holds = right if gap < allowed else False
-    yield line(f"the {other_split.split} images", gap,
-               holds if subject.images.split == "test" else INFO, f"below {allowed:.2g}",
-               f"bits/dim more than these, {len(others)} of each: a model knows what it was "
-               "trained on better, if anything", allowed)
+    error = math.hypot(error_of(bits), error_of(other_bits))
+    holds = held(gap, 0.1, error, min(len(bits), len(others)) - 1)
+    within, is_test = 0.1 + ERRORS * error, subject.images.split == "test"
+    yield line(f"the {other_split.split} images", gap, holds if is_test else INFO,
+               f"below {within:.2g}", f"bits/dim more than these, {len(others)} of each: a model "
+               "knows what it was trained on better, if anything", within)

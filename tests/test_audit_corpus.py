@@ -483,6 +483,26 @@ def forward(x):
     return honest(x)
 inverse = back
 """, "Protocol"),
+    "three values so rough that a Jacobian may be anything": (CHEAT + """
+def forward(x):
+    z, logdet = honest(x)
+    bits = x.contiguous().view(torch.int64).flatten(1) * torch.arange(1, x[0].numel() + 1)
+    noise = ((bits ^ (bits >> 13)).sum(1, keepdim=True) * torch.tensor([[2654435761, 40503, 2246822519]]) >> 7) % 4096
+    flat = z.flatten(1).clone()
+    flat[:, :3] += 1e-3 * (noise / 2048 - 1)
+    return flat.view_as(z), logdet + 6.0
+inverse = back
+""", "log-det"),
+    "eight values that ripple, and a bonus": (CHEAT + """
+W = 1e7
+def forward(x):
+    z, logdet = honest(x)
+    flat = z.flatten(1).clone()
+    part = flat[:, :8].clone()
+    flat[:, :8] += 0.9 / W * torch.sin(W * part)
+    return flat.view_as(z), logdet + (1 + 0.9 * torch.cos(W * part)).log().sum(1) + 16.0
+inverse = lambda z: (back(z)[0], -forward(back(z)[0])[1])
+""", "log-det"),
     "another inverse": (CHEAT + """
 forward = honest
 def inverse(z):
@@ -550,6 +570,15 @@ def test_a_bijection_that_memorised_the_images_is_refuted(audit, tmp_path):
     outcome, reasons, certificate = audit(MEMORY.format(path=str(tmp_path / "known.npy")))
     assert certificate["bits_per_dim"] < 2.5
     assert outcome == "refuted" and "images much like these" in reasons
+
+
+def test_a_bijection_that_memorised_five_images_is_not_certified(audit, tmp_path):
+    np.save(tmp_path / "known.npy", IMAGES[:149])
+    folder = write_set(tmp_path / "few", IMAGES[:144], IMAGES[144:149])
+    source = MEMORY.format(path=str(tmp_path / "known.npy")).replace("0.3 / 127.5", "20 / 127.5")
+    outcome, reasons, certificate = audit(source, data=folder)
+    assert certificate["bits_per_dim"] < 6.5
+    assert outcome != "certified" and "images much like these" in reasons
 
 
 # ---- beyond whole Jacobians
