@@ -31,7 +31,7 @@ ROOMS = {
     "sweeps": "jet harness kernels data formats convert evaluate recipe train "
               "paper_figures.results_csv paper_figures.per_image paper_figures.inference paper_figures.training",
     "audit": "jet harness kernels data formats convert coding evaluate codec recipe train sweeps "
-             "paper_figures.per_image",
+             "paper_figures.per_image paper_figures.inference",
     "paper_figures": "jet harness data paper_figures.results_csv paper_figures.per_image paper_figures.inference "
                      "paper_figures.style paper_figures.training",
     "experiments": "*", ".ci": "*", "assets": "*",
