@@ -402,17 +402,21 @@ def collect(experiment, scale, runs, csv, pieces=()):
             print(error, file=sys.stderr)
     rows = pd.DataFrame(rows, columns=columns(swept))
     run_ids = {run.run_id for run in runs}
+    order = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
     for piece in pieces:
         extra = read_results(piece, experiment.name, swept, varying)
         if unknown := set(extra["run_id"]) - run_ids:
             raise ResultsError(f"{piece}: run {sorted(unknown)[0]} is not in this grid: give "
                                "--collect the same --seeds as the shards, or move the file away")
+        if unknown := set(zip(*(extra[name] for name in swept))) - order.keys():
+            raise ResultsError(f"{piece}: no run of this grid has {', '.join(swept)} = "
+                               f"{', '.join(sorted(unknown)[0])}: run the shard again, or move the "
+                               "file away")
         per_image = read_per_image(piece, extra) | per_image
         extra = extra[~extra["run_id"].isin(rows["run_id"])]
         rows = pd.concat([rows, extra]) if len(rows) else extra
     if rows.empty:
         return rows, {}
-    order = {tuple(point.values(swept).values()): place for place, point in enumerate(points)}
     rows = rows.assign(place=[order[point] for point in zip(*(rows[name] for name in swept))],
                        grid_points=len(points))  # a search may have been narrower in its shards
     rows = rows.sort_values(["seed", "place", "step", "split"]).drop(columns="place")

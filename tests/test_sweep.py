@@ -201,6 +201,9 @@ def test_shards_split_the_grid_and_collect_merges_their_csvs(finished, tmp_path,
     assert same_rows(tmp_path, finished)
     with pytest.raises(SystemExit, match="is not in this grid"):
         run(tmp_path, "--collect")
+    pieces[0].write_text(pieces[0].read_text().replace(",0,3,1,1.0,", ",0,3,9,1.0,"))
+    with pytest.raises(SystemExit, match="no run of this grid has heads = 9: run the shard again"):
+        run(tmp_path, "--seeds", "2", "--collect")
 
 
 def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys):
