@@ -38,7 +38,8 @@ def draw_a(path, out_dir=style.OUT):
     lines = [style.line(NAMES.get(block, block), lw=0.7, **look) for block, look in looks.items()]
     couplings, depth = rows[["num_couplings", "block_depth"]].iloc[0]
     title = (f"{couplings} couplings of depth {depth},\n"
-             f"width {', '.join(style.ordered(rows['emb_dim']))}")
+             f"width {', '.join(style.ordered(rows['emb_dim']))}, "
+             f"patches of {rows['patch_size'].iloc[0]}")
     figure.legend(handles=lines, title=title, title_fontsize=6.5, ncols=2, handlelength=1.4,
                   columnspacing=1, loc="outside lower left")
     style.parameter_legend(figure, rows["num_params"], area, ncols=3, loc="outside lower right")

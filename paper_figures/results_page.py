@@ -34,7 +34,10 @@ with the same noise: the mean over seeds of the mean over images. Its s.e. over 
 the paired differences, the largest of the seeds. The interval is Student's, two-sided, 95 %, over
 seeds: its variance is pooled over the runs of an item that differ in more than the seed. Holm's
 rule at 5 % corrects for all comparisons of an item at a scale. With one seed there is no test: how
-another seed would come out is not known. Images are the test split's, drawn once.
+another seed would come out is not known. Images are the test split's, drawn once. Learning rates
+that were tuned are the best of a short search with one seed: the error of that choice is in no
+interval. What is compared "at equal compute" is read off the straight line between two points over
+the logarithm of FLOPs.
 """
 
 
