@@ -110,7 +110,8 @@ def test_an_end_at_any_step_goes_on_with_the_same_bytes(photos, tmp_path, capsys
 
 def test_two_at_once(photos, tmp_path):
     first = subprocess.Popen(command(photos, tmp_path / "set", 1), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (tmp_path / "set" / "partial" / "claim.json").exists():
+    partial = tmp_path / "set/partial"
+    while not (partial / "claim.json").exists() or list(partial.glob(".claim.json.*.tmp")):  # it has the lock until then
         time.sleep(0.02)
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command(photos, tmp_path / "set"), capture_output=True, text=True)
