@@ -110,15 +110,14 @@ def gap_of_image(subject, x, y, claimed, step, allowed, rng):
     """(how far log|det dz/dx| is from what is claimed at one image x (C, H, W) of label y, nats;
     how much of that the steps may be to blame for; whether the claim holds).
 
-    Where forward differences do not confirm a claim, the curvature of z may be the reason, which
-    cancels in differences to both sides; or its rounding, which larger steps have less of.
+    Of a Jet, forward differences may confirm a claim. Else differences to both sides are taken, in
+    which the curvature of z cancels, and over larger steps, which have less of its rounding.
     """
     found, is_smooth = [], isinstance(subject.model, Jet)
     for factor in (1, LARGER):
         steps = signed_steps(subject, x, factor * step, rng)
         J = jacobian(subject, x, y, steps, rng)
-        gap = abs(log_abs_det(J) - claimed)
-        if gap < allowed and is_smooth:
+        if is_smooth and (gap := abs(log_abs_det(J) - claimed)) < allowed:
             return gap, 0.0, True
         E = jacobian(subject, x, y, -steps, rng)
         J += E
