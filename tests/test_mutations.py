@@ -47,7 +47,7 @@ MODEL = {"image_size": 8, "patch_size": 4, "num_couplings": 2, "block_depth": 1,
 TRAIN = ["--batch_size", "4", "--total_steps", "4", "--lr", "1e-3", "--seed", "3",
          *(word for name, value in MODEL.items() if name != "image_size"
            for word in (f"--model.{name}", str(value)))]
-FAST = ["--codelength", "0", "--draws", "1", "--iw", "1"]
+FAST = ["--codelength", "0", "--draws", "1", "--iw", "1", "--threads", "1"]
 ADAPTER = """
 def forward(x):
     return x * 2, x.new_full((len(x),), 0.6931471805599453 * x[0].numel())
@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         make_runs(folder)
         codec.main(["encode", "--checkpoint", f"{folder}/done", "--data", f"{folder}/set",
-                    "--out", f"{folder}/images.jet"])
+                    "--out", f"{folder}/images.jet", "--threads", "1"])
         with contextlib.suppress(SystemExit):
             audit_bpd.main(["--checkpoint", f"{folder}/done", "--data", f"{folder}/set", *FAST,
                             "--claim", "8.0", "--out", f"{folder}/audits"])
@@ -131,7 +131,7 @@ def begun_with(path):
 
 def decoded(path):
     codec.main(["decode", str(path), "--checkpoint", f"{path.parent}/done", "--out",
-                f"{path.parent}/decoded.npy"])
+                f"{path.parent}/decoded.npy", "--threads", "1"])
 
 
 def audited(path):
