@@ -115,7 +115,7 @@ def random_operation(rng, coder, prior):
 def test_what_the_coder_does_is_undone_in_reverse(seed):
     rng, prior = np.random.default_rng(seed), PRIOR
     coder, done = full_coder(rng), []
-    for _ in range(60):
+    for _ in range(40):
         do, undo = random_operation(rng, coder, prior)
         before = coder.lanes.copy(), coder.words.copy()
         done.append((undo, do(), before))
@@ -198,7 +198,7 @@ def test_a_latent_costs_its_normal_density(noise_bits):
         """Bits above the density's, of each of the latents z (int64)."""
         bits = []
         for value in z:
-            coder = full_coder(rng, 1)
+            coder = full_coder(rng, 1, 400)
             coder.lanes[:] = 2 ** 61 + rng.integers(2 ** 60)  # a large state rounds the least
             before = coder.bits
             prior.push(coder, np.array([value]), noise_bits)
@@ -207,11 +207,11 @@ def test_a_latent_costs_its_normal_density(noise_bits):
             bits.append(coder.bits - before - nats / math.log(2))
         return np.array(bits)
 
-    normal = surplus((rng.normal(size=700) / delta).astype(np.int64))
+    normal = surplus((rng.normal(size=200) / delta).astype(np.int64))
     assert abs(normal.mean()) < 3e-4 and np.abs(normal).max() < 2e-2
     for deviations in (3.4, 3.5, 10, 40, 63):
         low, high = (deviations - 0.1) / delta, (deviations + 0.1) / delta
-        far = surplus(np.array([-1, 1] * 20) * rng.integers(low, high, 40))
+        far = surplus(np.array([-1, 1] * 5) * rng.integers(low, high, 10))
         escapes = 5e-5 * deviations ** 2  # each costs a little
         assert abs(far.mean()) < 0.01 + escapes
         falls = deviations * 1.5e-3  # within a cell
@@ -244,28 +244,25 @@ def stretch(jet):
     return jet
 
 
-@pytest.mark.parametrize("switches", [(), ("actnorm",), ("invertible_dense",),
-                                      ("actnorm", "invertible_dense")],
-                         ids="+".join)
+@pytest.mark.parametrize("switches", [(), ("actnorm", "invertible_dense")], ids="+".join)
 @pytest.mark.parametrize("mode", ["pairing", "masking"])
 @pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")],
                          ids="+".join)
 def test_images_come_back(crops, kinds, mode, switches):
-    block = ("vit", "cnn")[(len(kinds) + len(mode) + len(switches)) % 2]  # with each of the others
-    jet = random_jet(std=0.05, kinds=kinds, split_mode=mode, block=block, **dict.fromkeys(switches, True))
+    block = ("vit", "cnn")[(len(kinds) + (mode == "masking") + bool(switches)) % 2]  # with each of the others
+    jet = random_jet(std=0.05, num_couplings=2, kinds=kinds, split_mode=mode, block=block,
+                     **dict.fromkeys(switches, True))
     _, about = comes_back(stretch(jet), np.concatenate([crops[:5], random_images(1)]))
     assert about["noise"].shape == (6, 4, 4, 3)
 
 
 @pytest.mark.parametrize("changes", [
     {"image_size": (8, 4), "patch_size": 2}, {"image_size": (2, 6), "patch_size": 1, "channels": 2},
-    {"channels": 1}, {"num_couplings": 6, "image_size": 8},
-    {"scale_factor": 4.0},
-    {"scale_factor": 0.3}], ids=str)
+    {"channels": 1}, {"num_couplings": 6, "image_size": 8}, {"scale_factor": 4.0}, {"scale_factor": 0.3}], ids=str)
 def test_other_shapes_and_scales_come_back(changes):
     jet = random_jet(std=0.5, **changes)
     channels, height, width = jet.config.image_shape
-    comes_back(jet, random_images(12, height, width, channels))
+    comes_back(jet, random_images(6, height, width, channels))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 70])
@@ -308,15 +305,14 @@ def test_extreme_images_come_back():
     ramp = np.arange(16).reshape(4, 4, 1) * 16 + np.arange(3)
     black, white = np.zeros((4, 4, 3)), np.full((4, 4, 3), 255)
     extremes = [black, white, ramp, ramp[::-1], (ramp % 32 > 15) * 255, random_images(1)[0]]
-    images = np.array([extremes[i % 6] for i in range(31)], np.uint8)
+    images = np.array(2 * extremes, np.uint8)
     for seed, std in enumerate((0.1, 0.3, 0.6)):
         comes_back(random_jet(seed, std, num_couplings=6), images)
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"num_couplings": 6}, {"split_mode": "masking", "scale_factor": 4.0},
-    {"actnorm": True},
-    {"invertible_dense": True}], ids=str)
+    {"actnorm": True}, {"invertible_dense": True}], ids=str)
 def test_the_net_code_length_is_the_bound(crops, changes):
     jet = random_jet(**changes)
     content, about = encode(jet, crops)
@@ -337,9 +333,9 @@ def test_the_net_code_length_is_the_bound(crops, changes):
 
 def test_no_image_takes_more_than_its_pixels_and_the_header(storing, crops):
     jet, rng = random_jet(std=0.03), np.random.default_rng(0)
-    noise, flat = random_images(20), np.full((3, 4, 4, 3), 7, np.uint8)
-    images = np.concatenate([crops[:40], noise])[rng.permutation(60)]
-    for some in (crops[:1], noise[:1], noise, flat[:1], images, np.concatenate([noise[:2], crops[:40], flat])):
+    noise, flat = random_images(10), np.full((3, 4, 4, 3), 7, np.uint8)
+    images = np.concatenate([crops[:20], noise])[rng.permutation(30)]
+    for some in (crops[:1], noise[:1], noise, flat[:1], images, np.concatenate([noise[:2], crops[:20], flat])):
         content, about = comes_back(jet, some)
         header = 8 * (HEADER + file_format.DIGEST_BYTES) + about["header_bits"]
         assert 8 * len(content) - header <= 8 * some.size
@@ -397,6 +393,15 @@ def test_a_damaged_stored_image_is_one_line_or_other_pixels():
 @pytest.fixture(scope="module")
 def jet():
     return random_jet()
+
+
+@pytest.fixture(scope="module")
+def tiny(jet, tmp_path_factory):
+    """A checkpoint of it."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
+    config = {"model": vars(jet.config)}
+    torch.save({"format": "jet-checkpoint-1", "config": config, "model": jet.state_dict()}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +482,10 @@ def test_another_version_is_refused(jet, content):
     refused(jet, with_header(content, bits=[8, 12, 23]), r"parameters \[8, 12, 23\]")
 
 
+def test_a_header_that_was_written_again_is_none_that_lies(jet, content, crops):
+    assert np.array_equal(decode(jet, with_header(content)), crops[:6])
+
+
 @pytest.mark.parametrize("changes", [
     {"batches": [6]}, {"batches": [1, 1, 4]}, {"batches": [1, 1]}, {"batches": []},
     {"batches": [1] * 7}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": [-1, 1, 1, 1, 1, 1]},
@@ -499,7 +508,6 @@ def test_another_version_is_refused(jet, content):
     {"ties": [[0, 0, "scale", [[0, 0]]]]},
     {"ties": [[0, 0, "scale", [[0, 10 ** 15]]]]}, {"ties": [[[0], 0, "bias", []]]}], ids=" ".join)
 def test_a_header_that_lies_is_noticed(jet, content, changes):
-    assert decode(jet, with_header(content)).shape == (6, 4, 4, 3)  # the same header passes
     refused(jet, with_header(content, **changes))
 
 
@@ -523,8 +531,8 @@ def test_what_is_no_file_of_ours_is_refused(jet, content):
 
 
 @pytest.mark.parametrize("batches, says", [
-    (10 ** 4, "end too early|do not fit these weights"), (10 ** 6, "32,000,000 images do not fit in this machine's"),
-    (2 * 10 ** 6, "its header has 6,")])
+    (10 ** 4, "end too early|do not fit these weights"), (4 * 10 ** 5, "12,800,000 images do not fit in this machine's"),
+    (15 * 10 ** 5, "its header has 4,")])
 def test_images_that_are_promised_take_no_memory(jet, content, batches, says):
     header, _, words = file_format.read_file(content)
     header |= {"shape": [32 * batches, 4, 4, 3], "batches": [32] * batches}
@@ -542,7 +550,7 @@ def test_images_that_are_promised_take_no_memory(jet, content, batches, says):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_what_is_no_file_is_not_read(tmp_path, kind):
+def test_what_is_no_file_is_not_read(tiny, tmp_path, kind):
     path = tmp_path / "images.jet"
     if kind == "pipe":
         os.mkfifo(path)
@@ -551,9 +559,10 @@ def test_what_is_no_file_is_not_read(tmp_path, kind):
     else:
         path.mkdir()
     with pytest.raises(SystemExit, match="images.jet: is no regular file"):
-        codec.main(["decode", str(path), "--checkpoint", str(RUN), "--threads", "1", "--out", str(tmp_path / "out.npy")])
+        codec.main(["decode", str(path), "--checkpoint", str(tiny), "--threads", "1",
+                    "--out", str(tmp_path / "out.npy")])
     with pytest.raises(SystemExit, match="--threads 1000000: must be from 1 to 1024"):
-        codec.main(["decode", str(path), "--checkpoint", str(RUN), "--threads", "1000000",
+        codec.main(["decode", str(path), "--checkpoint", str(tiny), "--threads", "1000000",
                     "--out", str(tmp_path / "out.npy")])
 
 
@@ -583,12 +592,14 @@ def test_weights_that_are_not_finite_are_refused(crops, layer, value):
     assert "\n" not in str(error.value)
 
 
+SMALLEST = {"image_size": 2, "channels": 2, "patch_size": 1, "num_couplings": 2}
+
+
 @pytest.mark.parametrize("bias, raw", [(1e9, -40), (1e11, -10), (1e13, 3), (1e16, 0), (1e300, -40)])
-def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
-    jet, images = random_jet(num_couplings=2, scale_factor=4.0), crops[:2]
+def test_what_overflows_is_refused_or_comes_back(bias, raw):
+    jet, images = random_jet(**SMALLEST, scale_factor=4.0), random_images(2, 2, 2, 2)
     with torch.no_grad():
-        jet.couplings[0].net.final_proj.bias[:6] = bias
-        jet.couplings[0].net.final_proj.bias[6:] = raw
+        jet.couplings[0].net.final_proj.bias[:] = torch.tensor([bias, raw])
     try:
         content, _ = encode(jet, images)
     except CodecError as error:
@@ -599,8 +610,8 @@ def test_what_overflows_is_refused_or_comes_back(crops, bias, raw):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name, weight", [("lower", 1e6), ("upper", 1e12), ("upper", 1e300)])
-def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weight):
-    jet, images = random_jet(num_couplings=2, invertible_dense=True), crops[:1]
+def test_a_dense_layer_that_overflows_is_refused_or_comes_back(name, weight):
+    jet, images = random_jet(**SMALLEST, invertible_dense=True), random_images(1, 2, 2, 2)
     with torch.no_grad():
         getattr(jet.denses[-1], name).fill_(weight)
     try:
@@ -614,9 +625,8 @@ def test_a_dense_layer_that_overflows_is_refused_or_comes_back(crops, name, weig
 # ---- another machine
 
 @pytest.mark.parametrize("switches", [{}, {"actnorm": True}, {"split_mode": "masking"}], ids=str)
-def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
-        crops, monkeypatch, switches):
-    jet, images, affine = random_jet(**switches), crops[:40], Coupling.affine
+def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(crops, monkeypatch, switches):
+    jet, images, affine = random_jet(**switches), crops[:12], Coupling.affine
 
     def elsewhere(coupling, net_out, x2):
         bias, scale, logdet = affine(coupling, net_out, x2)
@@ -624,11 +634,11 @@ def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(
         bias = bias + error[0] * lifting.delta(lifting.NOISE_BITS)
         return bias, scale * (1 + error[1] * 2.0 ** -13), logdet
 
-    fragile, _ = encode(jet, images)
+    fragile, plain = encode(jet, images)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0.05)
     content, about = encode(jet, images)
     assert file_format.read_file(content)[0]["ties"] and about["ties"] > 100
-    assert about["net_bits"] == encode(jet, images)[1]["net_bits"]
+    assert about["net_bits"] == plain["net_bits"]
     monkeypatch.setattr(Coupling, "affine", elsewhere)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0)  # a reader has the file's word alone
     assert np.array_equal(decode(jet, content), images)
@@ -673,38 +683,29 @@ def test_a_fresh_process_with_other_threads_decodes(file, tmp_path):
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
-def test_mistakes_on_the_command_line_end_in_one_line(file, tmp_path, capsys):
-    out, other = tmp_path / "out.npy", tmp_path / "other.pt"
-    jet = random_jet()
-    torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)},
-                "model": jet.state_dict()}, other)
+def test_mistakes_on_the_command_line_end_in_one_line(file, tiny, tmp_path, capsys):
+    out = tmp_path / "out.npy"
     short = shutil.copy(file, tmp_path / "short.jet")
     Path(short).write_bytes(file.read_bytes()[:-9])
     for message, *arguments in (
-            (f"{file}: written with another config", "decode", file, "--checkpoint", other,
-             "--out", out),
-            ("No such file", "decode", tmp_path / "none.jet", "--checkpoint", RUN, "--out", out),
-            ("short.jet: truncated", "decode", short, "--checkpoint", RUN, "--out", out),
+            (f"{file}: written with another config", "decode", file, "--checkpoint", tiny, "--out", out),
+            ("No such file", "decode", tmp_path / "none.jet", "--checkpoint", tiny, "--out", out),
+            ("short.jet: truncated", "decode", short, "--checkpoint", tiny, "--out", out),
             ("none.pt", "decode", file, "--checkpoint", tmp_path / "none.pt", "--out", out),
-            ("there is no folder", "decode", file, "--checkpoint", RUN,
-             "--out", tmp_path / "none" / "out.npy"),
-            ("there is no folder", "encode", "--checkpoint", RUN,
-             "--out", tmp_path / "none" / "out.jet"),
-            ("--num-images 0", "encode", "--checkpoint", RUN, "--num-images", 0, "--out", out),
-            ("--num-images 1000000", "encode", "--checkpoint", RUN, "--num-images", 10 ** 6,
-             "--out", out),
-            ("this Jet takes uint8", "encode", "--checkpoint", other, "--num-images", 2,
-             "--out", out),
-            ("nowhere", "encode", "--checkpoint", RUN, "--data", "nowhere", "--out", out)):
+            ("there is no folder", "decode", file, "--checkpoint", tiny, "--out", tmp_path / "none" / "out.npy"),
+            ("there is no folder", "encode", "--checkpoint", tiny, "--out", tmp_path / "none" / "out.jet"),
+            ("--num-images 0", "encode", "--checkpoint", tiny, "--num-images", 0, "--out", out),
+            ("--num-images 1000000", "encode", "--checkpoint", tiny, "--num-images", 10 ** 6, "--out", out),
+            ("this Jet takes uint8", "encode", "--checkpoint", tiny, "--num-images", 2, "--out", out),
+            ("nowhere", "encode", "--checkpoint", tiny, "--data", "nowhere", "--out", out)):
         assert message in stopped(capsys, *arguments)
         assert not out.exists()
 
 
-def test_a_npy_file_is_encoded_and_comes_back(tmp_path, capsys):
-    images = load_images("cifar10-subset", "test").array[:2]
-    np.save(tmp_path / "two.npy", images)
+def test_a_npy_file_is_encoded_and_comes_back(tiny, crops, tmp_path, capsys):
+    np.save(tmp_path / "two.npy", crops[:2])
     source, out = tmp_path / "two.npy", tmp_path / "two.jet"
-    codec.main(f"encode --checkpoint {RUN} --data {source} --threads 1 --out {out}".split())
+    codec.main(f"encode --checkpoint {tiny} --data {source} --threads 1 --out {out}".split())
     assert "bits/dim" in capsys.readouterr().out
-    codec.main(f"decode {out} --checkpoint {RUN} --threads 1 --out {tmp_path / 'back.npy'}".split())
-    assert np.array_equal(np.load(tmp_path / "back.npy"), images)
+    codec.main(f"decode {out} --checkpoint {tiny} --threads 1 --out {tmp_path / 'back.npy'}".split())
+    assert np.array_equal(np.load(tmp_path / "back.npy"), crops[:2])
