@@ -15,6 +15,7 @@ TINY = JetConfig(image_size=(8, 4), channels=1, patch_size=2, num_couplings=3, b
 SQUARE = dataclasses.replace(TINY, image_size=4, channels=2, patch_size=1)  # also 32 dimensions
 MODEL = JetConfig(image_size=16, num_couplings=7, block_depth=1, emb_dim=16, num_heads=2)
 SPLITS = [("channels", "checkerboard"), *(("spatial", split) for split in SPATIAL_SPLITS)]
+SWITCHES = [("actnorm", "invertible_dense"), ("actnorm",), ("invertible_dense",), ()]
 
 
 def random_jet(config, seed=0, **changes):
@@ -32,12 +33,11 @@ def images(jet, n, seed=1):
     return torch.rand(n, *jet.config.image_shape, generator=generator, dtype=dtype) * 2 - 1
 
 
-@pytest.mark.parametrize("switches", [(), ("actnorm",), ("invertible_dense",), ("actnorm", "invertible_dense")], ids="+".join)
 @pytest.mark.parametrize("block", ["vit", "cnn"])
 @pytest.mark.parametrize("mode", ["pairing", "masking"])
 @pytest.mark.parametrize("config", [TINY, SQUARE], ids=["not square", "square"])
-def test_inverse_and_jacobian(config, mode, block, switches):
-    for kind, split in SPLITS:
+def test_inverse_and_jacobian(config, mode, block):
+    for (kind, split), switches in zip(SPLITS, itertools.cycle(SWITCHES)):
         jet = random_jet(config, kinds=(kind, "channels"), spatial_splits=(split,), split_mode=mode, block=block,
                          **dict.fromkeys(switches, True))
         x = images(jet, 2)
