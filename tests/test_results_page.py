@@ -4,21 +4,21 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from grid_rows import grid_rows
 
-from paper_figures import figure2, inference, redraw, results_page, style, tables
+from paper_figures import figure2, inference, redraw, results_page, site_page, style, tables
 from paper_figures.results_csv import ResultsError, final_test_rows
 
 
-@pytest.fixture
-def results(tmp_path):
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
     """A folder of CSVs of small scale, Figure 4 with two seeds."""
-    folder = tmp_path / "results"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("unchanged")
     for item in results_page.ITEMS:
         if item.experiment != "draw_samples":
             grid_rows(item.experiment, "small", (0, 1) if item.experiment == "ablate_coupling" else (0,)).to_csv(
@@ -27,21 +27,34 @@ def results(tmp_path):
     return folder
 
 
+@pytest.fixture
+def results(unchanged, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(unchanged, tmp_path / "results"))
+
+
+@pytest.fixture(scope="module")
+def text(unchanged):
+    """Its page."""
+    return results_page.page(unchanged, unchanged / "assets")
+
+
 def change(folder, name, change):
     path = folder / f"{name}_small.csv"
     change(pd.read_csv(path)).to_csv(path, index=False)
 
 
-def page(folder):
-    return results_page.page(folder, folder / "assets")
+def item_text(folder, title):
+    """What the page says of one item."""
+    item, = [item for item in results_page.ITEMS if item.title.startswith(title)]
+    return "\n".join(results_page.item_section(item, folder))
 
 
 def section(text, title):
     return text.split(f"## {title}")[1].split("\n## ")[0]
 
 
-def test_only_known_claims_are_counted(results):
-    text = page(results)
+def test_only_known_claims_are_counted(text):
     for title in ("Figure 4", "Table 2a", "Table 2b"):
         assert "The paper's numbers are not known here: no sign to compare with." in section(text, title)
         assert not {"agrees", "disagrees"} & {line.split("|")[-2].strip() for line in section(text, title).splitlines() if "|" in line}
@@ -49,14 +62,13 @@ def test_only_known_claims_are_counted(results):
     assert "| depth 6 - depth 5 |" in section(text, "Figure 2b") and "Of 4 comparisons" in section(text, "Figure 2b")
 
 
-def test_a_range_is_of_one_image_set(results):
-    text = section(page(results), "Main table")
+def test_a_range_is_of_one_image_set(text):
+    text = section(text, "Main table")
     assert "CIFAR-10 animals (10,000 test images): 4.0000 to 4.0400 bits/dim; CIFAR-10 vehicles" in text
 
 
-def test_a_run_that_stands_for_several_counts_once(results):
-    text = section(page(results), "Figure 4")
-    assert "40 runs, 2 seeds" in text  # 24 points of the figure are 20 runs
+def test_a_run_that_stands_for_several_counts_once(text):
+    assert "40 runs, 2 seeds" in section(text, "Figure 4")  # 24 points of the figure are 20 runs
 
 
 def test_vit_and_cnn_are_compared_at_equal_compute(results):
@@ -101,30 +113,28 @@ def test_a_comparison_without_both_sides_is_left_out(results):
     change(results, "ablate_block_depth", lambda rows: rows[rows["block_depth"] != 3].assign(grid_points=5))
     change(results, "ablate_coupling", lambda rows: rows[rows["coupling_ratio"] != "4:1"].assign(grid_points=20))
     change(results, "compare_vit_cnn", lambda rows: rows[rows["block"] == "vit"].assign(grid_points=3))
-    text = page(results)
-    assert [line.split("|")[1].strip() for line in section(text, "Figure 2b").splitlines() if line.startswith("| depth")] == [
+    text = item_text(results, "Figure 2b")
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| depth")] == [
         "depth 2 - depth 1", "depth 4 - depth 2", "depth 5 - depth 4", "depth 6 - depth 5"]
-    assert "Of 3 comparisons" in section(text, "Figure 2b")
-    assert "| bits/dim |" not in section(text, "Figure 4") + section(text, "Figure 2a")
+    assert "Of 3 comparisons" in text
+    assert "| bits/dim |" not in item_text(results, "Figure 4") + item_text(results, "Figure 2a")
 
 
-def test_saturation_is_told(results):
-    assert "saturates" not in page(results)
+def test_saturation_is_told(results, text):
+    assert "saturates" not in text
     change(results, "scaling", lambda rows: rows.assign(logdet_cap_share=[0.9, *rows["logdet_cap_share"][1:]]))
-    text = page(results)
-    assert text.count("saturates") == 0  # that row is of training images
+    assert "saturates" not in item_text(results, "Figure 3")  # that row is of training images
     change(results, "scaling", lambda rows: rows.assign(logdet_cap_share=0.9))
-    assert "is at 90.0% of it: **it saturates" in section(page(results), "Figure 3")
+    assert "is at 90.0% of it: **it saturates" in item_text(results, "Figure 3")
     assert "have no such cap" in section(text, "Table 2b") and "have no such cap" not in section(text, "Figure 4")
 
 
-def test_what_was_not_run_is_told_with_its_command(results):
-    text = page(results)
+def test_what_was_not_run_is_told_with_its_command(text):
     assert "Not run: medium, paper" in section(text, "Figure 3") and "Not run: small, medium, paper" in section(text, "Figure 5")
     assert "python experiments/scaling.py --scale SCALE" in text
 
 
-def test_the_small_model_is_told_from_its_folder(results):
+def test_the_small_model_is_told_from_its_folder(tmp_path):
     model = {"num_couplings": 20, "block_depth": 1, "emb_dim": 64, "scale_factor": 2.0, "image_size": 32, "channels": 3,
              "actnorm": False, "invertible_dense": False}
     row = {"bits_per_dim": 3.9, "bits_per_dim_se": 0.005, "logdet_nats": 0.5 * 20 * 1536 * math.log(2), "num_images": 10_000}
@@ -133,23 +143,23 @@ def test_the_small_model_is_told_from_its_folder(results):
             "variant": "cifar10", "num_images": 10_000, "rows": [
                 {**row, "step": step, "split": split, "bits_per_dim": 3.9 + (step == 4000)} for step in (4000, 8000)
                 for split in ("train", "test")]}
-    path = results / "assets/jet_cifar10/done.json"
+    path = tmp_path / "assets/jet_cifar10/done.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(done))
-    text = section(page(results), "The small trained model")
+    text = section(results_page.page(tmp_path, tmp_path / "assets"), "The small trained model")
     assert "| 4,000 | 10,000 | 4.9000 ± 0.0050 |" in text and "| 8,000 | 10,000 | 3.9000 ± 0.0050 |" in text
     assert "at 50.0% of its cap" in text
     for damaged in ("", "[]", "{}", json.dumps(done)[:200], json.dumps(done | {"git_commit": None}),
                     json.dumps(done | {"rows": done["rows"][:1]}), json.dumps(done).replace("3.9", "NaN")):
         path.write_text(damaged)
         with pytest.raises(ResultsError, match="done.json: damaged"):
-            page(results)
+            results_page.page(tmp_path, tmp_path / "assets")
 
 
-def test_a_csv_of_another_scale_than_its_name_says_is_refused(results, tmp_path):
-    grid_rows("ablate_layers", "smoke").to_csv(results / "ablate_layers_small.csv", index=False)
+def test_a_csv_of_another_scale_than_its_name_says_is_refused(tmp_path, drawn):
+    grid_rows("ablate_layers", "smoke").to_csv(tmp_path / "ablate_layers_small.csv", index=False)
     with pytest.raises(SystemExit, match="is of smoke scale by its rows, and of small by its name"):
-        redraw.main(["--results-dir", str(results), "--out", str(tmp_path / "out")])
+        redraw.main(["--results-dir", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 def test_redraw_refuses_a_folder_that_is_not_there(tmp_path):
@@ -162,20 +172,23 @@ def test_redraw_draws_everything(results, tmp_path, monkeypatch):
     monkeypatch.setattr(style, "save", lambda figure, name, out_dir: style.write_files(
         dict.fromkeys([f"{name}.pdf", f"{name}.png"], ""), out_dir))  # empty, for that takes seconds
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(results_page, "page", lambda folder: f"the page of {folder}")  # these are tested by themselves
+    monkeypatch.setattr(site_page, "files", lambda *folders: {"index.html": f"the site of {folders}".encode()})
     (results / "scaling_smoke.csv").write_text("not drawn")
     redraw.main(["--results-dir", str(results), "--out", str(tmp_path / "out")])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"{name}_small.{kind}" for name in ("figure2a", "figure2b", "figure3", "figure4", "figure5") for kind in ("pdf", "png")} | {
         f"{name}_small.{kind}" for name in ("table2a", "table2b", "table_figure4", "main_table", "conditions") for kind in ("md", "tex")} | {
         "figure1.pdf", "figure1.png"}
-    assert (results / "RESULTS.md").read_text() == results_page.page(results, style.ROOT / "assets")
+    assert (results / "RESULTS.md").read_text() == f"the page of {results}"
+    assert (results / "site/index.html").read_text() == f"the site of {(results, tmp_path / 'out')}"
     style.pyplot().close("all")
 
 
-def test_a_csv_of_no_experiment_is_refused(results, tmp_path):
-    (results / "other_small.csv").write_text("a\n1\n")
+def test_a_csv_of_no_experiment_is_refused(tmp_path):
+    (tmp_path / "other_small.csv").write_text("a\n1\n")
     with pytest.raises(SystemExit, match="other_small.csv: is of none of"):
-        redraw.main(["--results-dir", str(results), "--out", str(tmp_path / "out")])
+        redraw.main(["--results-dir", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 def test_what_is_committed_is_what_the_csvs_give_and_what_differs_is_named(tmp_path):
