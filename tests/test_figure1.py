@@ -20,8 +20,8 @@ def test_the_channel_pattern_is_the_same_half_of_every_token():
     assert tokens[0].sum() == 8 and (tokens == tokens[0]).all()
 
 
-def test_it_is_drawn_to_the_same_bytes(tmp_path, capsys):
-    figure1.main(["--out", str(tmp_path / "one")])
-    paths = [tmp_path / f"one/figure1.{kind}" for kind in ("pdf", "png")]
+def test_it_is_drawn_to_the_bytes_that_are_committed(tmp_path, capsys):
+    figure1.main(["--out", str(tmp_path)])
+    paths = [tmp_path / f"figure1.{kind}" for kind in ("pdf", "png")]
     assert capsys.readouterr().out.split() == list(map(str, paths))
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in figure1.draw(tmp_path / "two")]
+    assert [path.read_bytes() for path in paths] == [(figure1.style.OUT / path.name).read_bytes() for path in paths]
