@@ -59,21 +59,14 @@ def test_wide_tables_are_cards_on_a_phone_if_they_have_few_columns():
 
 # ---- what is on it
 
-@pytest.fixture(scope="module")
-def csvs(tmp_path_factory):
-    """A folder with every experiment at small scale."""
-    folder = tmp_path_factory.mktemp("csvs")
-    for item in results_page.ITEMS:
-        grid_rows(item.experiment, "small", (0, 1)).to_csv(folder / f"{item.experiment}_small.csv", index=False)
-    return folder
-
-
 @pytest.fixture
-def folders(csvs, tmp_path, monkeypatch):
-    """(a copy of it, the folder of its drawings, here empty ones)."""
-    results, out = Path(shutil.copytree(csvs, tmp_path / "results")), tmp_path / "out"
-    out.mkdir()
+def folders(tmp_path, monkeypatch):
+    """(results/ with every experiment at small scale, the folder of its drawings, here empty ones)."""
+    results, out = tmp_path / "results", tmp_path / "out"
+    for folder in (results, out):
+        folder.mkdir()
     for item in results_page.ITEMS:
+        grid_rows(item.experiment, "small", (0, 1)).to_csv(results / f"{item.experiment}_small.csv", index=False)
         (out / f"{item.figure}_small.png").write_bytes(PNG)
     (out / "figure1.png").write_bytes(PNG)
     (out / "main_table_small.md").write_text("Caption.\n\n| Model | bits/dim |\n| --- | --- |\n| Glow | 3.35 |\n")
