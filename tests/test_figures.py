@@ -87,7 +87,7 @@ def test_names_come_in_the_known_order_and_then_by_their_numbers():
     assert style.ordered(["12x1", "new", "8x2", "b", "8x1", "a"], ("b", "a")) == ["b", "a", "8x1", "8x2", "12x1", "new"]
 
 
-def test_the_command_line_draws_files_that_are_byte_stable_and_depend_on_the_numbers(save, tmp_path, capsys, monkeypatch):
+def test_the_command_line_draws_files_that_are_byte_stable(save, tmp_path, capsys, monkeypatch):
     rows = fixture_rows("medium")
     main("--csv", str(save(rows)), "--out", str(tmp_path / "one"))
     paths = [tmp_path / "one/figure4_medium.pdf", tmp_path / "one/figure4_medium.png"]

@@ -207,17 +207,14 @@ def test_whiskers_are_the_standard_error_of_one_seed_and_the_range_of_several(tm
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_command_line_draws_the_csv_it_is_given(tmp_path, capsys, monkeypatch, name):
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append(figure) or [out_dir / name])
-    rows = fixture_rows(name, "medium")
-    rows["bits_per_dim"] += 0.12345
+def test_the_command_line_draws_the_csv_it_is_given(tmp_path, capsys, monkeypatch, drawn, name):
+    monkeypatch.setattr(style, "save", lambda figure, name, out_dir: drawn.append(figure) or [out_dir / name])
+    rows = fixture_rows(name, "medium").assign(bits_per_dim=lambda r: r["bits_per_dim"] + 0.12345)
     rows.to_csv(tmp_path / "in.csv", index=False)
     main(name, "--csv", str(tmp_path / "in.csv"), "--out", str(tmp_path))
     assert capsys.readouterr().out.split() == [str(tmp_path / f"{name}_medium")]
-    heights = values(kinds(figures[0].axes[0])[0][0])[:, 1]
+    heights = values(kinds(drawn[0].axes[0])[0][0])[:, 1]
     assert all(np.isclose(rows["bits_per_dim"], height).any() for height in heights)
-    style.plt.close("all")
 
 
 REFUSED = [

@@ -27,9 +27,8 @@ BATCH = 6
 SWITCHES = {
     "vit": {}, "cnn": {"block": "cnn"}, "masking": {"split_mode": "masking"},
     "cnn, masking": {"block": "cnn", "split_mode": "masking"}, "exact gelu": {"gelu": "exact"},
-    "actnorm": {"actnorm": True},
     "spatial only": {"kinds": ("spatial",), "spatial_splits": ("hstripes", "checkerboard-inv")},
-    "both": {"actnorm": True, "invertible_dense": True},
+    "actnorm": {"actnorm": True}, "both": {"actnorm": True, "invertible_dense": True},
     "not square": {"image_size": (8, 16), "block": "cnn"}, "conditional": {"context_dim": 5}}
 WAYS = {  # in which a step is done, beside all at once; the second one finds the optimizer's state
     "recomputed": ("both", {"recompute": True, "steps": 2}), "micro-batches": ("vit", {"micro_batch": 4}),
@@ -258,8 +257,8 @@ def spoil(monkeypatch):
 
 def faults(*places):
     """A read at each of the places, and the other faults at the first."""
-    return pytest.mark.parametrize("where, fault", [(place, read) for place in places] + [
-        (places[0], fault) for fault in (mix, move)])
+    cases = [*((place, read) for place in places), (places[0], mix), (places[0], move)]
+    return pytest.mark.parametrize("where, fault", cases)
 
 
 @faults("log-det", "bits/dim", "initialize", "clipping")

@@ -492,11 +492,10 @@ def test_modes_without_eager_are_refused(tmp_path):
         figure.read(_csv(rows[rows["implementation"] == "ours"].assign(graph=True), "in.csv", tmp_path))
 
 
-def test_the_command_line_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(style, "save", lambda drawing, name, out_dir: [out_dir / f"{name}.png"])  # test_results_page.py has the bytes
+def test_the_command_line_draws(tmp_path, monkeypatch, drawn, capsys):
+    monkeypatch.setattr(style, "save", lambda drawing, name, out_dir: [out_dir / f"{name}.png"])
     figure.main(["--csv", str(_csv(fixture_rows(("S",)), "in.csv", tmp_path)), "--out", str(tmp_path)])
     assert capsys.readouterr().out.split() == [str(tmp_path / "throughput_cpu.png")]
-    style.plt.close("all")
     with pytest.raises(SystemExit, match="no such file"):
         figure.main(["--csv", str(tmp_path / "none.csv")])
 
