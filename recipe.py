@@ -115,11 +115,10 @@ class TrainConfig:
             del values["condition_drop_prob"]
         return values
 
-    @property
+    @functools.cached_property
     def hash(self):
         """Ten hex digits that name a run: of what differs from defaults, and a format number."""
-        default = type(self)()
-        defaults = default.identity(default.data_id)
+        defaults = identity_of_defaults(type(self))
         changed = {name: value for name, value in self.identity(self.data_id).items()
                    if value != defaults.get(name)}
         text = json.dumps({"format": HASH_FORMAT, **changed}, sort_keys=True)
@@ -131,7 +130,8 @@ class TrainConfig:
         stored_id = record.get("data_id")
         if stored_id is None:  # a record of before there was one
             stored_id = self.data_id if stored.data == self.data else data_id(stored.data)
-        if stored.identity(stored_id) == self.identity(self.data_id):
+        is_same = stored == self and stored_id == self.data_id  # mostly so, and quickly seen
+        if is_same or stored.identity(stored_id) == self.identity(self.data_id):
             return []
         before, now = flatten(stored.to_dict()), flatten(self.to_dict())
         if stored_id != self.data_id:  # the same path may hold other images
@@ -141,6 +141,12 @@ class TrainConfig:
             del before["data"], now["data"]
         return [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in sorted(now)
                 if before[name] != now[name]]
+
+
+@functools.cache
+def identity_of_defaults(config_class):
+    default = config_class()
+    return default.identity(default.data_id)
 
 
 def extension(before, run, init, steps, changes, model):
