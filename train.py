@@ -340,7 +340,7 @@ def first_jet(config, images, init_from, run_dir):
     refuse_too_large(config.model)
     if not config.init or run_folder.has_checkpoint(run_dir):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # that of GPUs plays no part
             return Jet(config.model)
     if init_from is None:
         raise TrainingError(f"{run_dir} begins with the weights {config.init}: give the run folder "
