@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -192,6 +193,7 @@ def test_sigkill_in_the_middle_and_the_same_command_give_the_same_rows(finished,
 
 
 def test_shards_split_the_grid_and_collect_merges_their_csvs(finished, tmp_path, capsys):
+    shutil.copytree(finished / "runs", tmp_path / "2")  # one has all runs: its CSV has its own alone
     for part in "12":
         run(tmp_path, "--seeds", "2", "--shard", f"{part}/2", "--runs-dir", str(tmp_path / part))
     pieces = [csv(tmp_path, f"tiny_experiment_smoke.shard-{part}-of-2.csv") for part in "12"]
@@ -229,9 +231,9 @@ def test_a_run_that_raises_fails_alone_and_is_told(tmp_path, monkeypatch, capsys
     assert len(pd.read_csv(csv(tmp_path))) == 6 and not (folder / "error.txt").exists()
 
 
-def test_a_damaged_result_is_told_and_the_others_are_collected(tmp_path, capsys):
-    run(tmp_path)
-    folder, = tmp_path.glob("runs/*/heads=2_*")
+def test_a_damaged_result_is_told_and_the_others_are_collected(finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    folder, = tmp_path.glob("runs/*/heads=2_seed0_*")
     whole = (folder / "done.json").read_text()
     (folder / "done.json").write_text(whole[:100])
     failed = "1 of 3 runs failed: heads=2 seed 0: .*done.json: damaged"
@@ -273,7 +275,7 @@ def test_sweeps_started_at_the_same_moment_share_the_runs(finished, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_workers_end_with_their_parent(tmp_path):
+def test_workers_end_with_their_parent(tmp_path, forked_workers):
     def running():
         return [folder for folder in tmp_path.glob("runs/*/*/") if run_folder.is_running(folder)]
     killed = started(tmp_path, "--scale", "small", "--seeds", "2", "--jobs", "2", "--threads", "1")
@@ -429,10 +431,10 @@ def test_debug_runs_one_in_the_foreground_with_its_log(tmp_path, capsys):
 def test_jobs_run_a_copy_of_the_code_that_knows_its_commit(tmp_path):
     copy = cluster.copy_code(tmp_path, allow_dirty=True).folder
     said = subprocess.run([sys.executable, "-c", "from harness import host\n"
-                           "from sweeps import cluster\nprint(cluster.__file__, host.ROOT, "
+                           "from sweeps import code_copy\nprint(code_copy.__file__, host.ROOT, "
                            "*host.code_version().values())"],
                           cwd=copy, capture_output=True, text=True).stdout.split()
-    assert said == [str(copy / "sweeps/cluster.py"), str(copy), *map(str, code_version().values())]
+    assert said == [str(copy / "sweeps/code_copy.py"), str(copy), *map(str, code_version().values())]
     assert (copy / "train.py").read_bytes() == (TESTS.parent / "train.py").read_bytes()
 
 

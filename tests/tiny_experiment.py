@@ -14,7 +14,7 @@ from sweeps.grid import Experiment, Point, with_model
 from train import TrainConfig
 
 BASE = TrainConfig(data="cifar10-subset-vehicles", batch_size=8, total_steps=12, lr=1e-2, model=JetConfig(
-    image_size=32, patch_size=8, num_couplings=2, block_depth=1, emb_dim=8))
+    image_size=32, patch_size=8, num_couplings=1, block_depth=1, emb_dim=8))
 
 
 def configs(scale):
@@ -22,10 +22,10 @@ def configs(scale):
         return chain()
     if scale == "paper":
         return shared()
-    steps, counts = (12, (1, 2, 4)) if scale == "smoke" else (4000, (2,))
-    base = dataclasses.replace(BASE, total_steps=steps)
-    return [Point(labels={"heads": heads}, config=with_model(base, num_heads=heads))
-            for heads in counts]
+    if scale == "small":
+        return [Point(labels={"heads": 2}, config=dataclasses.replace(
+            with_model(BASE, num_heads=2, num_couplings=2), total_steps=4000))]
+    return [Point(labels={"heads": heads}, config=with_model(BASE, num_heads=heads)) for heads in (1, 2, 4)]
 
 
 def chain():
@@ -40,7 +40,7 @@ def shared():
     """The first and the last point have the same couplings, written differently."""
     splits = (("one", ("vstripes",)), ("two", ("hstripes",)), ("three", ("vstripes", "hstripes")))
     return [Point(labels={"heads": name}, config=with_model(
-        BASE, num_heads=1, kinds=("channels", "spatial"), spatial_splits=patterns))
+        BASE, num_heads=1, kinds=("spatial",), spatial_splits=patterns))
         for name, patterns in splits]
 
 
