@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there, as of torch's threads below
+
 
 def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
