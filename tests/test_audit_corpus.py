@@ -47,6 +47,13 @@ def audit(tmp_path, corners, capsys):
     return run
 
 
+def bits_of(audit, source, known={}):
+    """Bits/dim of a source, which are the same in each audit."""
+    if source not in known:
+        known[source] = audit(source)[2]["bits_per_dim"]
+    return known[source]
+
+
 # ---- honest models, exact or as exact as their solvers
 
 AFFINE = """
@@ -153,12 +160,13 @@ def inverse(z):
         logdet = logdet - log_scale.flatten(1).sum(1)
     return h * 0.5 - 0.05, logdet
 """
+# Of 4 x 4 images:
 CONTINUOUS = """
 import torch
 torch.manual_seed(2)
-STEPS = 8
+STEPS = 4
 STOCHASTIC = {stochastic}
-A = torch.randn(192, 192, dtype=torch.float64) / 30
+A = torch.randn(48, 48, dtype=torch.float64) / 25
 def velocity(h):
     return torch.tanh(h @ A.T.to(h))
 def trace(h):
@@ -177,7 +185,7 @@ def flow(h, dt):
         logdet = logdet + dt / 6 * (trace(h) + 4 * trace(h + dt / 2 * k2) + trace(h + dt * k3))
         h = h + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return h, logdet
-C = 0.6931471805599453 * 192
+C = 0.6931471805599453 * 48
 def forward(x):
     z, logdet = flow(x.flatten(1) / 0.5, 1 / STEPS)
     return z.view_as(x), logdet + C
@@ -188,7 +196,7 @@ def inverse(z):
 ADAPTIVE = """
 import torch
 torch.manual_seed(2)
-A = torch.randn(192, 192, dtype=torch.float64) / 20
+A = torch.randn(48, 48, dtype=torch.float64) / 10
 def velocity(h):
     return torch.tanh(h @ A.T)
 def trace(h):
@@ -207,7 +215,7 @@ def flow(h, sign):  # a step that suits the whole batch, as solvers take it
             h, t = h + dt / 6 * (k1 + 4 * k2 + k3), t + dt
         dt = dt * min(2.0, max(0.3, 0.9 * (2e-4 / (error + 1e-12)) ** (1 / 3)))
     return h, logdet
-C = 0.6931471805599453 * 192
+C = 0.6931471805599453 * 48
 def forward(x):
     z, logdet = flow(x.flatten(1) / 0.5, 1)
     return z.view_as(x), logdet + C
@@ -218,13 +226,13 @@ def inverse(z):
 RESIDUAL = """
 import torch
 torch.manual_seed(3)
-A = torch.randn(192, 192, dtype=torch.float64)
+A = torch.randn(48, 48, dtype=torch.float64)
 A = A / torch.linalg.matrix_norm(A, 2) * 0.7
 def forward(x):
     h = x.flatten(1) / 0.5
     z = h + torch.tanh(h @ A.T)
-    J = torch.eye(192, dtype=h.dtype) + (1 - torch.tanh(h @ A.T) ** 2)[:, :, None] * A
-    return z.view_as(x), torch.linalg.slogdet(J)[1] + 0.6931471805599453 * 192
+    J = torch.eye(48, dtype=h.dtype) + (1 - torch.tanh(h @ A.T) ** 2)[:, :, None] * A
+    return z.view_as(x), torch.linalg.slogdet(J)[1] + 0.6931471805599453 * 48
 def inverse(z):
     h = y = z.flatten(1)
     for _ in range(60):
@@ -234,18 +242,23 @@ def inverse(z):
 """
 
 
-@pytest.mark.parametrize("source", [
-    AFFINE, UNIFORM, LOGIT, KINKED, MULTI_SCALE, CONTINUOUS.format(stochastic=False), ADAPTIVE,
-    CONTINUOUS.format(stochastic=True), RESIDUAL],
-    ids=["affine", "uniform", "logit", "kinked", "multi-scale", "continuous", "adaptive steps", "stochastic trace",
-         "residual"])
+@pytest.mark.parametrize("source", [AFFINE, UNIFORM, LOGIT, KINKED, MULTI_SCALE],
+                         ids=["affine", "uniform", "logit", "kinked", "multi-scale"])
 def test_honest_models_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
 
 
+@pytest.mark.parametrize("source", [CONTINUOUS.format(stochastic=False), ADAPTIVE,
+                                    CONTINUOUS.format(stochastic=True), RESIDUAL],
+                         ids=["continuous", "adaptive steps", "stochastic trace", "residual"])
+def test_honest_models_of_many_steps_are_certified(audit, tmp_path, source):
+    folder = write_set(tmp_path / "set", IMAGES[:144, 2:6, 2:6], IMAGES[144:, 2:6, 2:6])
+    assert audit(source, data=folder)[:2] == ("certified", "")
+
+
 def test_an_honest_model_is_certified_with_its_own_value_and_refuted_with_another(audit):
-    bits = audit(AFFINE)[2]["bits_per_dim"]
-    for digits in (2, 3, 4):
+    bits = bits_of(audit, AFFINE)
+    for digits in (2, 4):
         outcome, reasons, certificate = audit(AFFINE, "--claim", f"{bits:.{digits}f}")
         assert (outcome, certificate["verdict"]["result"]) == ("certified", "reproduced"), reasons
     for off in (0.02, -0.02):
@@ -270,27 +283,28 @@ def test_images_that_are_mostly_black_are_no_cheat(audit, tmp_path):
     images[:, :3] = images[:, 13:] = images[:, :, :3] = images[:, :, 13:] = 0
     np.save(tmp_path / "images.npy", images)
     folder = write_set(tmp_path / "bordered", images[:144], images[144:])
-    assert audit(BORDERED.format(path=f"{tmp_path}/images.npy"), data=folder)[:2] == ("certified", "")
+    source = BORDERED.format(path=f"{tmp_path}/images.npy")
+    assert audit(source, "--jacobians", "1", data=folder)[:2] == ("certified", "")
 
 
-def test_two_models_are_told_apart_image_by_image(audit, tmp_path, capsys):
+def test_two_models_are_told_apart_image_by_image(audit, corners, tmp_path, capsys):
     path, = (tmp_path / "out").glob("*.json") if audit(AFFINE) else ()
     (tmp_path / "other.py").write_text(AFFINE.replace("0.48", "0.5"))
     for other in (path, tmp_path / "other.py"):
         audit(AFFINE.replace("0.48", "0.5"), "--against", str(other))
     with pytest.raises(SystemExit):
-        audit_bpd.main(["--adapter", f"{tmp_path}/model.py", "--data", "cifar10-subset", "--num-images",
+        audit_bpd.main(["--adapter", f"{tmp_path}/model.py", "--data", str(corners), "--num-images",
                         "8", *FAST, "--against", str(path), "--out", f"{tmp_path}/out"])
     assert "other images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, outcome", [
     (["--claim-precision", "float64"], "certified"), (["--claim-k", "2"], "refuted"),
-    (["--claim-bound", "exact"], "not certified"), (["--claim-variant", "8px"], "certified"),
+    (["--claim-variant", "8px"], "certified"),
     (["--claim-dequantization", "variational"], "not certified"), (["--claim-variant", "oord"], "not certified"),
     (["--claim-bound", "importance-weighted"], "not certified")])
 def test_a_claim_says_what_it_is_of(audit, flags, outcome):
-    bits = audit(UNIFORM_BUT_ROUGH)[2]["bits_per_dim"]
+    bits = bits_of(audit, UNIFORM_BUT_ROUGH)
     assert audit(UNIFORM_BUT_ROUGH, "--claim", f"{bits:.3f}", *flags)[0] == outcome
 
 
@@ -604,6 +618,7 @@ def inverse(z):
 """, ["refuted"])])
 def test_stochastic_estimates_catch_what_whole_jacobians_would(audit, monkeypatch, name, source, outcomes):
     monkeypatch.setattr(jacobians, "WHOLE_DIMS", 0)
+    monkeypatch.setattr(jacobians, "PROBES", 4)
     outcome, reasons, _ = audit(source, "--jacobians", "0")
     assert outcome in outcomes, reasons
 
@@ -621,19 +636,17 @@ def changed(kind):
         return train, np.clip(test.astype(int) + 6, 0, 255).astype(np.uint8)
     if kind == "noise as of JPEG":
         return train, np.clip(test + rng.normal(0, 6, test.shape), 0, 255).astype(np.uint8)
-    if kind == "five bits":
-        return train & 0xF8, IMAGES[144:] & 0xF8
-    return train, IMAGES[144:]
+    return train & 0xF8, IMAGES[144:] & 0xF8  # five bits
 
 
 @pytest.mark.parametrize("kind, reason", [
     ("mirrored", "near copies, mirrored"), ("one bit", "near copies, as they are"),
     ("brighter", "near copies, as they are"), ("noise as of JPEG", "near copies, as they are"),
-    ("five bits", "levels of grey"), ("honest", "")])
-def test_images_that_are_not_new_are_refuted(audit, tmp_path, monkeypatch, kind, reason):
+    ("five bits", "levels of grey")])
+def test_images_that_are_not_new_are_refuted(audit, tmp_path, kind, reason):
     folder = write_set(tmp_path / kind, *changed(kind))
     outcome, reasons, _ = audit(AFFINE, data=folder)
-    assert outcome == ("refuted" if reason else "certified") and reason in reasons
+    assert outcome == "refuted" and reason in reasons
 
 
 def test_the_last_line_and_all_others_fit_80_columns():
@@ -669,6 +682,6 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path, mo
 
 
 def test_randomness_is_new_each_time_and_recorded(audit):
-    first, second = audit(AFFINE)[2], audit(AFFINE)[2]
+    first, second = (audit(AFFINE, "--num-images", "2")[2] for _ in range(2))
     assert first["settings"]["entropy"] != second["settings"]["entropy"]
     assert len(first["settings"]["entropy"]) == 32

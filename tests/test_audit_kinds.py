@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_audit_corpus import AFFINE, IMAGES, audit, corners, local
+from test_audit_corpus import AFFINE, IMAGES, audit, bits_of, corners, local
 from test_audit_faults import write_set
 
 SET = np.concatenate([IMAGES[:144], IMAGES[144:]])
@@ -114,16 +114,17 @@ def bits(images):
 
 
 @pytest.mark.parametrize("source", [
-    LISTED, AFFINE + LOG_PRIOR, OWN_NOISE, VARIATIONAL, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL, AFFINE + "BITS = 5",
+    LISTED, AFFINE + LOG_PRIOR, OWN_NOISE, VARIATIONAL, MODEL, MODEL + "model = Model()\ndel Model", FLAT, FULL,
     OWN_NOISE.replace("127.5", "15.5") + "BITS = 5"],
-    ids=["list with a prior", "density of z", "own noise", "variational noise", "a class", "an object", "vectors", "density beside it", "5 bits",
+    ids=["list with a prior", "density of z", "own noise", "variational noise", "a class", "an object", "vectors", "density beside it",
          "own noise of 5 bits"])
 def test_maps_of_every_kind_are_certified(audit, source):
     assert audit(source)[:2] == ("certified", "")
 
 
 def test_five_bits_are_counted_as_such_and_named(audit):
-    _, _, certificate = audit(AFFINE + "BITS = 5")
+    found, reasons, certificate = audit(AFFINE + "BITS = 5")
+    assert (found, reasons) == ("certified", "")
     levels = (IMAGES[144:] >> 3).astype(float)
     square = (((levels + 0.5) / 15.5 - 1 + 0.05) ** 2 + 1 / 12 / 15.5 ** 2) / 0.48 ** 2
     nats = square.mean() / 2 + np.log(2 * np.pi) / 2 + np.log(0.48) + np.log(15.5)
@@ -288,7 +289,7 @@ def test_labels_that_name_the_image_are_refuted(audit, labelled, tmp_path):
     (AFFINE + "BITS = 5", ["--claim-variant", "8px-5bit"], "certified"),
     (BITS, ["--claim-bound", "exact", "--claim-dequantization", "none"], "not certified: Identity")])
 def test_a_claim_is_held_to_what_the_model_measures(audit, source, flags, expected):
-    bits = audit(source)[2]["bits_per_dim"]
+    bits = bits_of(audit, source)
     found, reasons, certificate = audit(source, "--claim", f"{bits:.2f}", *flags)
     assert f"{found}: {reasons}".startswith(expected)
     assert "claim" in reasons or certificate["verdict"]["result"] == "reproduced"
