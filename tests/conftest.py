@@ -4,14 +4,18 @@ import os
 import pytest
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there, as of torch's threads below
+gc.disable()  # until all is imported
 
 
 def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
     import torch
+    from sweeps import local
     torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared
+    local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things
     os.fsync = lambda file: None  # nothing here must outlive the machine
     what_is_there_is_no_garbage()
+    gc.enable()
 
 
 def what_is_there_is_no_garbage():
@@ -20,17 +24,9 @@ def what_is_there_is_no_garbage():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def what_a_module_has_imported_is_no_garbage():
-    yield
-    what_is_there_is_no_garbage()
-
-
-@pytest.fixture(autouse=True)
-def one_run_at_a_time(monkeypatch):
-    """Where no --jobs is given: in this process, in which tests watch and change things."""
-    from sweeps import local
-    monkeypatch.setattr(local, "idle_cores", lambda: 1)
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    what_is_there_is_no_garbage()  # nor what a test has imported
 
 
 @pytest.fixture
