@@ -24,7 +24,7 @@ from evaluate import evaluate
 from images import sets, source
 from images.folder import seal
 from jet import JetConfig
-from test_prepare import run
+from test_prepare import run, workers_are_threads
 from test_sources import (
     END, GOOD, TEST, TRAIN, binary_cifar, declares, encoded, member, own_files, pickled_cifar, prepared, resized, write_tar,
     write_tree)

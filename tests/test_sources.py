@@ -20,7 +20,7 @@ from harness.download import download
 from harness.errors import DataError
 from images.decode import BadImage, decode
 from images.readers import Batches, take_images
-from test_prepare import run
+from test_prepare import run, workers_are_threads
 
 CIFAR = {split: load_images("cifar10-subset", split) for split in ("train", "test")}
 TRAIN, TEST = CIFAR["train"].array, CIFAR["test"].array
