@@ -11,6 +11,7 @@ import data
 from data import KnownSet, fingerprint, load_images
 from harness.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("workers_are_threads")
 IMAGES = {split: load_images("cifar10-subset", split).array[:6] for split in data.SPLITS}
 
 
@@ -27,7 +28,7 @@ class Threads(concurrent.futures.ThreadPoolExecutor):
         return super().submit(answer)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def workers_are_threads(monkeypatch):
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Threads)
 

@@ -3,9 +3,8 @@ import json
 import os
 import random
 import resource
+import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,68 +14,82 @@ import pytest
 import data
 from data import load_images
 from harness.errors import DataError
-from images import prepare
-from test_prepare import run
+from images import prepare, readers
+from test_prepare import run, workers_are_threads
 from test_sources import TEST, TRAIN, binary_cifar, encoded, write_tree
+from tests import forked
 
-PROGRAM = Path(data.__file__)
+PHOTOS = 80
+LISTED = f"test: {PHOTOS // 10} held out of {PHOTOS}\n"  # what is said first
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """300 larger JPEGs, of which some are damaged."""
-    files = {f"{number:04d}.jpg": encoded(TRAIN[number], "JPEG", (260 + number % 9, 200)) for number in range(300)}
-    for number in (5, 150, 299):
+    """Larger JPEGs, of which some are damaged."""
+    files = {f"{number:04d}.jpg": encoded(TRAIN[number], "JPEG", (130 + number % 9, 100)) for number in range(PHOTOS)}
+    for number in (5, 60, 79):
         files[f"{number:04d}.jpg"] = b"no image"
     return write_tree(tmp_path_factory.mktemp("photos") / "photos", files)
 
 
 def command(source, out, workers=2):
-    return [sys.executable, PROGRAM, "prepare", "photos", "--source", source, "--size", "64", "--filter", "lanczos",
-            "--skip-corrupt", "--workers", str(workers), "--out", out]
+    return ["prepare", "photos", "--source", source, "--size", "64", "--filter", "lanczos", "--skip-corrupt",
+            "--workers", str(workers), "--out", out]
+
+
+def begin(*arguments, **settings):
+    return forked.start(data.__file__, *command(*arguments), **settings)
+
+
+def finish(*arguments):
+    process = begin(*arguments)
+    process.join()
+    assert process.exitcode == 0
+
+
+def slowly(monkeypatch):
+    decode = readers.decode
+    monkeypatch.setattr(readers, "decode", lambda *given: time.sleep(0.01) or decode(*given))
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_bytes_do_not_depend_on_workers_or_kills(photos, tmp_path):
+def test_bytes_do_not_depend_on_workers_or_kills(photos, tmp_path, monkeypatch):
     """Killed at random moments, with another number of workers each time; JET_KILLS=20 kills more often."""
+    monkeypatch.setattr(prepare, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr(readers, "FILES_A_PIECE", 8)
     begun = time.monotonic()
-    subprocess.run(command(photos, tmp_path / "whole", 1), check=True, capture_output=True)
+    finish(photos, tmp_path / "whole", 1)
     took = time.monotonic() - begun
     wanted = contents(tmp_path / "whole")
     assert len(json.loads(wanted["manifest.json"])["skipped"]) == 3
-    rng, kills, workers = random.Random(0), 0, [1, 2, 4]
-    while kills < int(os.environ.get("JET_KILLS", 2)):
-        process = subprocess.Popen(command(photos, tmp_path / "set", workers[kills % 3]), stdout=subprocess.DEVNULL)
-        try:
-            assert process.wait(took * rng.uniform(0.2, 0.6)) == 0
-            assert contents(tmp_path / "set") == wanted
-            (tmp_path / "set").rename(tmp_path / f"done{kills}-{time.monotonic()}")
-        except subprocess.TimeoutExpired:
+    rng, left, workers = random.Random(0), [], [1, 2, 4]
+    while len(left) < int(os.environ.get("JET_KILLS", 2)):
+        reader, writer = os.pipe()
+        process = begin(photos, tmp_path / "set", workers[len(left) % 3])
+        os.close(writer)
+        process.join(took * rng.uniform(0.2, 0.6))
+        if process.exitcode is None:
             process.kill()  # the main process alone: its workers must see that
-            process.wait()
-            kills += 1
-    subprocess.run(command(photos, tmp_path / "set", 2), check=True, capture_output=True)
+            left.append(reader)
+        else:
+            assert process.exitcode == 0 and contents(tmp_path / "set") == wanted
+            (tmp_path / "set").rename(tmp_path / f"done-{time.monotonic()}")
+            os.close(reader)
+    finish(photos, tmp_path / "set", 2)
     assert contents(tmp_path / "set") == wanted
-    time.sleep(1)
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path / "set").encode() in _read(path)]
-    assert not left
-
-
-def _read(path):
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
+    for reader in left:  # it ends when the last process that inherited the other end does
+        assert select.select([reader], [], [], 10)[0]
+        os.close(reader)
 
 
 class Stop(Exception):
     pass
 
 
-def test_an_end_at_any_step_goes_on_with_the_same_bytes(photos, tmp_path, capsys, monkeypatch):
+def test_an_end_at_any_step_goes_on_with_the_same_bytes(photos, tmp_path, capsys, monkeypatch, workers_are_threads):
     """Every write of the state, the manifest or a file's place, in turn, is the last thing that happens."""
     arguments = ("prepare", "photos", "--source", photos, "--size", 64, "--filter", "box", "--skip-corrupt", "--workers", 1)
     monkeypatch.setattr(prepare, "SAVE_EVERY_S", 0)
@@ -108,44 +121,53 @@ def test_an_end_at_any_step_goes_on_with_the_same_bytes(photos, tmp_path, capsys
         assert contents(out) == wanted, number
 
 
-def test_two_at_once(photos, tmp_path):
-    first = subprocess.Popen(command(photos, tmp_path / "set", 1), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def test_two_at_once(photos, tmp_path, capsys, monkeypatch):
+    slowly(monkeypatch)
+    first = begin(photos, tmp_path / "set", 1)
     partial = tmp_path / "set/partial"
     while not (partial / "claim.json").exists() or list(partial.glob(".claim.json.*.tmp")):  # it has the lock until then
         time.sleep(0.02)
-    first.send_signal(signal.SIGSTOP)
-    second = subprocess.run(command(photos, tmp_path / "set"), capture_output=True, text=True)
-    assert second.returncode == 1 and "another process is at this" in second.stderr and second.stderr.count("\n") == 1
-    first.send_signal(signal.SIGCONT)
-    assert first.wait(60) == 0
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        code, _, error = run(capsys, *command(photos, tmp_path / "set"))
+        assert code == 1 and "another process is at this" in error and "\n" not in error
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
-    subprocess.run(command(photos, tmp_path / "set"), check=True, capture_output=True)
+    assert run(capsys, *command(photos, tmp_path / "set"))[0] == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()} == before
 
 
-def test_ctrl_c_ends_in_one_line(photos, tmp_path):
-    process = subprocess.Popen(command(photos, tmp_path / "set", 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_in_one_line(photos, tmp_path, monkeypatch):
+    slowly(monkeypatch)
+    process = begin(photos, tmp_path / "set", 2, out=tmp_path / "said")
     while not (tmp_path / "set" / "partial" / "train.npy").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (130, "data.py: interrupted: the same command goes on\n")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    said = (tmp_path / "said").read_text()
+    assert (process.exitcode, said) == (130, LISTED + "data.py: interrupted: the same command goes on\n")
 
 
 def test_a_full_disk_ends_in_one_line_and_goes_on(photos, tmp_path):
-    for size, reason in ((2 ** 13, "files.sqlite: "), (2 ** 21, "File too large")):
+    for size, begun, reason in ((2 ** 12, "", "files.sqlite: "), (2 ** 19, LISTED, "File too large")):
         def limit():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        ended = subprocess.run(command(photos, tmp_path / "set"), capture_output=True, text=True, preexec_fn=limit)
-        assert ended.returncode == 1 and ended.stderr.count("\n") == 1 and reason in ended.stderr, ended.stderr
-    subprocess.run(command(photos, tmp_path / "set"), check=True, capture_output=True)
-    subprocess.run(command(photos, tmp_path / "whole"), check=True, capture_output=True)
+        process = begin(photos, tmp_path / "set", out=tmp_path / "said", before=limit)
+        process.join()
+        said = (tmp_path / "said").read_text()
+        error = said.removeprefix(begun)
+        assert process.exitcode == 1 and said.startswith(begun) and error.count("\n") == 1 and reason in error, said
+    finish(photos, tmp_path / "set")
+    finish(photos, tmp_path / "whole")
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_a_source_that_changed_is_refused(tmp_path, capsys):
-    source = write_tree(tmp_path / "photos", {f"{number}.png": encoded(TRAIN[number]) for number in range(200)})
+    source = write_tree(tmp_path / "photos", {f"{number}.png": encoded(TRAIN[number]) for number in range(80)})
     (source / "77.png").write_bytes(b"no image")
     arguments = ("prepare", "photos", "--source", source, "--size", 32, "--workers", 1, "--out", tmp_path / "set")
     assert "77.png" in run(capsys, *arguments)[2]
@@ -222,17 +244,20 @@ def test_files_of_another_length_are_found(labelled, capsys):
 
 
 def test_two_processes_share_the_pages_of_a_set(labelled):
-    script = ("import sys, numpy, data; a = data.load_images(sys.argv[1], 'train').array; a.sum(); print('ready', flush=True); "
-              "input(); m = open('/proc/self/smaps').read().split('train.npy')[1]; "
-              "print(*(m.split(k + ':')[1].split()[0] for k in ('Rss', 'Pss', 'Private_Dirty')))")
-    processes = [subprocess.Popen([sys.executable, "-c", script, labelled], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  text=True, cwd=PROGRAM.parent) for _ in range(2)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+    both, answers = forked.FORK.Barrier(2), forked.FORK.SimpleQueue()
+
+    def look():
+        array = load_images(labelled, "train").array
+        array.sum()
+        both.wait(60)
+        place = Path("/proc/self/smaps").read_text().split(f"{labelled}/train.npy")[1]
+        answers.put([int(place.split(f"{key}:")[1].split()[0]) for key in ("Rss", "Pss", "Private_Dirty")])
+        both.wait(60)
+    processes = [forked.FORK.Process(target=look) for _ in range(2)]
     for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    rss, pss, dirty = map(int, processes[0].stdout.readline().split())
+        process.start()
     for process in processes:
-        process.stdin.close()
-        process.wait()
-    assert rss > 500 and pss <= 0.6 * rss and dirty == 0  # KiB
+        process.join()
+        assert process.exitcode == 0
+        rss, pss, dirty = answers.get()
+        assert rss > 500 and pss <= 0.6 * rss and dirty == 0  # KiB

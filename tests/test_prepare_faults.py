@@ -30,6 +30,7 @@ from test_sources import (
     write_tree)
 from train import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("workers_are_threads")
 OWN = ("photos", "--size", 32, "--workers", 1)
 
 

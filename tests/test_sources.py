@@ -22,6 +22,7 @@ from images.decode import BadImage, decode
 from images.readers import Batches, take_images
 from test_prepare import run, workers_are_threads
 
+pytestmark = pytest.mark.usefixtures("workers_are_threads")
 CIFAR = {split: load_images("cifar10-subset", split) for split in ("train", "test")}
 TRAIN, TEST = CIFAR["train"].array, CIFAR["test"].array
 
