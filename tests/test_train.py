@@ -8,8 +8,9 @@ import os
 import re
 import resource
 import signal
-import subprocess
+import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -39,19 +40,35 @@ from tests import forked
 from train import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
+
+
+def save_images(folder):
+    """A .npy file of 40 small real images."""
+    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
+    return folder / "images.npy"
+
+
+def config_of(images):
+    return TrainConfig(model=MODEL, data=str(images), batch_size=16, total_steps=4, lr=1e-2)
 
 
 @pytest.fixture
 def images(tmp_path):
-    """A .npy file of 40 small real images, made for each test."""
-    np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
-    return tmp_path / "images.npy"
+    return save_images(tmp_path)
 
 
 @pytest.fixture
 def config(images):
-    return TrainConfig(model=MODEL, data=str(images), batch_size=16, total_steps=4, lr=1e-2)
+    return config_of(images)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """The folder of a run that was stopped after two steps, to be copied."""
+    folder = tmp_path_factory.mktemp("stopped")
+    train(config_of(save_images(folder)), folder / "run", stop_after=2, quiet=True)
+    return folder / "run"
 
 
 def checkpoint(run_dir):
@@ -130,7 +147,7 @@ def test_a_step_follows_warmup_fraction_and_clip_norm(config):
 
 
 def test_bfloat16_trains_in_other_bits_to_a_float32_result(tmp_path, config):
-    config = dataclasses.replace(config, total_steps=20)
+    config = dataclasses.replace(config, total_steps=10)
     half, full = (train(dataclasses.replace(config, precision=precision), tmp_path / precision, quiet=True)
                   for precision in ("bfloat16", "float32"))
     assert half["bits_per_dim"] != full["bits_per_dim"]
@@ -141,21 +158,23 @@ def test_bfloat16_trains_in_other_bits_to_a_float32_result(tmp_path, config):
 
 
 def test_sigkill_and_the_same_command_end_with_the_same_bits(tmp_path, config, capsys):
-    flags = ["--data", config.data, "--batch_size", "16", "--total_steps", "60",
-             "--model.num_couplings", "3", "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2",
+    flags = ["--data", config.data, "--batch_size", "16", "--total_steps", "40",
+             "--model.num_couplings", "1", "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2",
              "--model.kinds", "channels", "spatial", "--lr", "1e-2", "--checkpoint-every-s", "0", "--run-dir", str(tmp_path / "killed")]
     killed = forked.start(ROOT / "train.py", *flags)
     while not (tmp_path / "killed/checkpoint.pt").exists():
         assert killed.is_alive()
+        time.sleep(0.01)
     killed.kill()
     killed.join()
     step = checkpoint(tmp_path / "killed")["step"]
-    assert 0 < step < 60
+    assert 0 < step < 40
     with open(tmp_path / "killed/metrics.csv", "a") as file:
         file.write("10,16")  # cut in mid-line
     train_module.main(flags)
     assert "bits/dim on 40 test images" in capsys.readouterr().out
-    whole = train(dataclasses.replace(config, total_steps=60), tmp_path / "whole", quiet=True)
+    config = dataclasses.replace(config, total_steps=40, model=dataclasses.replace(MODEL, num_couplings=1))
+    whole = train(config, tmp_path / "whole", quiet=True)
     assert same_bits(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
     lines = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("killed", "whole")]
     assert [line.split(",")[:5] for line in lines[0]] == [line.split(",")[:5] for line in lines[1]]
@@ -197,8 +216,8 @@ def test_a_second_process_on_a_run_folder_is_refused(tmp_path, config, monkeypat
     (lambda saved: saved["optimizer"][0].update(exp_avg=torch.zeros(1)), "optimizer's state"),
     (lambda saved: saved["model"]["couplings.0.order"].zero_(), "not a permutation"),
     (lambda saved: saved["model"].popitem(), "do not fit")])
-def test_a_checkpoint_that_is_not_this_runs_is_refused(tmp_path, config, change, message):
-    train(config, tmp_path / "run", stop_after=2, quiet=True)
+def test_a_checkpoint_that_is_not_this_runs_is_refused(tmp_path, stopped_run, config, change, message):
+    shutil.copytree(stopped_run, tmp_path / "run")
     saved = checkpoint(tmp_path / "run")
     change(saved)
     torch.save(saved, tmp_path / "run/checkpoint.pt")
@@ -207,8 +226,8 @@ def test_a_checkpoint_that_is_not_this_runs_is_refused(tmp_path, config, change,
     assert "\n" not in str(error.value)
 
 
-def test_damaged_notes_of_a_run_are_mended_or_refused(tmp_path, config):
-    train(config, tmp_path / "run", stop_after=2, quiet=True)
+def test_damaged_notes_of_a_run_are_mended_or_refused(tmp_path, stopped_run, config):
+    shutil.copytree(stopped_run, tmp_path / "run")
     (tmp_path / "run/metrics.csv").write_bytes(b"header\n\xff\xfe,,\nabc,1,2,3,4,5\n1,16,8.0,1.0,0.0,0.1\n3,48,8.0,1.0,0.0,0.1\n2,32,8")
     train(config, tmp_path / "run", quiet=True)
     steps = [line.split(",")[0] for line in (tmp_path / "run/metrics.csv").read_text().splitlines()]
@@ -276,8 +295,8 @@ def test_names_of_runs_stay_for_ever(changes, name):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_run_that_is_not_finite_stops_before_it_updates(tmp_path, config, monkeypatch, what):
-    train(config, tmp_path / "run", stop_after=2, quiet=True)
+def test_a_run_that_is_not_finite_stops_before_it_updates(tmp_path, stopped_run, config, monkeypatch, what):
+    shutil.copytree(stopped_run, tmp_path / "run")
     before = checkpoint(tmp_path / "run")
 
     def broken(z, logdet):
@@ -366,25 +385,26 @@ def test_a_bad_step_between_reads_is_named_and_never_saved(tmp_path, config, mon
     assert rows == [str(step + 1) for step in range(10 if bad_step > 10 else 1)]
 
 
-@pytest.mark.parametrize("tick, lengths", [(1e-3, [1, 9, 10, 5]), (0.4, None), (2, [1] * 25)])
-def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monkeypatch, tick, lengths):
+def test_losses_are_read_every_ten_steps_or_once_a_second(tmp_path, config, monkeypatch):
     seen = []
-    clock(monkeypatch, tick)
 
     def read(pending, config, original=train_module.read_steps):
         seen.append(len(pending))
         return original(pending, config)
     monkeypatch.setattr(train_module, "read_steps", read)
-    config = dataclasses.replace(config, total_steps=25)
-    done = train(config, tmp_path / "run", quiet=True, place=Place(checkpoint_every_s=1e9))
-    assert seen == lengths if lengths else 1 < max(seen) < 9
-    rows = [line.split(",") for line in (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]]
-    assert [(row[0], row[1]) for row in rows] == [(str(step), str(16 * step)) for step in range(1, 26)]
-    assert float(rows[9][4]) == config.lr * schedule(9, 25) and float(rows[24][5]) == round(done["train_seconds"], 3)
-    monkeypatch.undo()
-    train(config, tmp_path / "other", quiet=True, place=Place(checkpoint_every_s=0))  # is read at every step
-    assert [row[:5] for row in rows] == [line.split(",")[:5] for line in
-                                         (tmp_path / "other/metrics.csv").read_text().splitlines()[1:]]
+    config = dataclasses.replace(config, total_steps=25, model=dataclasses.replace(MODEL, num_couplings=1))
+    train(config, tmp_path / "other", quiet=True, place=Place(checkpoint_every_s=0))
+    others = [line.split(",")[:5] for line in (tmp_path / "other/metrics.csv").read_text().splitlines()[1:]]
+    assert seen == [1] * 25  # at every step that is saved
+    for tick, lengths in ((1e-3, [1, 9, 10, 5]), (0.4, None), (2, [1] * 25)):
+        clock(monkeypatch, tick)
+        seen.clear()
+        done = train(config, tmp_path / str(tick), quiet=True, place=Place(checkpoint_every_s=1e9))
+        assert seen == lengths if lengths else 1 < max(seen) < 9
+        rows = [line.split(",") for line in (tmp_path / str(tick) / "metrics.csv").read_text().splitlines()[1:]]
+        assert [(row[0], row[1]) for row in rows] == [(str(step), str(16 * step)) for step in range(1, 26)]
+        assert float(rows[9][4]) == config.lr * schedule(9, 25) and float(rows[24][5]) == round(done["train_seconds"], 3)
+        assert [row[:5] for row in rows] == others
 
 
 def test_lines_of_an_evaluation_are_15_seconds_apart_and_training_before_it_does_not_count(monkeypatch):
@@ -442,15 +462,15 @@ def test_recomputed_activations_are_the_same_bits(tmp_path, config, changes):
 
 def test_activation_bytes_count_what_backward_needs():
     def count(precision="float32", recompute=False, **changes):
-        jet = Jet(dataclasses.replace(MODEL, emb_dim=32, **changes))
+        jet = Jet(dataclasses.replace(MODEL, **{"num_couplings": 3, "emb_dim": 32, **changes}))
         jet.checkpoint_activations = recompute
         return memory.activation_bytes(jet, precision)
     image = 3 * 8 * 8 * 4
-    assert count(recompute=True) == MODEL.num_couplings * 1.5 * image  # of two couplings: their inputs, and z
+    assert count(recompute=True) == 3 * 1.5 * image  # of two couplings: their inputs, and z
     assert count(recompute=True, block_depth=4) == count(recompute=True)
     assert 1.9 < count(num_couplings=6) / count() < 2.1
     N, E = MODEL.num_tokens, 32  # a block keeps from 9 (fused) to some 20 values per token and channel
-    assert 5 <= (count(block_depth=2) - count()) / (MODEL.num_couplings * N * E * 4) <= 20
+    assert 5 <= (count(block_depth=2) - count()) / (3 * N * E * 4) <= 20
     assert count("bfloat16", block_depth=4) < count(block_depth=4)
 
 
@@ -458,7 +478,7 @@ def test_what_does_not_fit_is_recomputed_first_then_cut(config):
     jet, optimizer, _ = stepper(config)
     fit = functools.partial(memory.fit_memory, jet, optimizer, config)
     chosen, lines = [], []
-    for free in np.geomspace(1e7, 1e4, 80):
+    for free in np.geomspace(1e7, 1e4, 30):
         size, line = fit("auto", None, free)
         if not chosen or chosen[-1] != (jet.checkpoint_activations, size):
             chosen.append((jet.checkpoint_activations, size))
@@ -494,12 +514,12 @@ def test_equal_couplings_are_compiled_once(tmp_path, config, monkeypatch, recomp
         return result
     monkeypatch.setattr(Coupling, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     monkeypatch.setattr(recipe, "training_step", step)
-    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_couplings=6))
+    config = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_couplings=4), total_steps=2)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     try:
         compiled = train(config, tmp_path / "compiled", quiet=True, place=Place(compile=True, checkpoint_activations=recompute))
-        assert [count - before for count in counts] == [2] * 4  # channels and spatial
+        assert [count - before for count in counts] == [2] * 2  # channels and spatial
         assert 0 < compiled["first_step_seconds"] < 600
         assert "first step: " in (text := (tmp_path / "compiled/log.txt").read_text()) and "eager, couplings compiled" in text
     finally:
@@ -566,9 +586,9 @@ def photos():
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(jet, photos):
-    results = [evaluate(jet, photos, batch_size=n, per_image=True) for n in (1, 7, 512)]
+    results = [evaluate(jet, photos[:50], batch_size=n, per_image=True) for n in (1, 7, 50)]
     for result in results:
-        assert result["num_images"] == len(result["bits_per_dim_per_image"]) == 512
+        assert result["num_images"] == len(result["bits_per_dim_per_image"]) == 50
         assert abs(result["bits_per_dim"] / results[0]["bits_per_dim"] - 1) < 1e-9
 
 
@@ -586,16 +606,16 @@ def test_evaluation_is_the_mean_over_images_with_its_standard_error(jet, photos)
 
 
 def test_evaluation_with_a_thread_ahead_is_the_same(jet, photos, monkeypatch):
-    plain = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
+    plain = evaluate(jet, photos[:100], draws=2, batch_size=20, per_image=True)
     monkeypatch.setattr(evaluate_module, "prefetch",
                         lambda function, items, ahead: data_module.prefetch(function, items, 3))
-    threaded = evaluate(jet, photos, draws=2, batch_size=100, per_image=True)
+    threaded = evaluate(jet, photos[:100], draws=2, batch_size=20, per_image=True)
     assert np.array_equal(plain.pop("bits_per_dim_per_image"), threaded.pop("bits_per_dim_per_image"))
     assert plain == threaded
 
 
 def test_evaluation_in_bfloat16_is_close_and_not_the_same(tmp_path, config):
-    train(dataclasses.replace(config, total_steps=20), tmp_path / "run", quiet=True)
+    train(dataclasses.replace(config, total_steps=10), tmp_path / "run", quiet=True)
     jet, images = load_jet(tmp_path / "run"), load_images(config.data, "test")
     full, half = (evaluate(jet, images, precision=precision) for precision in ("float32", "bfloat16"))
     assert full == evaluate(jet, images) and 0 < abs(full["bits_per_dim"] - half["bits_per_dim"]) < 0.01
@@ -647,8 +667,8 @@ def test_the_trained_jet_loads_and_scores_the_same(tmp_path, config):
 
 # ---- configuration and command line
 
-def test_a_result_that_is_not_finite_ends_the_program_in_one_line(tmp_path):
-    command = ["--data", "cifar10-subset", "--model.num_couplings", "2",
+def test_a_result_that_is_not_finite_ends_the_program_in_one_line(tmp_path, images):
+    command = ["--data", str(images), "--model.num_couplings", "2",
                "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2", "--batch_size", "4",
                "--total_steps", "2", "--lr", "1e30", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="^train.py: error: .*not finite.*$"):  # a text: exit code 1
@@ -722,37 +742,31 @@ def test_cuda_that_is_not_there_is_an_error():
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be read here")
 def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
-    """Beyond weights, gradients and moments, 12 couplings peak at no more than 1.25 times what 3 take."""
+    """Beyond weights, gradients and moments, 8 couplings peak at no more than 1.25 times what 2 take."""
+    import torch._dynamo  # noqa: F401  torch.utils.checkpoint does, for seconds: here once for both
     np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:16])
-    code = """if True:
-        import os
-        import sys
-        import torch._dynamo  # torch.utils.checkpoint does, for seconds: here once for both
-        import train
-        from jet import JetConfig
-        import recipe
-        from harness.place import Place
-        def peak(*arguments, real=recipe.training_step):
-            memory = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+
+    def measure(couplings):
+        def step(*arguments, real=recipe.training_step):
+            def memory(name):
+                return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
             before = memory("VmRSS")
-            open("/proc/self/clear_refs", "w").write("5")
+            Path("/proc/self/clear_refs").write_text("5")
             result = real(*arguments)
             gradients_and_moments = 3 * sum(parameter.nbytes for parameter in arguments[0].parameters())
-            print(memory("VmHWM") - before - gradients_and_moments)
+            (tmp_path / f"{couplings}.txt").write_text(str(memory("VmHWM") - before - gradients_and_moments))
             return result
-        recipe.training_step = peak
-        for couplings in (3, 12):
-            if os.fork():
-                os.wait()
-                continue
-            config = train.TrainConfig(data=sys.argv[1], batch_size=16, total_steps=2, model=JetConfig(
-                image_size=32, num_couplings=couplings, block_depth=2, emb_dim=128, num_heads=4))
-            train.train(config, f"{sys.argv[2]}/{couplings}", stop_after=1, quiet=True, place=Place(checkpoint_activations="on"))
-            sys.stdout.flush()
-            os._exit(0)
-    """
-    few, many = map(int, subprocess.run([sys.executable, "-c", code, tmp_path / "images.npy", tmp_path], cwd=ROOT,
-                                        capture_output=True, text=True).stdout.split())
+        recipe.training_step = step  # of this process alone
+        config = TrainConfig(data=str(tmp_path / "images.npy"), batch_size=16, total_steps=2, model=JetConfig(
+            image_size=32, num_couplings=couplings, block_depth=2, emb_dim=128, num_heads=4))
+        train(config, tmp_path / str(couplings), stop_after=1, quiet=True, place=Place(checkpoint_activations="on"))
+    peaks = []
+    for couplings in (2, 8):
+        process = forked.FORK.Process(target=measure, args=[couplings])
+        process.start()
+        process.join()
+        peaks.append(int((tmp_path / f"{couplings}.txt").read_text()))
+    few, many = peaks
     assert 5 * 2 ** 20 < few and many < 1.25 * few, (few, many)
 
 
