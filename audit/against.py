@@ -2,8 +2,6 @@
 import hashlib
 from pathlib import Path
 
-import pandas as pd
-
 from audit.adapters import Adapter, taken_by
 from audit.certificates import read_certificate
 from audit.checks import AuditError
@@ -39,6 +37,7 @@ def against(request, measured, data):
 
 def certified_bits(path, data):
     """Bits/dim (N,) in float64 of a certificate's images, which must be these."""
+    import pandas as pd  # takes half a second: imported where it is used
     other = read_certificate(path)
     table = Path(path).with_name(Path((other.get("per_image") or {}).get("file", "none")).name)
     if other["data"]["fingerprint"] != data["fingerprint"]:
