@@ -1,5 +1,6 @@
 """`python data.py`: what is asked for, what a set records, and what a person sees of it."""
 import concurrent.futures
+import functools
 import json
 import pickle
 
@@ -10,8 +11,10 @@ from PIL import Image
 import data
 from data import KnownSet, fingerprint, load_images
 from harness.errors import DataError
+from images import command
 
 pytestmark = pytest.mark.usefixtures("workers_are_threads")
+command._parser = functools.cache(command._parser)  # of a small command a good part
 IMAGES = {split: load_images("cifar10-subset", split).array[:6] for split in data.SPLITS}
 
 
