@@ -16,11 +16,12 @@ import pandas as pd
 import pytest
 import torch
 
+import data
 from experiments import throughput
 from harness import claim, flops
 from paper_figures.results_csv import ResultsError
 from sweeps import plan, search, sweep
-from tests import tiny_experiment
+from tests import forked, tiny_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -93,11 +94,19 @@ def test_what_a_machine_lacks_is_named(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line_and_nothing_stays(tmp_path):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", ROOT / ".ci/gpu", "speed", tmp_path / "out"], capture_output=True, text=True,
-                          env=os.environ | {"PATH": path})
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "sees no GPU here" in done.stderr and not (tmp_path / "out").exists()
+    process = forked.start(ROOT / ".ci/gpu.py", "speed", tmp_path / "out", out=tmp_path / "said")
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 1 and said.count("\n") == 1
+    assert "sees no GPU here" in said and not (tmp_path / "out").exists()
+
+
+def test_the_script_hands_its_arguments_to_the_python_on_the_path(tmp_path):
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@"; exit 3')
+    (tmp_path / "python3").chmod(0o755)
+    done = subprocess.run(["bash", ROOT / ".ci/gpu", "speed", "out"], capture_output=True, text=True,
+                          env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"-B {ROOT}/.ci/gpu.py speed out\n", "")
 
 
 # ---- a stage
@@ -399,6 +408,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_medium, "ORDER", ("tiny_experiment",))
     monkeypatch.setattr(tiny_experiment, "EXPERIMENT", EXPERIMENT)
     monkeypatch.setattr(gpu_medium, "shrink", lambda points, swept: points)
+    monkeypatch.setattr(tiny_experiment, "configs", lambda scale, real=tiny_experiment.configs: [
+        dataclasses.replace(point, config=dataclasses.replace(point.config, total_steps=2)) for point in real(scale)])
     monkeypatch.setattr(gpu_medium, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     return types.SimpleNamespace(experiments=["tiny_experiment"], jobs=2, data_root=None, compile=False, graph=False)
@@ -485,7 +496,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tiny, stage, monkeypatch
 
 
 def test_what_is_running_at_the_end_is_stopped_and_left_out(tiny, stage, monkeypatch):
-    # A run of half a minute that is believed to take no time, in a stage of a few seconds.
+    # A run of minutes that is believed to take no time, in a stage of a few seconds.
+    monkeypatch.setattr(data, "batch_indices", lambda *given, real=data.batch_indices: time.sleep(0.05) or real(*given))
     monkeypatch.setattr(gpu_medium, "predict", lambda *_: 0.0)
     stages, begun = stage(seconds=5), time.monotonic()
     stages.scale = "small"
