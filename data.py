@@ -42,6 +42,7 @@ VERIFY_BYTES = 2 ** 30  # sets up to this size are hashed whenever they are open
 RESIDENT_BYTES = 4 * 2 ** 30  # training sets up to this size are copied to the GPU
 ASSETS = Path(__file__).resolve().parent / "assets"
 SUBSET_FILE = ASSETS / "cifar10_subset.npz"
+CIFAR10_BATCH, CIFAR10_RECORD = 10_000, 1 + 3 * 32 ** 2  # records of an official file; their bytes
 
 
 def __getattr__(name: str) -> Any:
@@ -176,13 +177,14 @@ def _load_cifar10(folder, split):
         except OSError as error:
             raise DataError(f"cifar10: {path}: {error.strerror}: unpack the archive "
                             "again") from None
-        if len(content) != 10_000 * 3073:
-            raise DataError(f"cifar10: {path} has {len(content):,} bytes instead of 30,730,000 "
-                            "(truncated?): unpack the archive again")
+        if len(content) != CIFAR10_BATCH * CIFAR10_RECORD:
+            raise DataError(f"cifar10: {path} has {len(content):,} bytes instead of "
+                            f"{CIFAR10_BATCH * CIFAR10_RECORD:,} (truncated?): unpack the archive "
+                            "again")
         if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(f"cifar10: {path} is altered (its SHA-256 is not the official file's): "
                             "unpack the archive again")
-        records.append(np.frombuffer(content, np.uint8).reshape(10_000, 3073))
+        records.append(np.frombuffer(content, np.uint8).reshape(-1, CIFAR10_RECORD))
     table = np.concatenate(records)
     array = np.ascontiguousarray(table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return ImageSet(array=array, labels=table[:, 0].astype(np.int64), name="cifar10",

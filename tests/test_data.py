@@ -64,6 +64,7 @@ def test_every_set_of_the_paper_is_known_by_shape_and_counts():
     assert data.SETS["imagenet32-oord"].counts == {"train": 1_281_149, "test": 49_999}
     assert data.SETS["imagenet32-chrabaszcz"].counts == {"train": 1_281_167, "test": 50_000}
     assert data.SETS["cifar10"].counts == {"train": 50_000, "test": 10_000}
+    assert data.SETS["cifar10-search"].counts == {"train": 45_000, "test": 5_000}
     assert image_shape("imagenet64-chrabaszcz") == (64, 64, 3)  # without the images
     variants = {(name, known.variant) for name, known in data.SETS.items()}
     assert len(variants) == len(data.SETS)
@@ -71,25 +72,28 @@ def test_every_set_of_the_paper_is_known_by_shape_and_counts():
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A folder in the layout of CIFAR-10 with other images, whose checksums count as official."""
+    """A folder in the layout of CIFAR-10 with other and fewer images, whose checksums count as official."""
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     rng, files = np.random.default_rng(0), {"train": {}, "test": {}}
     for split, names in data.CIFAR10_FILES.items():
         for name in names:
-            records = rng.integers(0, 256, (10_000, 3073), dtype=np.uint8)
+            records = rng.integers(0, 256, (200, 3073), dtype=np.uint8)
             records[:, 0] %= 10
             (folder / name).write_bytes(records.tobytes())
             files[split][name] = hashlib.sha256(records.tobytes()).hexdigest()
             if split == "train":
                 break  # one of the five is enough
     monkeypatch.setattr(data, "CIFAR10_FILES", files)
+    monkeypatch.setattr(data, "CIFAR10_BATCH", 200)
+    for name, train, test in (("cifar10", 200, 200), ("cifar10-search", 180, 20)):
+        monkeypatch.setitem(data.SETS, name, dataclasses.replace(data.SETS[name], counts={"train": train, "test": test}))
     monkeypatch.delenv("JET_DATA", raising=False)
     return folder
 
 
 def test_cifar10_layout(cifar, monkeypatch):
-    raw = np.frombuffer((cifar / "test_batch.bin").read_bytes(), np.uint8).reshape(10_000, 3073)
+    raw = np.frombuffer((cifar / "test_batch.bin").read_bytes(), np.uint8).reshape(200, 3073)
     images = load_images("cifar10", "test", cifar.parent)
     assert images.labels[7] == raw[7, 0]
     assert images.array[7, 2, 5].tolist() == [raw[7, 1 + 1024 * channel + 32 * 2 + 5] for channel in range(3)]
@@ -104,7 +108,7 @@ def test_a_set_is_listed_where_it_is_loaded_from(name, cifar, tmp_path, monkeypa
         (folder / file).touch()
     monkeypatch.chdir(folder)
     for root in (folder, "."):
-        assert load_images("cifar10", "test", root).array.shape == (10_000, 32, 32, 3)
+        assert load_images("cifar10", "test", root).array.shape == (200, 32, 32, 3)
         data.main(["list", "--data-root", str(root)])
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
         assert lines["cifar10"].endswith(f"here: {root}"), lines["cifar10"]
@@ -120,7 +124,7 @@ def test_cifar10_missing_truncated_or_altered(cifar, tmp_path):
     file = cifar / "test_batch.bin"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(DataError, match="30,729,999 bytes instead of 30,730,000"):
+    with pytest.raises(DataError, match="614,599 bytes instead of 614,600"):
         load_images("cifar10", "test", cifar)
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match="test_batch.bin is altered"):
@@ -128,6 +132,13 @@ def test_cifar10_missing_truncated_or_altered(cifar, tmp_path):
     file.unlink()
     with pytest.raises(DataError, match="test_batch.bin: No such file"):
         load_images("cifar10", "test", cifar)
+
+
+def test_an_official_file_of_cifar10_has_10_000_images(tmp_path):
+    (tmp_path / "test_batch.bin").touch()
+    os.truncate(tmp_path / "test_batch.bin", 30_729_999)
+    with pytest.raises(DataError, match="30,729,999 bytes instead of 30,730,000"):
+        load_images("cifar10", "test", tmp_path)
 
 
 def test_npy_file_and_prepared_folder(tmp_path):
@@ -188,7 +199,7 @@ def test_prepared_cifar10_is_found_by_its_name_with_its_parts(cifar, tmp_path, m
         assert np.array_equal(load_images("cifar10", "test", root).labels, images.labels)
         assert np.array_equal(load_images("cifar10-vehicles", "test", root).array, images.array[np.isin(images.labels, [0, 1, 8, 9])])
     np.save(folder / "test_labels.npy", images.labels[1:])
-    with pytest.raises(DataError, match=r"must be int64 \(10000,\)"):
+    with pytest.raises(DataError, match=r"must be int64 \(200,\)"):
         load_images("cifar10", "test", folder)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "checksums": {}}))
     with pytest.raises(DataError, match="has no labels: prepare it"):
@@ -344,15 +355,11 @@ def test_the_parts_of_cifar10_keep_its_order(cifar, monkeypatch):
 
 def test_the_search_set_cuts_the_training_images_in_two(cifar, monkeypatch):
     """No test image is in it, and none is in both."""
-    known = data.SETS["cifar10-search"]
-    assert known.counts == {"train": 45_000, "test": 5_000}
-    known = dataclasses.replace(known, counts={"train": 9_000, "test": 1_000})
-    monkeypatch.setitem(data.SETS, "cifar10-search", known)
     for split in data.SPLITS:
         monkeypatch.setitem(data.FINGERPRINTS, ("cifar10-search", split), "f" * 64)
     whole = load_images("cifar10", "train", cifar.parent)
     train, test = (load_images("cifar10-search", split, cifar.parent) for split in data.SPLITS)
-    assert (len(train.array), len(test.array)) == (9_000, 1_000)
+    assert (len(train.array), len(test.array)) == (180, 20)
     assert np.array_equal(np.concatenate([train.array, test.array]), whole.array)
     assert np.array_equal(np.concatenate([train.labels, test.labels]), whole.labels)
     assert train.name == test.variant == "cifar10-search" and test.split == "test"
