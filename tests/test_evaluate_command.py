@@ -1,4 +1,5 @@
 """python evaluate.py WEIGHTS --data NAME: the number of evaluate(), what it is of, and what is refused."""
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import evaluate as command
-from convert import load_jet
+from convert import export, load_jet
 from data import fingerprint, load_images
 from evaluate import evaluate
 from harness.host import code_version
@@ -64,8 +65,8 @@ def test_a_part_is_said_to_be_one(capsys, weights):
     expected = evaluate(load_jet(weights), load_images("cifar10-subset", "train").array[:7])
     assert number(out) == [round(expected["bits_per_dim"], 4), round(expected["bits_per_dim_se"], 4)]
     assert " bits/dim on a part, the first 7 of 2,048 train images of cifar10-subset, " in out
-    _, whole, _ = run(capsys, weights, "--data", "cifar10-subset", "--num-images", 512)
-    assert " bits/dim on 512 test images of cifar10-subset, " in whole
+    _, whole, _ = run(capsys, weights, "--data", "cifar10-subset-vehicles", "--num-images", 206)
+    assert " bits/dim on 206 test images of cifar10-subset-vehicles, " in whole
 
 
 @pytest.mark.parametrize("flags, options, precision", [
@@ -73,9 +74,11 @@ def test_a_part_is_said_to_be_one(capsys, weights):
     (("--precision", "bfloat16"), {"precision": "bfloat16"}, "bfloat16"),
     (("--precision", "float64"), {}, "float64"),
     (("--batch-size", 3, "--threads", 2), {}, "float32")])
-def test_draws_precision_and_batches_are_those_asked_for(capsys, weights, flags, options, precision):
+def test_draws_precision_and_batches_are_those_asked_for(capsys, weights, monkeypatch, flags, options, precision):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     code, out, _ = run(capsys, weights, "--data", "cifar10-subset", "--num-images", 10, *flags)
-    torch.set_num_threads(1)
+    assert threads == [2 if "--threads" in flags else 1]
     jet = load_jet(weights)
     jet = jet.double() if precision == "float64" else jet
     expected = evaluate(jet, load_images("cifar10-subset", "test").array[:10], **options)
@@ -96,10 +99,8 @@ def test_weights_of_others_and_images_of_ones_own_are_taken(capsys, tmp_path):
     np.save(tmp_path / "own.npy", array)
     code, out, _ = run(capsys, GOLDEN / "jet_nonsquare_ext.npz", "--data", tmp_path / "own.npy")
     assert code == 0 and f"variant unknown, fingerprint {fingerprint(array)[:12]}, " in out
-    config = load_jet(GOLDEN / "jet_pytorch_port.pt", num_heads=2).config
-    height, width = config.image_shape[1:]
-    np.save(tmp_path / "own.npy", load_images("cifar10-subset", "test").array[:6, :height, :width])
-    port = (GOLDEN / "jet_pytorch_port.pt", "--data", tmp_path / "own.npy")
+    export(Jet(dataclasses.replace(MODEL, gelu="exact", norm_eps=1e-5)), tmp_path / "port.pt", "jet-pytorch")
+    port = (tmp_path / "port.pt", "--data", "cifar10-subset", "--num-images", 6)
     code, _, err = run(capsys, *port)
     assert code == 1 and "--model.num_heads" in err
     assert run(capsys, *port, "--model.num_heads", 2)[0] == 0

@@ -119,7 +119,7 @@ def test_a_card_claims_nothing_that_no_run_recorded(tmp_path, capsys):
 def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=line):
-        main(["export", str(ROOT / "assets/jet_cifar10"), *arguments])
+        main(["export", str(GOLDEN / "conditional_label.npz"), *arguments])
     assert not list(tmp_path.iterdir())
 
 

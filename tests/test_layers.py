@@ -1,5 +1,6 @@
 """Imports point down, from room to room, and never in a circle."""
 import ast
+import functools
 import graphlib
 import subprocess
 from pathlib import Path
@@ -97,13 +98,18 @@ def find_circle(graph):
     return None
 
 
+@functools.cache
+def our_graph():
+    return import_graph(find_sources())
+
+
 def test_imports_point_down():
-    lines = wrong_arrows(import_graph(find_sources()))
+    lines = wrong_arrows(our_graph())
     assert not lines, "\n".join(lines)
 
 
 def test_no_imports_are_a_circle():
-    assert find_circle(import_graph(find_sources())) is None
+    assert find_circle(our_graph()) is None
 
 
 def test_the_rooms_are_layers():

@@ -191,9 +191,10 @@ def test_idle_cores_are_those_that_nobody_uses(tmp_path, monkeypatch):
     assert machine.idle_cores(root=tmp_path / "none") == 4
 
 
-@pytest.mark.parametrize("text", ["a\x1b[2Jb\nc", "\ud800", "\x9b2J", "a" * 10 ** 6, "b " * 10 ** 6])
+@pytest.mark.parametrize("text", ["a\x1b[2Jb\nc", "\ud800", "\x9b2J", "a" * 10 ** 5, "b " * 10 ** 5])
 def test_a_foreign_error_is_short_and_printable(text):
-    assert short(ValueError(text)).isprintable() and len(short(ValueError(text))) <= 250
+    said = short(ValueError(text))
+    assert said.isprintable() and len(said) <= 250
 
 
 @pytest.mark.parametrize("asked, policy", [(None, "passive"), ("active", "active")])
