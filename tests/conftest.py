@@ -3,15 +3,14 @@ import os
 
 import pytest
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there, as of torch's threads below
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there: see one_thread
 gc.disable()  # until all is imported
 
 
 def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
-    import torch
     from sweeps import local
-    torch.set_num_threads(1)  # tiny models: a second thread gains nothing, and waits where cores are shared
+    one_thread()
     local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things
     os.fsync = lambda file: None  # nothing here must outlive the machine
     what_is_there_is_no_garbage()
@@ -24,9 +23,16 @@ def what_is_there_is_no_garbage():
     gc.freeze()
 
 
+def one_thread():
+    """For tiny models a second thread gains nothing, and it waits where cores are shared."""
+    import torch
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown():
-    what_is_there_is_no_garbage()  # nor what a test has imported
+    one_thread()  # a program that was called may have asked for more
+    what_is_there_is_no_garbage()  # nor is what a test has imported
 
 
 @pytest.fixture
