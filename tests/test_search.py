@@ -136,6 +136,20 @@ def test_a_shard_may_have_runs_beside_the_grid_alone(tmp_path):
     assert [path.name for path in (tmp_path / "results").glob("*.csv")] == ["tiny_experiment_lengths_smoke.shard-5-of-5.csv"]
 
 
+def test_what_lies_beside_a_grid_is_collected_when_the_grid_was(finished, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    grid, beside, found = (tmp_path / f"results/tiny_experiment{name}_smoke.csv" for name in ("", "_lengths", "_search"))
+    for path in (grid, beside, found):
+        path.write_bytes((finished / "results" / path.name).read_bytes())
+    with pytest.raises(SystemExit, match="no run of smoke scale has finished: nothing to collect"):
+        run(tmp_path, "--collect")
+    before = grid.read_bytes()
+    beside.rename(beside.with_suffix(".shard-5-of-5.csv"))
+    run(tmp_path, "--collect")
+    assert str(beside) in capsys.readouterr().out and len(rows_of(tmp_path, "_lengths_smoke")) == 2
+    assert grid.read_bytes() == before
+
+
 def test_a_rate_is_chosen_where_the_best_lies_inside_and_the_search_is_widened_where_it_does_not(tmp_path,
                                                                                                      monkeypatch):
     runs = make_runs(search.search_of(EXPERIMENT, "smoke"), "smoke", [0], tmp_path)
