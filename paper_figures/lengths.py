@@ -105,11 +105,10 @@ def section(path, rows, item, best_depth):
         found = {epochs: arms.measure(contrast) for epochs, contrast in contrasts.items()}
         cells = [" ± ".join(filter(None, inference.cells(found[epochs])[1:3]))
                  if epochs in found else "" for epochs in lengths]
-        slope, error, crossing = trend({float(epochs): one.value for epochs, one in found.items()},
-                                       2 * variance)
+        slope, reach, crossing = trend({float(epochs): one.value for epochs, one in found.items()},
+                                       2 * variance, df)
         growth = "" if math.isnan(slope) else f"{slope:+.4f}"
-        if df and error > 0:
-            reach = quantile(df) * error
+        if reach > 0:
             growth += f" ({slope - reach:+.4f} to {slope + reach:+.4f})"
         lines.append(f"| {name} | {' | '.join(cells)} | {growth} |")
         outlooks.append(f"{name}: {crossing}")
@@ -117,23 +116,27 @@ def section(path, rows, item, best_depth):
             f"logarithm of the epochs: {'; '.join(outlooks)}.", ""]
 
 
-def trend(gaps, variance):
-    """(slope per factor of ten, its standard error, where the line crosses zero, in words).
+def trend(gaps, variance, df):
+    """(slope per factor of ten, reach of its 95 % interval, where the line crosses zero in words).
 
-    gaps: {epochs: gap}. variance: of each gap between seeds; nan is not known.
+    gaps: {epochs: gap}. variance: of each gap between seeds, with df degrees of freedom; with none
+    there is no interval, and its reach is nan.
     """
     if len(gaps) < 2:
         return math.nan, math.nan, "one length alone tells no trend"
     x, y = np.log10(list(gaps)), np.array(list(gaps.values()))
     spread = ((x - x.mean()) ** 2).sum()
     slope = float(((x - x.mean()) * y).sum() / spread)
+    reach = quantile(df) * math.sqrt(variance / spread) if df else math.nan
     at = x.mean() - y.mean() / slope if slope else math.inf
     if y[0] * y[-1] < 0:
         words = "it has changed its sign"
-    elif at <= x.max():
-        words = "it does not shrink to zero"
+    elif (np.diff(abs(y)) >= 0).any():
+        words = "it does not shrink from each length to the next"
+    elif abs(slope) <= reach:
+        words = "its trend is not told from none"
     elif at > math.log10(FAR):
         words = f"not zero within {FAR:,.0f} epochs"
     else:
-        words = f"zero at about {10 ** at:,.0f} epochs"
-    return slope, math.sqrt(variance / spread), words
+        words = f"zero at about {float(f'{10 ** at:.2g}'):,.0f} epochs"
+    return slope, reach, words

@@ -211,10 +211,18 @@ def test_a_line_of_each_length_is_drawn_over_compute(with_lengths, tmp_path, dra
 
 
 @pytest.mark.parametrize("gaps, words", [
-    ({1: 0.2, 10: 0.1}, "zero at about 100 epochs"), ({1: 0.1, 10: 0.2}, "it does not shrink to zero"),
+    ({1: 0.2, 10: 0.1}, "zero at about 100 epochs"), ({1: 0.2, 10: 0.104}, "zero at about 120 epochs"),
+    ({1: 0.1, 10: 0.2}, "it does not shrink from each length"), ({1: 0.1, 3: 0.2, 10: 0.05}, "it does not shrink from each length"),
     ({1: 0.1, 10: -0.1}, "it has changed its sign"), ({1: 0.1, 10: 0.0999}, "not zero within 10,000 epochs"), ({1: 0.1}, "one length alone")])
 def test_an_extrapolation_says_where_the_line_crosses_zero(gaps, words):
-    assert lengths.trend(gaps, 0.0)[2].startswith(words)
+    assert lengths.trend(gaps, 0.0, 0)[2].startswith(words)
+
+
+def test_no_line_is_drawn_on_where_its_slope_may_be_none():
+    reach = inference.quantile(12)  # of two gaps at a factor of ten, each of variance 1 / 2
+    for factor, words in ((0.99, "its trend is not told from none"), (1.01, "zero at")):
+        slope, found, said = lengths.trend({1: 3 * reach, 10: (3 - factor) * reach}, 1 / 2, 12)
+        assert (slope, found) == pytest.approx((-factor * reach, reach)) and said.startswith(words)
 
 
 def test_a_sweep_prints_how_far_points_are_behind_over_seeds(tmp_path, capsys):
