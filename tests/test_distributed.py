@@ -1,12 +1,11 @@
 """One run over several processes: the same trajectory, the same evaluation, one writer."""
 import dataclasses
+import gc
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tests import forked
 from train import TrainConfig, train
 
 TESTS = Path(__file__).parent
-MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1,
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
                   emb_dim=16, num_heads=2)
 
 
@@ -38,8 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(folder):
-    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:60, ::4, ::4])
-    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=10,
+    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:30, ::4, ::4])
+    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=8,
                        lr=1e-2, eval_every=4)
 
 
@@ -48,7 +47,7 @@ def configs(base):
     """Of every kind; 10 images cannot be cut in 3 equal parts, nor those in micro-batches."""
     switches = dataclasses.replace(MODEL, actnorm=True, invertible_dense=True, block="cnn")
     told = dataclasses.replace(MODEL, image_size=32, patch_size=16, context_dim=10)
-    labels = dataclasses.replace(base, model=told, data="cifar10-subset", condition="labels", total_steps=6, eval_every=0)
+    labels = dataclasses.replace(base, model=told, data="cifar10-subset-vehicles", condition="labels")
     return {"labels": labels, "float32": base, "float64": dataclasses.replace(base, precision="float64"),
             "switches": dataclasses.replace(base, model=switches, precision="float64")}
 
@@ -72,6 +71,7 @@ def launch(folder, processes, jobs, weights):
     They are forks of this process, which has imported all that they need.
     """
     import torch._dynamo  # noqa: F401  as DistributedDataParallel does, for seconds: here once for all
+    gc.freeze()  # or each run would look through it
     folder = folder / str(processes)
     folder.mkdir(exist_ok=True)
     port = free_port()
@@ -106,7 +106,8 @@ def together(request, folder, configs, alone):
     jobs = {name: (config, {}) for name, config in configs.items()}
     jobs["micro"] = configs["float64"], {"place": Place(micro_batch=2)}
     jobs["half"] = configs["float64"], {"stop_after": 5}
-    jobs["first-half"] = configs["float32"], {"stop_after": 5}
+    if request.param == 2:
+        jobs["first-half"] = configs["float32"], {"stop_after": 5}
     jobs["other"] = dataclasses.replace(configs["float32"], batch_size=request.param - 1), {}
     (folder / str(request.param) / "torn").mkdir(parents=True, exist_ok=True)
     (folder / str(request.param) / "torn/checkpoint.pt").write_bytes(b"")
@@ -116,7 +117,7 @@ def together(request, folder, configs, alone):
 
 def losses(run_dir):
     rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().split()[1:]]
-    assert [int(row[0]) for row in rows] == list(range(1, 11))
+    assert [int(row[0]) for row in rows] == list(range(1, 9))
     return np.array([[float(row[2]), float(row[3])] for row in rows])
 
 
@@ -124,12 +125,12 @@ def close(one, two, rtol, rtol_evaluation):
     np.testing.assert_allclose(losses(one), losses(two), rtol=rtol)
     rows = (json.loads((run_dir / "done.json").read_text())["rows"] for run_dir in (one, two))
     bits = [[row["bits_per_dim"] for row in some] for some in rows]
-    assert len(bits[0]) == 6
+    assert len(bits[0]) == 4
     np.testing.assert_allclose(*bits, rtol=rtol_evaluation)
 
 
 @pytest.mark.parametrize("name, of, rtol, rtol_evaluation", [
-    ("float32", "float32", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10),
+    ("float32", "float32", 1e-5, 1e-6), ("labels", "labels", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10),
     ("switches", "switches", 1e-10, 1e-10), ("micro", "float64", 1e-10, 1e-10)])
 def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(
         together, folder, name, of, rtol, rtol_evaluation):
@@ -202,15 +203,17 @@ def test_parts_make_up_the_batch(base, source):
     assert torch.equal(torch.cat(parts), whole) and [len(part) for part in parts] == [3, 3, 4]
 
 
-TINY = ["train.py", "--data", "cifar10-subset", "--batch_size", "4", "--model.num_couplings", "1", "--model.block_depth",
+TINY = [str(TESTS.parent / "train.py"), "--data", "cifar10-subset", "--batch_size", "4", "--model.num_couplings", "1", "--model.block_depth",
         "1", "--model.emb_dim", "4", "--model.num_heads", "1", "--model.patch_size", "16"]
 
 
 def test_torchrun_starts_the_processes_of_one_run(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *TINY, "--total_steps", "2", "--run-dir", tmp_path / "run"], cwd=TESTS.parent,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    from torch.distributed.run import main
+    flags = ["--standalone", "--nproc-per-node", "2", *TINY, "--total_steps", "2", "--run-dir", str(tmp_path / "run")]
+    torchrun = forked.FORK.Process(target=main, args=[flags])  # starts new processes
+    torchrun.start()
+    torchrun.join(300)
+    assert torchrun.exitcode == 0
     assert json.loads((tmp_path / "run/done.json").read_text())["processes"] == 2
     assert (tmp_path / "run/log.txt").read_text().count("started at step 0") == 1
 
@@ -219,7 +222,7 @@ def test_a_process_that_hangs_ends_the_others_in_one_line(tmp_path):
     flags = [*TINY, "--total_steps", "100000", "--process-timeout-s", "3", "--run-dir", str(tmp_path / "run")]
     port = str(free_port())
     import torch._dynamo  # noqa: F401  here once for both
-    processes = [forked.start(TESTS.parent / TINY[0], *flags[1:], out=tmp_path / f"{rank}.txt", env={
+    processes = [forked.start(*flags, out=tmp_path / f"{rank}.txt", env={
         "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
     try:
         end = time.monotonic() + 100
