@@ -265,10 +265,11 @@ def test_dry_run_at_paper_scale_tells_count_parameters_flops_and_gpu_hours(
                                   "ablate_block_depth", "scaling"])
 def test_flops_of_the_grid_are_those_that_pytorch_counts(name):
     for config in {point.config.model for point in experiment(name).configs("smoke")}:
-        jet = Jet(dataclasses.replace(config, num_couplings=5)).double()
+        kinds = tuple(dict.fromkeys(config.kinds))  # a coupling of each
+        jet = Jet(dataclasses.replace(config, num_couplings=len(kinds), kinds=kinds))
         with (torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
               FlopCounterMode(display=False) as counter):
-            jet(torch.zeros(16, *config.image_shape, dtype=torch.float64))
+            jet(torch.zeros(16, *config.image_shape))
         assert abs(counter.get_total_flops() / 16 / forward_flops(jet.config) - 1) < 0.01, config
 
 
