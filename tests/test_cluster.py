@@ -1,5 +1,6 @@
 """Submitting to a cluster and its jobs, with a stand-in for Slurm's commands on the PATH."""
 import errno
+import functools
 import json
 import os
 import re
@@ -61,9 +62,12 @@ def slurm(tmp_path, monkeypatch):
 
 def few_files(monkeypatch):
     """Copies of the code without the images and weights in it: they take time."""
-    contents = code_copy._read_code()
-    few = {name: content for name, content in contents.items() if name.endswith(".py") or name.startswith("images/")}
-    monkeypatch.setattr(code_copy, "_read_code", lambda: dict(few))
+    monkeypatch.setattr(code_copy, "_read_code", lambda read=code_copy._read_code: dict(read_few(read)))
+
+
+@functools.cache
+def read_few(read):
+    return {name: content for name, content in read().items() if name.endswith(".py") or name.startswith("images/")}
 
 
 @pytest.fixture

@@ -320,11 +320,11 @@ def test_classes_that_are_not_known_are_refused(trained, tmp_path, flags, line):
         labels_of_rows(Jet(dataclasses.replace(TINY, context_dim=0)), 4, [1])
 
 
-def test_draw_samples_keeps_labels_and_draws_their_rows(trained, tmp_path):
+def test_draw_samples_keeps_labels_and_draws_their_rows(trained, tmp_path, drawn):
     draw_main(["--checkpoint", str(trained[0]), "--labels", "7", "2", "--num", "6", "--temperature", "0.5", "--name", "sheet",
                "--results-dir", str(tmp_path), "--figures-dir", str(tmp_path)])
     about, content = figure5.read_samples(tmp_path / "samples/sheet.npz")
-    assert content["labels"].tolist() == [7, 7, 7, 2, 2, 2]
+    assert content["labels"].tolist() == [7, 7, 7, 2, 2, 2] and drawn[0][1] == "samples_sheet"
     (caption, sheet), = figure5.panels_of(about, content)
     assert "a row for each of the classes 7, 2" in caption and sheet.shape == (2 * 33 - 1, 3 * 33 - 1, 3)
     content["labels"] = content["labels"][:5]

@@ -22,7 +22,7 @@ from jet import JetConfig, bits_per_dim
 from train import TrainConfig, train, weights_names
 
 GOLDEN = Path(__file__).parent / "golden"
-MODEL = JetConfig(image_size=8, num_couplings=3, kinds=("channels", "spatial"), block_depth=1,
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
                   emb_dim=8, num_heads=2)
 
 
