@@ -13,14 +13,8 @@ def pytest_collection_finish():
     one_thread()
     local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things
     os.fsync = lambda file: None  # nothing here must outlive the machine
-    what_is_there_is_no_garbage()
-    gc.enable()
-
-
-def what_is_there_is_no_garbage():
-    """Each run that is trained collects garbage, and would look through all that is imported by now."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def one_thread():
@@ -32,7 +26,8 @@ def one_thread():
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown():
     one_thread()  # a program that was called may have asked for more
-    what_is_there_is_no_garbage()  # nor is what a test has imported
+    gc.collect()  # each run that is trained does, and would look through all that tests have imported by now
+    gc.freeze()
 
 
 @pytest.fixture
