@@ -11,10 +11,11 @@ from PIL import Image
 import data
 from data import KnownSet, fingerprint, load_images
 from harness.errors import DataError
-from images import command
+from images import command, prepare
 
 pytestmark = pytest.mark.usefixtures("workers_are_threads")
-command._parser = functools.cache(command._parser)  # of a small command a good part
+command._parser = functools.cache(command._parser)  # the two are a good part of a small command
+prepare.code_version = functools.cache(prepare.code_version)
 IMAGES = {split: load_images("cifar10-subset", split).array[:6] for split in data.SPLITS}
 
 
