@@ -73,6 +73,7 @@ def test_bytes_do_not_depend_on_workers_or_kills(photos, tmp_path, monkeypatch):
         process.join(took * rng.uniform(0.2, 0.6))
         if process.exitcode is None:
             process.kill()  # the main process alone: its workers must see that
+            process.join()  # until then it has its claim
             left.append(reader)
         else:
             assert process.exitcode == 0 and contents(tmp_path / "set") == wanted
