@@ -101,7 +101,7 @@ def test_a_jet_s_images_come_back_in_a_fresh_process_and_cost_what_they_should(t
         coupling.net.final_proj.bias.data[24:] = 3.0
     torch.save({"format": "jet-checkpoint-1", "config": {"model": vars(jet.config)}, "model": jet.state_dict()}, path)
     request = Request(checkpoint=str(path), codelength=40, threads=1, device="cpu")
-    images = IMAGES[20:36] // 4 + np.uint8(96)  # one of which is stored in no fewer bits
+    images = IMAGES[20:36] // 4 + np.uint8(96)  # the Jet codes one, for the others take less as files
     checks = list(code_length.check_jet(load_jet(path), images, request))
     assert [one.name for one in checks] == ["decoded by a fresh process", "bound, same images and noise", "net", "whole file"]
     assert {one.result for one in checks} == {"pass"} and checks[2].value == pytest.approx(checks[1].value, abs=0.02)
