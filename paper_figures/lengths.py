@@ -44,8 +44,9 @@ def draw(path, rows, experiment, name, title, out_dir):
         return []
     rows, _ = read(path, rows, experiment)
     rows = rows[rows["split"] == "test"]
-    note = "\nseed 0; whiskers: ±1 s.e. over images; area: parameters"
-    figure, axes = style.new_figure(rows, title, 2.85, note)
+    note = ("\nseed 0; whiskers: ±1 s.e. over images; area: parameters\n"
+            "from left to right, on a line: sizes; hollow: training lengths")
+    figure, axes = style.new_figure(rows, f"{title}, training lengths", 3, note)
     area, handles = 60 / rows["num_params"].max(), []
     lengths = sorted(set(rows["epochs"]), key=float, reverse=True)
     for (block, patch), of_kind in rows.groupby(["block", "patch_size"], sort=False):
@@ -95,29 +96,31 @@ def section(path, rows, item, best_depth):
     both, images = read(path, rows, experiment)
     arms, lengths = Arms(both, POINT, images), sorted(set(both["epochs"]), key=float)
     scale = rows["scale"].iloc[0]
-    lines = [f"![{item.title}](../paper_figures/out/{item.figure}_lengths_{scale}.png)", "",
-             "As training grows (seed 0, each length with a schedule of its own; bits/dim, ± s.e. "
-             "over images):", "",
-             f"| gap | {' | '.join(f'{epochs} epochs' for epochs in lengths)} | for ten times as "
-             f"long, 95 % interval |", f"|{(len(lengths) + 2) * ' --- |'}"]
+    reach = quantile(df) * math.sqrt(2 * variance) if df and variance > 0 else 0
+    seeds = f"; between seeds, a gap differs by ±{reach:.3f}, 95 %" if reach else ""
+    picture = f"../paper_figures/out/{item.figure}_lengths_{scale}.png"
+    lines = [f"![{item.title}, training lengths]({picture})", "",
+             "As training grows (one seed; not of equal compute; each length has a whole schedule, "
+             "at the learning rate of the search; bits/dim, ± s.e. over images):", "",
+             f"| gap | {' | '.join(f'{epochs} epochs' for epochs in lengths)} | last - first, "
+             f"95 % interval |", f"|{(len(lengths) + 2) * ' --- |'}"]
     outlooks = []
     for name, contrasts in pairs(both, experiment, best_depth):
         found = {epochs: arms.measure(contrast) for epochs, contrast in contrasts.items()}
         cells = [" ± ".join(filter(None, inference.cells(found[epochs])[1:3]))
                  if epochs in found else "" for epochs in lengths]
-        slope, reach, crossing = trend({float(epochs): one.value for epochs, one in found.items()},
+        change, reach, outlook = trend({float(epochs): one.value for epochs, one in found.items()},
                                        2 * variance, df)
-        growth = "" if math.isnan(slope) else f"{slope:+.4f}"
+        growth = "" if math.isnan(change) else f"{change:+.4f}"
         if reach > 0:
-            growth += f" ({slope - reach:+.4f} to {slope + reach:+.4f})"
+            growth += f" ({change - reach:+.4f} to {change + reach:+.4f})"
         lines.append(f"| {name} | {' | '.join(cells)} | {growth} |")
-        outlooks.append(f"{name}: {crossing}")
-    return [*lines, "", "Extrapolated, not measured, on the straight line of the gap over the "
-            f"logarithm of the epochs: {'; '.join(outlooks)}.", ""]
+        outlooks.append(f"{name}: {outlook}")
+    return [*lines, "", f"What becomes of the gap (one seed{seeds}): {'; '.join(outlooks)}.", ""]
 
 
 def trend(gaps, variance, df):
-    """(slope per factor of ten, reach of its 95 % interval, where the line crosses zero in words).
+    """(last - first gap, reach of its 95 % interval, what becomes of the gap in words).
 
     gaps: {epochs: gap}. variance: of each gap between seeds, with df degrees of freedom; with none
     there is no interval, and its reach is nan.
@@ -125,18 +128,25 @@ def trend(gaps, variance, df):
     if len(gaps) < 2:
         return math.nan, math.nan, "one length alone tells no trend"
     x, y = np.log10(list(gaps)), np.array(list(gaps.values()))
-    spread = ((x - x.mean()) ** 2).sum()
-    slope = float(((x - x.mean()) * y).sum() / spread)
-    reach = quantile(df) * math.sqrt(variance / spread) if df else math.nan
-    at = x.mean() - y.mean() / slope if slope else math.inf
-    if y[0] * y[-1] < 0:
+    reach = quantile(df) * math.sqrt(variance) if df else math.nan  # of one gap
+    change, steps = float(y[-1] - y[0]), np.diff(abs(y))
+    slope, start = np.polyfit(x, y, 1)
+    if abs(y[-1]) <= reach:
+        words = f"not told from zero at {max(gaps):g} epochs"
+    elif y[0] * y[-1] < 0:
         words = "it has changed its sign"
-    elif (np.diff(abs(y)) >= 0).any():
-        words = "it does not shrink from each length to the next"
-    elif abs(slope) <= reach:
-        words = "its trend is not told from none"
-    elif at > math.log10(FAR):
-        words = f"not zero within {FAR:,.0f} epochs"
+    elif (steps >= 0).all():
+        words = "it grows from each length to the next"
+    elif (steps >= 0).any():
+        words = "it neither grows nor shrinks all the way"
+    elif abs(change) <= math.sqrt(2) * reach:
+        words = "its change is not told from none"
+    elif np.square(y - start - slope * x).sum() > reach ** 2:
+        words = ("it shrinks from each length to the next, but not on a straight line over the "
+                 "logarithm of the epochs: where it ends is not extrapolated")
+    elif -start / slope > math.log10(FAR):
+        words = f"extrapolated, it is not zero within {FAR:,.0f} epochs"
     else:
-        words = f"zero at about {float(f'{10 ** at:.2g}'):,.0f} epochs"
-    return slope, reach, words
+        words = (f"extrapolated on a straight line over the logarithm of the epochs, it is zero at "
+                 f"about {float(f'{10 ** (-start / slope):.2g}'):,.0f} epochs")
+    return change, math.sqrt(2) * reach, words

@@ -187,16 +187,16 @@ def with_lengths(tmp_path):
 
 def test_the_page_says_what_becomes_of_the_gap_as_training_grows(with_lengths, tmp_path):
     text = results_page.page(tmp_path, tmp_path).split("## Figure 2a")[1].split("\n## ")[0]
-    assert "| gap | 0.5 epochs | 1.5 epochs | 5 epochs | for ten times as long, 95 % interval |" in text
+    assert "| gap | 0.5 epochs | 1.5 epochs | 5 epochs | last - first, 95 % interval |" in text
     found = [line for line in text.splitlines() if line.startswith("| ViT - CNN, ")]
     assert [line.split("|")[1].strip() for line in found] == [
         f"ViT - CNN, width {width}, patch {patch}" for width, patch in ((16, 4), (32, 2), (32, 4), (64, 4))]
-    error = math.sqrt(2 * 0.01 ** 2 / sum((x - np.log10([0.5, 1.5, 5]).mean()) ** 2 for x in np.log10([0.5, 1.5, 5])))
-    reach = inference.quantile(12) * error
+    reach = inference.quantile(12) * 0.02  # of the difference of two gaps
     for line in found:
         assert "| +0.1500 | " in line and "| +0.0500 | " in line  # there are no values per image
         assert line.endswith(f"| -0.1000 ({-0.1 - reach:+.4f} to {-0.1 + reach:+.4f}) |")
-    assert "Extrapolated, not measured" in text and text.count("zero at about 16 epochs") == 4  # 5 x 10^0.5
+    assert "a gap differs by ±0.031, 95 %" in text
+    assert text.count("extrapolated on a straight line") == text.count("zero at about 16 epochs") == 4  # 5 x 10^0.5
 
 
 def test_a_line_of_each_length_is_drawn_over_compute(with_lengths, tmp_path, drawn):
@@ -212,17 +212,22 @@ def test_a_line_of_each_length_is_drawn_over_compute(with_lengths, tmp_path, dra
 
 @pytest.mark.parametrize("gaps, words", [
     ({1: 0.2, 10: 0.1}, "zero at about 100 epochs"), ({1: 0.2, 10: 0.104}, "zero at about 120 epochs"),
-    ({1: 0.1, 10: 0.2}, "it does not shrink from each length"), ({1: 0.1, 3: 0.2, 10: 0.05}, "it does not shrink from each length"),
-    ({1: 0.1, 10: -0.1}, "it has changed its sign"), ({1: 0.1, 10: 0.0999}, "not zero within 10,000 epochs"), ({1: 0.1}, "one length alone")])
+    ({1: 0.1, 10: 0.2}, "it grows"), ({1: 0.1, 3: 0.2, 10: 0.05}, "it neither grows nor shrinks"),
+    ({1: -0.2, 10: -0.1}, "zero at about 100 epochs"), ({1: 0.1, 10: -0.1}, "it has changed its sign"),
+    ({1: 0.1, 10: 0.0999}, "not zero within 10,000 epochs"), ({1: 0.1}, "one length alone")])
 def test_an_extrapolation_says_where_the_line_crosses_zero(gaps, words):
-    assert lengths.trend(gaps, 0.0, 0)[2].startswith(words)
+    assert words in lengths.trend(gaps, 1e-20, 12)[2] and words in lengths.trend(gaps, 1e-20, 100)[2]
 
 
-def test_no_line_is_drawn_on_where_its_slope_may_be_none():
-    reach = inference.quantile(12)  # of two gaps at a factor of ten, each of variance 1 / 2
-    for factor, words in ((0.99, "its trend is not told from none"), (1.01, "zero at")):
-        slope, found, said = lengths.trend({1: 3 * reach, 10: (3 - factor) * reach}, 1 / 2, 12)
-        assert (slope, found) == pytest.approx((-factor * reach, reach)) and said.startswith(words)
+def test_no_more_is_said_of_a_gap_than_its_error_between_seeds_allows():
+    reach = inference.quantile(12)  # of a gap of variance 1
+    for last, words in ((0.99, "not told from zero at 10 epochs"), (-1.01, "it has changed its sign"),
+                        (3 - 1.4, "its change is not told from none"), (3 - 1.42, "zero at about")):
+        change, found, said = lengths.trend({1: 3 * reach, 10: last * reach}, 1, 12)
+        assert (change, found) == pytest.approx(((last - 3) * reach, math.sqrt(2) * reach)) and words in said
+    for off, words in ((1.2, "zero at about"), (1.25, "not on a straight line")):  # 2 / 3 of its square is left
+        said = lengths.trend({1: 10 * reach, 10: (7 + off) * reach, 100: 4 * reach}, 1, 12)[2]
+        assert words in said
 
 
 def test_a_sweep_prints_how_far_points_are_behind_over_seeds(tmp_path, capsys):
