@@ -34,7 +34,7 @@ TRAINED = dataclasses.replace(EXPERIMENT, configs=lambda scale: tiny_experiment.
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A search of two steps on embedded images, few of which are evaluated twice."""
+    """A search of two steps on embedded images; of those trained on few are evaluated."""
     monkeypatch.setattr(search, "DATA", "cifar10-subset-vehicles")
     monkeypatch.setattr(search, "EPOCHS", 0.02)
     monkeypatch.setattr(train, "TRAIN_ROW_IMAGES", 8)
