@@ -44,8 +44,9 @@ def draw(path, rows, experiment, name, title, out_dir):
         return []
     rows, _ = read(path, rows, experiment)
     rows = rows[rows["split"] == "test"]
-    note = ("\nseed 0; whiskers: ±1 s.e. over images; area: parameters\n"
-            "from left to right, on a line: sizes; hollow: training lengths")
+    note = "\nseed 0; whiskers: ±1 s.e. over images; area: parameters"
+    if rows["patch_size"].nunique() > 1:
+        note += "\nfrom left to right, on a line: sizes; hollow: training lengths"
     figure, axes = style.new_figure(rows, f"{title}, training lengths", 3, note)
     area, handles = 60 / rows["num_params"].max(), []
     lengths = sorted(set(rows["epochs"]), key=float, reverse=True)
@@ -96,8 +97,9 @@ def section(path, rows, item, best_depth):
     both, images = read(path, rows, experiment)
     arms, lengths = Arms(both, POINT, images), sorted(set(both["epochs"]), key=float)
     scale = rows["scale"].iloc[0]
-    reach = quantile(df) * math.sqrt(2 * variance) if df and variance > 0 else 0
-    seeds = f"; between seeds, a gap differs by ±{reach:.3f}, 95 %" if reach else ""
+    # Of one gap, a difference of two runs; nan where no two seeds tell it.
+    reach = quantile(df) * math.sqrt(2 * variance) if df and variance > 0 else math.nan
+    seeds = "" if math.isnan(reach) else f"; between seeds, a gap differs by ±{reach:.3f}, 95 %"
     picture = f"../paper_figures/out/{item.figure}_lengths_{scale}.png"
     lines = [f"![{item.title}, training lengths]({picture})", "",
              "As training grows (one seed; not of equal compute; each length has a whole schedule, "
@@ -109,26 +111,24 @@ def section(path, rows, item, best_depth):
         found = {epochs: arms.measure(contrast) for epochs, contrast in contrasts.items()}
         cells = [" ± ".join(filter(None, inference.cells(found[epochs])[1:3]))
                  if epochs in found else "" for epochs in lengths]
-        change, reach, outlook = trend({float(epochs): one.value for epochs, one in found.items()},
-                                       2 * variance, df)
+        change, outlook = trend({float(epochs): one.value for epochs, one in found.items()}, reach)
         growth = "" if math.isnan(change) else f"{change:+.4f}"
-        if reach > 0:
-            growth += f" ({change - reach:+.4f} to {change + reach:+.4f})"
+        if growth and not math.isnan(reach):
+            low, high = change - math.sqrt(2) * reach, change + math.sqrt(2) * reach
+            growth += f" ({low:+.4f} to {high:+.4f})"
         lines.append(f"| {name} | {' | '.join(cells)} | {growth} |")
         outlooks.append(f"{name}: {outlook}")
     return [*lines, "", f"What becomes of the gap (one seed{seeds}): {'; '.join(outlooks)}.", ""]
 
 
-def trend(gaps, variance, df):
-    """(last - first gap, reach of its 95 % interval, what becomes of the gap in words).
+def trend(gaps, reach):
+    """(last - first gap, what becomes of the gap in words).
 
-    gaps: {epochs: gap}. variance: of each gap between seeds, with df degrees of freedom; with none
-    there is no interval, and its reach is nan.
+    gaps: {epochs: gap}. reach: of the 95 % interval of each gap between seeds; nan is not known.
     """
     if len(gaps) < 2:
-        return math.nan, math.nan, "one length alone tells no trend"
+        return math.nan, "one length alone tells no trend"
     x, y = np.log10(list(gaps)), np.array(list(gaps.values()))
-    reach = quantile(df) * math.sqrt(variance) if df else math.nan  # of one gap
     change, steps = float(y[-1] - y[0]), np.diff(abs(y))
     slope, start = np.polyfit(x, y, 1)
     if abs(y[-1]) <= reach:
@@ -149,4 +149,4 @@ def trend(gaps, variance, df):
     else:
         words = (f"extrapolated on a straight line over the logarithm of the epochs, it is zero at "
                  f"about {float(f'{10 ** (-start / slope):.2g}'):,.0f} epochs")
-    return change, math.sqrt(2) * reach, words
+    return change, words
