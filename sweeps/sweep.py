@@ -251,18 +251,17 @@ def run_and_collect(sweep):
     tell_runs(sweep)
     if not flags.collect:
         sweep, unrecorded = run_in_order(sweep)
-    finished, has_own, has_any = set(), False, False
+    finished, collected = set(), set()
     for part in sweep.parts:
         pieces = part.pieces(flags.collect)
         runs = part.grid if part.is_search and not flags.shard else part.runs
         rows, per_image = collect(part.experiment, flags.scale, runs, part.csv, pieces)
         finished |= set(rows["run_id"])
-        before = flags.collect and part.csv.exists()  # its shards may be gone since
-        has_own |= part is sweep.own and (before or not rows.empty)
-        has_any |= not (part.is_search or rows.empty)
         if not rows.empty:
             print_table(rows, part.experiment.swept, per_image)
-    runs = sweep.runs
+        if not (rows.empty or part.is_search):
+            collected.add(part.name)
+    runs, own = sweep.runs, sweep.own
     failed = []
     if not flags.collect:
         failed = local.failures([run for run in runs if run.run_id not in finished], unrecorded)
@@ -270,7 +269,9 @@ def run_and_collect(sweep):
         more = f"; and {len(failed) - 3} more: see --status" if len(failed) > 3 else ""
         sys.exit(f"{sweep.program}: error: {len(failed)} of {len(runs)} runs failed: "
                  f"{'; '.join(failed[:3])}{more}")
-    if not has_any or sweep.own.runs and not has_own:  # a shard may be beside the grid alone
+    # A shard may be beside the grid alone; of a grid that was collected, shards may be gone.
+    is_known = own.name in collected or flags.collect and own.csv.exists()
+    if not collected or own.runs and not is_known:
         sys.exit(f"{sweep.program}: error: no run of {flags.scale} scale has finished: nothing to "
                  "collect (without --collect, the same command runs them)")
     if failed:
