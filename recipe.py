@@ -130,8 +130,7 @@ class TrainConfig:
         stored_id = record.get("data_id")
         if stored_id is None:  # a record of before there was one
             stored_id = self.data_id if stored.data == self.data else data_id(stored.data)
-        is_same = stored == self and stored_id == self.data_id  # mostly so, and quickly seen
-        if is_same or stored.identity(stored_id) == self.identity(self.data_id):
+        if stored.identity(stored_id) == self.identity(self.data_id):
             return []
         before, now = flatten(stored.to_dict()), flatten(self.to_dict())
         if stored_id != self.data_id:  # the same path may hold other images
