@@ -17,6 +17,19 @@ def start(program, *arguments, out=os.devnull, env=None, daemon=None, before=lam
     return process
 
 
+def each(function, *arguments):
+    """What a function returns for each of the arguments, in a fork of its own, one after the other."""
+    answers = []
+    for argument in arguments:
+        queue = FORK.SimpleQueue()
+        process = FORK.Process(target=lambda: queue.put(function(argument)))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        answers.append(queue.get())
+    return answers
+
+
 def popen(command, env=None, start_new_session=False, **_):
     """As subprocess.Popen for a Python program of whose output nothing is read."""
     return start(*command[1:], env=env, daemon=True, before=os.setsid if start_new_session else lambda: None)

@@ -22,7 +22,7 @@ from paper_figures import style
 from paper_figures import throughput as figure
 from paper_figures.results_csv import ResultsError
 from recipe import TrainConfig
-from tests.forked import FORK
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("harness", "kernels", "images", "kernels.c")  # that a checkout's train.py needs
@@ -564,8 +564,7 @@ def taken_and_planned(recompute):
 def test_a_step_takes_the_memory_that_is_planned():
     """In processes of their own. Three quarters of the free memory are planned with."""
     import torch._dynamo  # noqa: F401 (torch.utils.checkpoint does, for seconds: here for its fork, too)
-    with FORK.Pool(1, maxtasksperchild=1) as pool:
-        kept, recomputed = pool.map(taken_and_planned, ("off", "on"), chunksize=1)
+    kept, recomputed = forked.each(taken_and_planned, "off", "on")
     for taken, planned in (kept, recomputed):
         assert planned / 2 <= taken <= planned / 0.75, (kept, recomputed)
     assert recomputed[1] < 0.75 * kept[1]

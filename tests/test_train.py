@@ -754,19 +754,15 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
             Path("/proc/self/clear_refs").write_text("5")
             result = real(*arguments)
             gradients_and_moments = 3 * sum(parameter.nbytes for parameter in arguments[0].parameters())
-            (tmp_path / f"{couplings}.txt").write_text(str(memory("VmHWM") - before - gradients_and_moments))
+            peaks.append(memory("VmHWM") - before - gradients_and_moments)
             return result
+        peaks = []
         recipe.training_step = step  # of this process alone
         config = TrainConfig(data=str(tmp_path / "images.npy"), batch_size=16, total_steps=2, model=JetConfig(
             image_size=32, num_couplings=couplings, block_depth=2, emb_dim=128, num_heads=4))
         train(config, tmp_path / str(couplings), stop_after=1, quiet=True, place=Place(checkpoint_activations="on"))
-    peaks = []
-    for couplings in (2, 8):
-        process = forked.FORK.Process(target=measure, args=[couplings])
-        process.start()
-        process.join()
-        peaks.append(int((tmp_path / f"{couplings}.txt").read_text()))
-    few, many = peaks
+        return peaks.pop()
+    few, many = forked.each(measure, 2, 8)
     assert 5 * 2 ** 20 < few and many < 1.25 * few, (few, many)
 
 
