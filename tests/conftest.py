@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -9,8 +10,10 @@ gc.disable()  # until all is imported
 
 def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
+    import train
     from sweeps import local
     one_thread()
+    train.code_version = functools.cache(train.code_version)  # git takes longer than tiny runs do
     local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things
     os.fsync = lambda file: None  # nothing here must outlive the machine
     gc.freeze()
