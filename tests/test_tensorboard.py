@@ -133,7 +133,7 @@ def test_a_sweep_writes_them_for_each_run(tmp_path, tensorboard):
     sweep.main(tiny_experiment.EXPERIMENT, ["--runs-dir", str(tmp_path), "--results-dir", str(tmp_path), "--figures-dir",
                                             str(tmp_path), "--log", "tensorboard", "--jobs", "1"])
     runs = [path.parent for path in tmp_path.glob("*/*/done.json")]
-    assert len(runs) == 3 and all(len(shown(folder)["training/lr"]) == 12 for folder in runs)
+    assert len(runs) == 3 and all(len(shown(folder)["training/lr"]) == 4 for folder in runs)
 
 
 @pytest.mark.tensorboard
