@@ -38,8 +38,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder):
     np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:30, ::4, ::4])
-    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=8,
-                       lr=1e-2, eval_every=4)
+    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=10, total_steps=5,
+                       lr=1e-2, eval_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -101,23 +101,34 @@ def take_part(rank, processes, port, folder, jobs, weights):
     distributed.leave()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request, folder, configs, alone):
+@pytest.fixture(scope="module")
+def two(folder, configs, alone):
+    """Of two processes each has as many images."""
+    jobs = {"float32": (configs["float32"], {}), "first-half": (configs["float32"], {"stop_after": 2})}
+    return launch(folder, 2, jobs, folder / "alone/float32")
+
+
+@pytest.fixture(scope="module")
+def three(folder, configs, alone):
+    """Of three one has more than the others: they do all that there is."""
     jobs = {name: (config, {}) for name, config in configs.items()}
     jobs["micro"] = configs["float64"], {"place": Place(micro_batch=2)}
-    jobs["half"] = configs["float64"], {"stop_after": 5}
-    if request.param == 2:
-        jobs["first-half"] = configs["float32"], {"stop_after": 5}
-    jobs["other"] = dataclasses.replace(configs["float32"], batch_size=request.param - 1), {}
-    (folder / str(request.param) / "torn").mkdir(parents=True, exist_ok=True)
-    (folder / str(request.param) / "torn/checkpoint.pt").write_bytes(b"")
+    jobs["half"] = configs["float64"], {"stop_after": 2}
+    jobs["other"] = dataclasses.replace(configs["float32"], batch_size=2), {}
+    (folder / "3/torn").mkdir(parents=True)
+    (folder / "3/torn/checkpoint.pt").write_bytes(b"")
     jobs["torn"] = configs["float32"], {}
-    return launch(folder, request.param, jobs, folder / "alone/float32")
+    return launch(folder, 3, jobs, folder / "alone/float32")
+
+
+@pytest.fixture(params=["two", "three"])
+def together(request):
+    return request.getfixturevalue(request.param)
 
 
 def losses(run_dir):
     rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().split()[1:]]
-    assert [int(row[0]) for row in rows] == list(range(1, 9))
+    assert [int(row[0]) for row in rows] == list(range(1, 6))
     return np.array([[float(row[2]), float(row[3])] for row in rows])
 
 
@@ -129,12 +140,13 @@ def close(one, two, rtol, rtol_evaluation):
     np.testing.assert_allclose(*bits, rtol=rtol_evaluation)
 
 
-@pytest.mark.parametrize("name, of, rtol, rtol_evaluation", [
-    ("float32", "float32", 1e-5, 1e-6), ("labels", "labels", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10),
-    ("switches", "switches", 1e-10, 1e-10), ("micro", "float64", 1e-10, 1e-10)])
+@pytest.mark.parametrize("processes, name, of, rtol, rtol_evaluation", [
+    ("two", "float32", "float32", 1e-5, 1e-6), ("three", "float32", "float32", 1e-5, 1e-6),
+    ("three", "labels", "labels", 1e-5, 1e-6), ("three", "float64", "float64", 1e-10, 1e-10),
+    ("three", "switches", "switches", 1e-10, 1e-10), ("three", "micro", "float64", 1e-10, 1e-10)])
 def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(
-        together, folder, name, of, rtol, rtol_evaluation):
-    close(together / name, folder / "alone" / of, rtol, rtol_evaluation)
+        request, folder, processes, name, of, rtol, rtol_evaluation):
+    close(request.getfixturevalue(processes) / name, folder / "alone" / of, rtol, rtol_evaluation)
 
 
 def test_micro_batches_of_one_process_agree(folder, configs, alone):
@@ -152,25 +164,24 @@ def test_every_process_returns_the_result_and_one_writes(together, alone):
     assert f"{len(results)} processes of 1 thread" in log
 
 
-@pytest.mark.parametrize("together", [2], indirect=True)
-def test_a_restart_with_as_many_processes_has_the_same_bits(together, folder, configs, alone):
+def test_a_restart_with_as_many_processes_has_the_same_bits(two, folder, configs, alone):
     """In new processes: gradients must add up as in an unbroken run from the first step on."""
     jobs = {"first-half": (configs["float32"], {})}
-    launch(folder, int(together.name), jobs, folder / "alone/float32")
-    assert "resumed at step 5" in (together / "first-half/log.txt").read_text()
-    resumed, unbroken = (read_tensors(together / name / "checkpoint.pt")["model"]
+    launch(folder, 2, jobs, folder / "alone/float32")
+    assert "resumed at step 2" in (two / "first-half/log.txt").read_text()
+    resumed, unbroken = (read_tensors(two / name / "checkpoint.pt")["model"]
                          for name in ("first-half", "float32"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
-    assert np.array_equal(losses(together / "first-half"), losses(together / "float32"))
+    assert np.array_equal(losses(two / "first-half"), losses(two / "float32"))
 
 
-def test_a_checkpoint_does_not_depend_on_the_number_of_processes(together, folder, configs, alone):
-    state = read_tensors(together / "half/checkpoint.pt")
-    assert state["processes"] == int(together.name)
-    train(configs["float64"], together / "half", quiet=True)  # goes on alone
-    close(together / "half", folder / "alone/float64", 1e-10, 1e-10)
+def test_a_checkpoint_does_not_depend_on_the_number_of_processes(three, folder, configs, alone):
+    state = read_tensors(three / "half/checkpoint.pt")
+    assert state["processes"] == 3
+    train(configs["float64"], three / "half", quiet=True)  # goes on alone
+    close(three / "half", folder / "alone/float64", 1e-10, 1e-10)
     shared, alone = (read_tensors(path / "checkpoint.pt")
-                     for path in (together / "half", folder / "alone/float64"))
+                     for path in (three / "half", folder / "alone/float64"))
     assert shared.keys() == alone.keys() and shared["model"].keys() == alone["model"].keys()
     assert all(tensor.shape == alone["model"][name].shape
                for name, tensor in shared["model"].items())
@@ -185,10 +196,10 @@ def test_evaluation_is_shared_out_image_by_image(together, folder, base, alone):
 
 @pytest.mark.parametrize("name, message", [
     ("other", "processes for a batch of . images"), ("torn", "checkpoint.pt: empty")])
-def test_what_one_process_refuses_all_refuse(together, name, message):
+def test_what_one_process_refuses_all_refuse(three, name, message):
     errors = [json.loads(path.read_text())["error"]
-              for path in together.glob(f"{name}-rank-*.json")]
-    assert len(errors) == int(together.name)
+              for path in three.glob(f"{name}-rank-*.json")]
+    assert len(errors) == 3
     for error in errors:
         assert re.search(message, error)
 
