@@ -104,8 +104,7 @@ def take_part(rank, processes, port, folder, jobs, weights):
 @pytest.fixture(scope="module")
 def two(folder, configs, alone):
     """Of two processes each has as many images."""
-    jobs = {"float32": (configs["float32"], {}), "first-half": (configs["float32"], {"stop_after": 2})}
-    return launch(folder, 2, jobs, folder / "alone/float32")
+    return launch(folder, 2, {"float32": (configs["float32"], {})}, folder / "alone/float32")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +112,7 @@ def three(folder, configs, alone):
     """Of three one has more than the others: they do all that there is."""
     jobs = {name: (config, {}) for name, config in configs.items()}
     jobs["micro"] = configs["float64"], {"place": Place(micro_batch=2)}
+    jobs["first-half"] = configs["float32"], {"stop_after": 2}
     jobs["half"] = configs["float64"], {"stop_after": 2}
     jobs["other"] = dataclasses.replace(configs["float32"], batch_size=2), {}
     (folder / "3/torn").mkdir(parents=True)
@@ -164,15 +164,15 @@ def test_every_process_returns_the_result_and_one_writes(together, alone):
     assert f"{len(results)} processes of 1 thread" in log
 
 
-def test_a_restart_with_as_many_processes_has_the_same_bits(two, folder, configs, alone):
+def test_a_restart_with_as_many_processes_has_the_same_bits(three, folder, configs, alone):
     """In new processes: gradients must add up as in an unbroken run from the first step on."""
     jobs = {"first-half": (configs["float32"], {})}
-    launch(folder, 2, jobs, folder / "alone/float32")
-    assert "resumed at step 2" in (two / "first-half/log.txt").read_text()
-    resumed, unbroken = (read_tensors(two / name / "checkpoint.pt")["model"]
+    launch(folder, 3, jobs, folder / "alone/float32")
+    assert "resumed at step 2" in (three / "first-half/log.txt").read_text()
+    resumed, unbroken = (read_tensors(three / name / "checkpoint.pt")["model"]
                          for name in ("first-half", "float32"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
-    assert np.array_equal(losses(two / "first-half"), losses(two / "float32"))
+    assert np.array_equal(losses(three / "first-half"), losses(three / "float32"))
 
 
 def test_a_checkpoint_does_not_depend_on_the_number_of_processes(three, folder, configs, alone):
