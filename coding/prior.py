@@ -22,7 +22,7 @@ class Prior:
         ends = [0]  # the cells where the tables end: z^2 is 12 further each time, which is 6 nats
         for square in range(12, 64 ** 2 + 1, 12):
             ends.append(math.isqrt(int(square / CELL_WIDTH ** 2)))
-        self.tables = normal_tables(ends)
+        self.tables = normal_tables(tuple(ends))
         self.ends = np.array(ends[1:], np.int64)
         self.firsts = np.array(ends[:-1], np.int64)
 
@@ -86,6 +86,7 @@ def find(table, slot):
     return symbol, table[symbol], table[symbol + 1] - table[symbol]
 
 
+@functools.cache
 def normal_tables(ends):
     """Cumulative probabilities of the cells between each two ends, and of the rest, from 0 to 2^24.
 
