@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import data
-import train
 from experiments import throughput
 from harness import claim, flops
 from paper_figures.results_csv import ResultsError
@@ -411,8 +410,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_medium, "shrink", lambda points, swept: points)
     monkeypatch.setattr(tiny_experiment, "configs", lambda scale, real=tiny_experiment.configs: [
         dataclasses.replace(point, config=dataclasses.replace(point.config, total_steps=2)) for point in real(scale)])
-    monkeypatch.setattr(train, "load_images", lambda name, split, root=None: data.load_images(
-        name, split, root).first(8 if split == "test" else None))
+    tiny_experiment.evaluate_few(monkeypatch)
     monkeypatch.setattr(gpu_medium, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     return types.SimpleNamespace(experiments=["tiny_experiment"], jobs=2, data_root=None, compile=False, graph=False)

@@ -199,8 +199,7 @@ def test_a_folder_that_slurm_would_read_as_something_else_is_refused(name, slurm
     assert "give another --runs-dir" in str(stop.value) and not (slurm / "jobs").exists()
 
 
-def test_the_command_for_any_shell_names_the_folders_and_is_quoted(
-        slurm, tmp_path, monkeypatch, capsys):
+def test_the_command_for_any_shell_names_the_folders_and_is_quoted(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["my scripts/tiny.py"])
     run(Path("it's here"), *SUBMIT, *ONE_RUN)
@@ -216,8 +215,7 @@ def variables(path):
     return {line.partition("=")[0] for line in path.read_text().splitlines()}
 
 
-def test_an_outer_job_s_and_the_user_s_options_do_not_reach_slurm(
-        slurm, home, monkeypatch, capsys):
+def test_an_outer_job_s_and_the_user_s_options_do_not_reach_slurm(slurm, home, monkeypatch, capsys):
     outer = {"SLURM_CPU_BIND": "none", "SLURM_MEM_PER_CPU": "1", "SBATCH_PARTITION": "other",
              "SQUEUE_STATES": "RUNNING", "SLURM_CONF": "/etc/slurm.conf"}
     for name, value in outer.items():
@@ -234,8 +232,7 @@ def test_an_outer_job_s_and_the_user_s_options_do_not_reach_slurm(
     assert "not given to sbatch" not in capsys.readouterr().out  # it is the outer job's
 
 
-def test_a_job_listens_to_the_printed_signal_whatever_the_environment_says(
-        slurm, home, monkeypatch, capsys):
+def test_a_job_listens_to_the_printed_signal_whatever_the_environment_says(slurm, home, monkeypatch, capsys):
     monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR1")  # as when it is imported
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     run(home, *SUBMIT, *ONE_RUN, "--dry-run")
@@ -257,8 +254,7 @@ def test_what_dry_run_prints_is_what_is_submitted(slurm, home, capsys):
     submitted = script_of(home)
     options, printed = options_of(submitted), [word.removeprefix("--").partition("=")[::2]
                                                for word in shlex.split(sbatch)[1:]]
-    of_this_submission = {name: options.pop(name) for name in
-                          ("job-name", "chdir", "output", "error")}
+    of_this_submission = {name: options.pop(name) for name in ("job-name", "chdir", "output", "error")}
     assert dict(printed) == options and options["comment"] == "two words"
     assert options["exclusive"] == "" and "wckey" not in options
     assert all(str(home) in of_this_submission[name] for name in ("chdir", "output", "error"))
@@ -289,8 +285,7 @@ def test_a_grid_above_the_site_s_largest_array_is_several(limit, waits, slurm, h
 
 @pytest.mark.parametrize("where, what", [
     (Path, "write_bytes"), (os, "fsync"), (submitit.core.utils.DelayedSubmission, "dump")])
-def test_a_full_disk_at_submission_names_a_file_and_loses_nothing(
-        where, what, slurm, home, monkeypatch):
+def test_a_full_disk_at_submission_names_a_file_and_loses_nothing(where, what, slurm, home, monkeypatch):
     one = runs_of(home)[0]
     one.folder.mkdir(parents=True)
     (one.folder / "error.txt").write_text("why it failed\n")
@@ -300,16 +295,13 @@ def test_a_full_disk_at_submission_names_a_file_and_loses_nothing(
     monkeypatch.setattr(where, what, fails)
     with pytest.raises(SystemExit) as stop:
         run(home, *SUBMIT, *ONE_RUN)
-    assert re.match(rf"tiny_experiment.py: error: {home}/runs/\S+: No space left on device",
-                    str(stop.value))
+    assert re.match(rf"tiny_experiment.py: error: {home}/runs/\S+: No space left on device", str(stop.value))
     assert read_error(one.folder) == "why it failed" and not (slurm / "jobs").exists()
     assert not list((home / "runs").glob("code/.*"))
 
 
-def test_a_job_that_restarts_without_progress_ends_and_says_what_to_raise(
-        slurm, home, monkeypatch):
-    for name, value in {"SLURM_JOB_ID": "71", "SUBMITIT_EXECUTOR": "slurm",
-                        "SUBMITIT_FOLDER": str(home)}.items():
+def test_a_job_that_restarts_without_progress_ends_and_says_what_to_raise(slurm, home, monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "71", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(home)}.items():
         monkeypatch.setenv(name, value)
     home.mkdir()
     one = runs_of(home)[0]
@@ -338,8 +330,7 @@ def test_a_job_that_restarts_without_progress_ends_and_says_what_to_raise(
 @pytest.mark.parametrize("age_s, step_s, note", [(50, 1, ""), (300, 1, r", no step for 3\d\d s"),
                                                  (300, 100, ""),
                                                  (600, 100, r", no step for 6\d\d s")])
-def test_status_tells_of_a_run_that_stands_still(
-        age_s, step_s, note, slurm, home, monkeypatch, capsys):
+def test_status_tells_of_a_run_that_stands_still(age_s, step_s, note, slurm, home, monkeypatch, capsys):
     one, now = runs_of(home)[0], time.time()
     claim = Claim(one.folder)
     claim.take()

@@ -26,8 +26,7 @@ from tests import forked
 from train import TrainConfig, train
 
 TESTS = Path(__file__).parent
-MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
-                  emb_dim=16, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1, emb_dim=16, num_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,7 @@ def configs(base):
 @pytest.fixture(scope="module")
 def alone(folder, configs):
     """One process: what all others must agree with."""
-    return {name: train(config, folder / "alone" / name, quiet=True)
-            for name, config in configs.items()}
+    return {name: train(config, folder / "alone" / name, quiet=True) for name, config in configs.items()}
 
 
 def free_port():
@@ -140,13 +138,11 @@ def close(one, two, rtol, rtol_evaluation):
     np.testing.assert_allclose(*bits, rtol=rtol_evaluation)
 
 
-@pytest.mark.parametrize("processes, name, of, rtol, rtol_evaluation", [
-    ("two", "float32", "float32", 1e-5, 1e-6), ("three", "float32", "float32", 1e-5, 1e-6),
-    ("three", "labels", "labels", 1e-5, 1e-6), ("three", "float64", "float64", 1e-10, 1e-10),
-    ("three", "switches", "switches", 1e-10, 1e-10), ("three", "micro", "float64", 1e-10, 1e-10)])
-def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(
-        request, folder, processes, name, of, rtol, rtol_evaluation):
-    close(request.getfixturevalue(processes) / name, folder / "alone" / of, rtol, rtol_evaluation)
+@pytest.mark.parametrize("name, of, rtol, rtol_evaluation", [
+    ("float32", "float32", 1e-5, 1e-6), ("labels", "labels", 1e-5, 1e-6), ("float64", "float64", 1e-10, 1e-10),
+    ("switches", "switches", 1e-10, 1e-10), ("micro", "float64", 1e-10, 1e-10)])
+def test_losses_and_evaluation_do_not_depend_on_the_number_of_processes(three, folder, name, of, rtol, rtol_evaluation):
+    close(three / name, folder / "alone" / of, rtol, rtol_evaluation)
 
 
 def test_micro_batches_of_one_process_agree(folder, configs, alone):
@@ -154,7 +150,8 @@ def test_micro_batches_of_one_process_agree(folder, configs, alone):
     close(folder / "micro", folder / "alone/float64", 1e-10, 1e-10)
 
 
-def test_every_process_returns_the_result_and_one_writes(together, alone):
+def test_every_process_returns_the_result_and_one_writes(together, folder, alone):
+    close(together / "float32", folder / "alone/float32", 1e-5, 1e-6)
     notes = sorted(together.glob("float32-rank-*.json"))
     results = [json.loads(path.read_text()) for path in notes]
     assert len(results) == int(together.name) and all(result == results[0] for result in results)
@@ -169,8 +166,7 @@ def test_a_restart_with_as_many_processes_has_the_same_bits(three, folder, confi
     jobs = {"first-half": (configs["float32"], {})}
     launch(folder, 3, jobs, folder / "alone/float32")
     assert "resumed at step 2" in (three / "first-half/log.txt").read_text()
-    resumed, unbroken = (read_tensors(three / name / "checkpoint.pt")["model"]
-                         for name in ("first-half", "float32"))
+    resumed, unbroken = (read_tensors(three / name / "checkpoint.pt")["model"] for name in ("first-half", "float32"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
     assert np.array_equal(losses(three / "first-half"), losses(three / "float32"))
 
@@ -180,16 +176,13 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_processes(three, folder, 
     assert state["processes"] == 3
     train(configs["float64"], three / "half", quiet=True)  # goes on alone
     close(three / "half", folder / "alone/float64", 1e-10, 1e-10)
-    shared, alone = (read_tensors(path / "checkpoint.pt")
-                     for path in (three / "half", folder / "alone/float64"))
+    shared, alone = (read_tensors(path / "checkpoint.pt") for path in (three / "half", folder / "alone/float64"))
     assert shared.keys() == alone.keys() and shared["model"].keys() == alone["model"].keys()
-    assert all(tensor.shape == alone["model"][name].shape
-               for name, tensor in shared["model"].items())
+    assert all(tensor.shape == alone["model"][name].shape for name, tensor in shared["model"].items())
 
 
 def test_evaluation_is_shared_out_image_by_image(together, folder, base, alone):
-    bits = evaluate(load_jet(folder / "alone/float32"), np.load(base.data)[:13], draws=2,
-                    batch_size=4, per_image=True)
+    bits = evaluate(load_jet(folder / "alone/float32"), np.load(base.data)[:13], draws=2, batch_size=4, per_image=True)
     for path in together.glob("bits-rank-*.json"):
         assert json.loads(path.read_text()) == bits["bits_per_dim_per_image"].tolist()
 
@@ -197,8 +190,7 @@ def test_evaluation_is_shared_out_image_by_image(together, folder, base, alone):
 @pytest.mark.parametrize("name, message", [
     ("other", "processes for a batch of . images"), ("torn", "checkpoint.pt: empty")])
 def test_what_one_process_refuses_all_refuse(three, name, message):
-    errors = [json.loads(path.read_text())["error"]
-              for path in three.glob(f"{name}-rank-*.json")]
+    errors = [json.loads(path.read_text())["error"] for path in three.glob(f"{name}-rank-*.json")]
     assert len(errors) == 3
     for error in errors:
         assert re.search(message, error)
@@ -209,8 +201,7 @@ def test_parts_make_up_the_batch(base, source):
     images = load_images(base.data, "train")
     whole = training_batch(images, 10, 3, 7)
     slices = [slice(rank * 10 // 3, (rank + 1) * 10 // 3) for rank in range(3)]
-    parts = [next(training_batches(images, 10, 3, [7], source=source, part=part))
-             for part in slices]
+    parts = [next(training_batches(images, 10, 3, [7], source=source, part=part)) for part in slices]
     assert torch.equal(torch.cat(parts), whole) and [len(part) for part in parts] == [3, 3, 4]
 
 

@@ -55,8 +55,7 @@ def settings(config):
 
 
 def test_every_experiment_is_here():
-    scripts = [path for path in (ROOT / "experiments").glob("*.py")
-               if "EXPERIMENT = Experiment(" in path.read_text()]
+    scripts = [path for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT = Experiment(" in path.read_text()]
     assert {path.stem for path in scripts} >= set(COUNTS)
     for path in scripts:
         assert experiment(path.stem).EXPERIMENT.name == path.stem
@@ -117,10 +116,8 @@ def values_of(name, scale):
 
 @pytest.mark.parametrize("scale", style.SCALES)
 def test_the_grids_are_those_of_the_paper_s_figures(scale):
-    widths = {"smoke": (16, 32), "small": (16, 32, 64), "medium": (64, 128, 256),
-              "paper": (128, 256, 512, 768)}[scale]
-    assert values_of("compare_vit_cnn", scale) == [
-        (block, str(width)) for block in ("vit", "cnn") for width in widths]
+    widths = {"smoke": (16, 32), "small": (16, 32, 64), "medium": (64, 128, 256), "paper": (128, 256, 512, 768)}[scale]
+    assert values_of("compare_vit_cnn", scale) == [(block, str(width)) for block in ("vit", "cnn") for width in widths]
     assert values_of("ablate_block_depth", scale) == [(depth,) for depth in "123456"]
     assert values_of("ablate_layers", scale) == list(itertools.product(("False", "True"), repeat=2))
     assert values_of("ablate_splits", scale) == list(itertools.product(
@@ -134,8 +131,7 @@ def test_the_grids_are_those_of_the_paper_s_figures(scale):
 def test_paper_scale_has_the_two_known_sizes_and_the_official_recipe():
     def sizes(name):
         return {num_parameters(run.config.model): run.config for run in runs_of(name, "paper")}
-    for name in ("compare_vit_cnn", "ablate_splits", "ablate_layers", "ablate_coupling", "scaling",
-                 "main_results"):
+    for name in ("compare_vit_cnn", "ablate_splits", "ablate_layers", "ablate_coupling", "scaling", "main_results"):
         official = TrainConfig(precision="bfloat16")
         assert official in [point.config for point in experiment(name).configs("paper")], name
     for name in ("scaling", "main_results"):
@@ -196,8 +192,7 @@ def test_committed_rows_are_those_of_the_grid(path, tmp_path):
     seeds, points = sorted(rows["seed"].unique().tolist()), declared.configs("small")
     _, _, rates = search.runs_of_search(parent, "small", tmp_path, path.parent)
     runs = make_runs(declared, "small", seeds, ROOT, rates=rates)
-    wanted = {(run.run_id, run.config.init, *values.values())
-              for run in runs for values in run.points}
+    wanted = {(run.run_id, run.config.init, *values.values()) for run in runs for values in run.points}
     found = zip(rows["run_id"], rows["init"].fillna(""), *(rows[name] for name in declared.swept))
     assert set(found) == wanted and set(rows["grid_points"]) == {len(points)}
     assert len(rows) == 2 * len(seeds) * len(points)
@@ -242,11 +237,9 @@ def test_what_is_told_otherwise_are_the_weights_that_were_told_the_labels():
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_dry_run_at_paper_scale_tells_count_parameters_flops_and_gpu_hours(
-        name, capsys, monkeypatch, tmp_path):
+def test_dry_run_at_paper_scale_tells_count_parameters_flops_and_gpu_hours(name, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("JET_DATA", raising=False)
-    sweep.main(experiment(name).EXPERIMENT,
-               ["--scale", "paper", "--dry-run", "--runs-dir", str(tmp_path)])
+    sweep.main(experiment(name).EXPERIMENT, ["--scale", "paper", "--dry-run", "--runs-dir", str(tmp_path)])
     lines, runs = capsys.readouterr().out.splitlines(), runs_of(name, "paper")
     assert max(map(len, lines)) <= 100
     said = " ".join(lines[1 + len(runs):])
@@ -261,8 +254,7 @@ def test_dry_run_at_paper_scale_tells_count_parameters_flops_and_gpu_hours(
             "H100 at 40% (assumed) of its peak in bfloat16 ") in said
 
 
-@pytest.mark.parametrize("name", ["compare_vit_cnn", "ablate_splits", "ablate_layers",
-                                  "ablate_block_depth", "scaling"])
+@pytest.mark.parametrize("name", ["compare_vit_cnn", "ablate_splits", "ablate_layers", "ablate_block_depth", "scaling"])
 def test_flops_of_the_grid_are_those_that_pytorch_counts(name):
     for config in {point.config.model for point in experiment(name).configs("smoke")}:
         kinds = tuple(dict.fromkeys(config.kinds))  # a coupling of each

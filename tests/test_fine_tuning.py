@@ -22,8 +22,7 @@ from jet import JetConfig, bits_per_dim
 from train import TrainConfig, train, weights_names
 
 GOLDEN = Path(__file__).parent / "golden"
-MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
-                  emb_dim=8, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,7 @@ def folder(tmp_path_factory):
 def first(folder):
     """A finished run: pretraining."""
     np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
-    config = TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=16, total_steps=6,
-                         lr=1e-2)
+    config = TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=16, total_steps=6, lr=1e-2)
     train(config, folder / "first", quiet=True)
     return config
 
@@ -90,8 +88,7 @@ def test_the_first_step_sees_the_given_weights_and_fresh_moments(first, folder, 
     assert {state["step"].item() for state in moments.values()} == {1}
 
 
-@pytest.mark.parametrize("changes", [{}, {"actnorm": True, "invertible_dense": True}],
-                         ids=["plain", "switches"])
+@pytest.mark.parametrize("changes", [{}, {"actnorm": True, "invertible_dense": True}], ids=["plain", "switches"])
 def test_four_steps_are_two_and_two_without_the_first_weights(first, config, tmp_path, changes):
     model = dataclasses.replace(MODEL, **changes)
     before = dataclasses.replace(first, model=model)
@@ -134,8 +131,7 @@ def test_no_steps_evaluate_the_given_weights(first, folder, config, tmp_path):
 def test_what_does_not_fit_is_refused_in_one_line(first, folder, config, tmp_path):
     def refused(match, error=TrainingError, init_from=folder / "first", **changes):
         with pytest.raises(error, match=match) as raised:
-            train(dataclasses.replace(config, **changes), tmp_path / "run", init_from=init_from,
-                  quiet=True)
+            train(dataclasses.replace(config, **changes), tmp_path / "run", init_from=init_from, quiet=True)
         assert "\n" not in str(raised.value) and not (tmp_path / "run/checkpoint.pt").exists()
 
     refused(f"begins with the weights {first.hash}: give the run folder", init_from=None)
@@ -155,8 +151,7 @@ def test_what_does_not_fit_is_refused_in_one_line(first, folder, config, tmp_pat
 def test_the_command_line_takes_the_model_from_the_weights(first, folder, tmp_path, capsys, monkeypatch):
     read, real = [], checkpoint.read_tensors
     monkeypatch.setattr(checkpoint, "read_tensors", lambda path: read.append(path) or real(path))
-    flags = ["--data", first.data, "--batch_size", "16", "--total_steps", "2", "--run-dir",
-             str(tmp_path / "run")]
+    flags = ["--data", first.data, "--batch_size", "16", "--total_steps", "2", "--run-dir", str(tmp_path / "run")]
     more = ["--init-from", str(folder / "first"), "--lr", "1e-3"]
     train_module.main([*flags, *more])
     assert len(read) == 2  # for the configuration, and to begin: they may be large

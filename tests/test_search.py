@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import train
-from data import SETS, load_images
+from data import SETS
 from harness.host import ROOT
 from paper_figures.results_csv import read_results
 from sweeps import cluster, search, sweep
@@ -38,8 +37,7 @@ def quick(monkeypatch):
     """A search of two steps on embedded images, evaluated on eight of each split."""
     monkeypatch.setattr(search, "DATA", "cifar10-subset-vehicles")
     monkeypatch.setattr(search, "EPOCHS", 0.02)
-    monkeypatch.setattr(train, "load_images", lambda name, split, root=None: load_images(
-        name, split, root).first(8 if split == "test" else None))
+    tiny_experiment.evaluate_few(monkeypatch)
     # learning rates are a column that may differ at this scale, too
     monkeypatch.setattr("paper_figures.results_csv.SEARCHED", ("smoke", "small"))
 
@@ -114,7 +112,8 @@ def test_what_waits_for_its_rate_is_shown_and_has_no_folder(tmp_path, capsys):
 
 def test_shards_bring_the_search_of_their_arms_and_merge_to_the_whole(finished, tmp_path):
     for part, left in (("1", ()), ("2", ("*_search_smoke",))):  # one has all runs, the other only those of the grids
-        shutil.copytree(finished / "runs", tmp_path / part / "runs", ignore=shutil.ignore_patterns("checkpoint*", *left))
+        ignored = shutil.ignore_patterns("checkpoint*", *left)
+        shutil.copytree(finished / "runs", tmp_path / part / "runs", ignore=ignored)
     for part in ("1/2", "2/2"):
         run(tmp_path / part[0], "--shard", part)
         for path in (tmp_path / part[0] / "results").rglob("*.csv"):

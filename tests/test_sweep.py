@@ -17,8 +17,6 @@ import pytest
 import torch
 
 import recipe
-import train as train_module
-from data import load_images
 from experiments import ablate_coupling
 from harness import run_folder
 from harness.claim import Claim
@@ -66,10 +64,8 @@ def csv(folder, name="tiny_experiment_smoke.csv"):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_images():
-    """Runs are evaluated on eight images of each split."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train_module, "load_images", lambda name, split, root=None: load_images(
-            name, split, root).first(8 if split == "test" else None))
+        tiny_experiment.evaluate_few(monkeypatch)
         yield
 
 
@@ -83,14 +79,9 @@ def finished(few_images, tmp_path_factory):
 @pytest.fixture
 def forked_workers(monkeypatch):
     """Processes of --jobs begin as forks of this one, without seconds of imports, and are told what can be pickled."""
-    def begin(content):
-        target, args = pickle.loads(content)
-        target(*args)
-
     def process(target, args):
-        return forked.FORK.Process(target=begin, args=[pickle.dumps((target, args))])
-    contexts = {"spawn": SimpleNamespace(Process=process)}
-    monkeypatch.setattr(local.multiprocessing, "get_context", contexts.__getitem__)
+        return forked.FORK.Process(target=target, args=pickle.loads(pickle.dumps(args)))
+    monkeypatch.setattr(local.multiprocessing, "get_context", {"spawn": SimpleNamespace(Process=process)}.__getitem__)
 
 
 # ---- the grid of Figure 4
@@ -105,8 +96,7 @@ def coupling_runs(scale):
 
 
 def coupling_config(scale, ratio, split):
-    run, = [run for run in coupling_runs(scale)
-            if {"coupling_ratio": ratio, "spatial_split": split} in run.points]
+    run, = [run for run in coupling_runs(scale) if {"coupling_ratio": ratio, "spatial_split": split} in run.points]
     return run.config
 
 
@@ -116,8 +106,7 @@ def test_grid_covers_every_ratio_and_split_once(scale, count):
     assert len(runs) == count == len({run.config.model.coupling_splits for run in runs})
     covered = [tuple(values.values()) for run in runs for values in run.points]
     assert sorted(covered) == sorted(itertools.product(RATIOS[scale], SPLITS))
-    assert [tuple(point.values(SWEPT).values()) for point in points] == list(
-        itertools.product(RATIOS[scale], SPLITS))
+    assert [tuple(point.values(SWEPT).values()) for point in points] == list(itertools.product(RATIOS[scale], SPLITS))
     assert len({dataclasses.replace(point.config, model=JetConfig()) for point in points}) == 1
     assert len({point.config.model.num_couplings for point in points}) == 1
 
@@ -125,8 +114,7 @@ def test_grid_covers_every_ratio_and_split_once(scale, count):
 def test_points_with_the_same_couplings_share_a_run():
     shared = [[tuple(values.values()) for values in run.points]
               for run in coupling_runs("small") if len(run.points) > 1]
-    assert shared == [[("channel-only", split) for split in SPLITS],
-                      [("8:1", "checkerboard"), ("8:1", "mix")]]
+    assert shared == [[("channel-only", split) for split in SPLITS], [("8:1", "checkerboard"), ("8:1", "mix")]]
 
 
 def test_mix_takes_one_of_each_family_first_when_there_are_few():
@@ -200,8 +188,7 @@ def test_a_lost_csv_comes_back_from_the_runs(finished):
 
 def test_sigkill_in_the_middle_and_the_same_command_give_the_same_rows(finished, tmp_path):
     killed = started(tmp_path, "--seeds", "9", "--checkpoint-every-s", "0")
-    while not (list(tmp_path.glob("runs/*/*/done.json"))
-               and len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) > 1):
+    while not (list(tmp_path.glob("runs/*/*/done.json")) and len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) > 1):
         assert killed.is_alive()
     killed.kill()
     killed.join()
@@ -277,8 +264,7 @@ def same_rows(one, two, seeds=2):
 
 def each_run_once(folder, count):
     logs = [path.read_text() for path in folder.glob("runs/*/*/log.txt")]
-    return len(logs) == count and all(
-        log.count("started at step 0") == log.count("finished") == 1 for log in logs)
+    return len(logs) == count and all(log.count("started at step 0") == log.count("finished") == 1 for log in logs)
 
 
 def test_jobs_at_the_same_time_give_the_same_rows(finished, tmp_path, forked_workers):
@@ -332,8 +318,7 @@ def test_runs_begin_with_the_weights_of_the_run_before_them(tmp_path, forked_wor
 
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])
-def test_what_begins_with_a_failed_run_fails_with_it_and_is_fixed_by_the_same_command(
-        tmp_path, forked_workers, flags):
+def test_what_begins_with_a_failed_run_fails_with_it_and_is_fixed_by_the_same_command(tmp_path, forked_workers, flags):
     first = tiny_runs(tmp_path, experiment=CHAIN)[0].folder
     first.parent.mkdir(parents=True)
     first.touch()  # where its folder would have to be
@@ -373,8 +358,7 @@ def test_points_with_the_same_couplings_are_trained_once_and_have_rows_of_their_
     assert "2 runs in" in out and each_run_once(tmp_path, 2)
     assert rows["heads"].tolist() == ["one", "one", "two", "two", "three", "three"]
     assert set(rows["grid_points"]) == {3} and "|" not in csv(tmp_path).read_text()
-    one, three = (rows[rows["heads"] == name].drop(columns="heads").reset_index(drop=True)
-                  for name in ("one", "three"))
+    one, three = (rows[rows["heads"] == name].drop(columns="heads").reset_index(drop=True) for name in ("one", "three"))
     assert one.equals(three)
     assert set(rows["run_id"]) == {path.name for path in tmp_path.glob("runs/*/*/")}
     assert one["run_id"][0].startswith("one_seed0_")
@@ -552,8 +536,7 @@ def test_all_runs_of_a_grid_are_trained_in_the_precision_asked_for(tmp_path, cap
             assert message.format(state) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny_experiment_smoke.csv",
-                                  "tiny_experiment_smoke.shard-1-of-2.csv"])
+@pytest.mark.parametrize("name", ["tiny_experiment_smoke.csv", "tiny_experiment_smoke.shard-1-of-2.csv"])
 @pytest.mark.parametrize("flags", [(), ("--collect",), ("--shard", "2/2"), ("--wait", "--collect")])
 def test_a_csv_never_loses_the_runs_of_another_precision(finished, tmp_path, name, flags):
     path, before = csv(tmp_path, name), csv(finished).read_bytes()
