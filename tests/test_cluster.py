@@ -335,7 +335,7 @@ def test_status_tells_of_a_run_that_stands_still(age_s, step_s, note, slurm, hom
     claim = Claim(one.folder)
     claim.take()
     for name in ("log.txt", "metrics.csv"):
-        (one.folder / name).write_text(f"4,32,5.0,1.0,0.01,{4 * step_s}.0\n")
+        (one.folder / name).write_text(f"2,16,5.0,1.0,0.01,{2 * step_s}.0\n")
         os.utime(one.folder / name, (now - age_s,) * 2)
     (slurm / "queue").write_text(f"{JOB['name']}|71|RUNNING|None\n")
     (one.folder / "job.json").write_text(json.dumps(JOB))
