@@ -50,9 +50,10 @@ def storing(monkeypatch):
 
 
 def random_jet(seed=0, std=0.1, **changes):
-    """A tiny Jet whose every parameter is random."""
+    """A tiny Jet, with a coupling of each kind, whose every parameter is random."""
     torch.manual_seed(seed)
-    tiny = {"image_size": 4, "patch_size": 2, "num_couplings": 3, "block_depth": 1, "emb_dim": 8, "num_heads": 2}
+    tiny = {"image_size": 4, "patch_size": 2, "num_couplings": 2, "kinds": ("channels", "spatial"), "block_depth": 1,
+            "emb_dim": 8, "num_heads": 2}
     jet = Jet(JetConfig(**{**tiny, **changes})).double()
     with torch.no_grad():
         for parameter in jet.parameters():
@@ -66,8 +67,8 @@ def random_images(n, height=4, width=4, channels=3, seed=0):
 
 @pytest.fixture(scope="module")
 def crops():
-    """Real images, (300, 4, 4, 3)."""
-    return load_images("cifar10-subset", "test").array[:300, 12:16, 12:16].copy()
+    """Real images, (100, 4, 4, 3)."""
+    return load_images("cifar10-subset", "test").array[:100, 12:16, 12:16].copy()
 
 
 def comes_back(jet, images):
@@ -258,7 +259,7 @@ def test_images_come_back(crops, kinds, mode, switches):
 
 @pytest.mark.parametrize("changes", [
     {"image_size": (8, 4), "patch_size": 2}, {"image_size": (2, 6), "patch_size": 1, "channels": 2},
-    {"channels": 1}, {"num_couplings": 6, "image_size": 8}, {"scale_factor": 4.0}, {"scale_factor": 0.3}], ids=str)
+    {"channels": 1}, {"num_couplings": 3, "image_size": 8}, {"scale_factor": 4.0}, {"scale_factor": 0.3}], ids=str)
 def test_other_shapes_and_scales_come_back(changes):
     jet = random_jet(std=0.5, **changes)
     channels, height, width = jet.config.image_shape
@@ -306,8 +307,8 @@ def test_extreme_images_come_back():
     black, white = np.zeros((4, 4, 3)), np.full((4, 4, 3), 255)
     extremes = [black, white, ramp, ramp[::-1], (ramp % 32 > 15) * 255, random_images(1)[0]]
     images = np.array(2 * extremes, np.uint8)
-    for seed, std in enumerate((0.1, 0.3, 0.6)):
-        comes_back(random_jet(seed, std, num_couplings=6), images)
+    for seed, std in enumerate((0.1, 0.6)):
+        comes_back(random_jet(seed, std, num_couplings=4), images)
 
 
 @pytest.mark.parametrize("changes", [
@@ -333,9 +334,9 @@ def test_the_net_code_length_is_the_bound(crops, changes):
 
 def test_no_image_takes_more_than_its_pixels_and_the_header(storing, crops):
     jet, rng = random_jet(std=0.03), np.random.default_rng(0)
-    noise, flat = random_images(10), np.full((3, 4, 4, 3), 7, np.uint8)
-    images = np.concatenate([crops[:20], noise])[rng.permutation(30)]
-    for some in (crops[:1], noise[:1], noise, flat[:1], images, np.concatenate([noise[:2], crops[:20], flat])):
+    noise, flat = random_images(5), np.full((3, 4, 4, 3), 7, np.uint8)
+    images = np.concatenate([crops[:10], noise])[rng.permutation(15)]
+    for some in (crops[:1], noise[:1], noise, flat[:1], images, np.concatenate([noise[:2], crops[:10], flat])):
         content, about = comes_back(jet, some)
         header = 8 * (HEADER + file_format.DIGEST_BYTES) + about["header_bits"]
         assert 8 * len(content) - header <= 8 * some.size
@@ -352,12 +353,12 @@ def test_noise_among_images_is_stored_and_they_are_not(storing, crops):
         for coupling in jet.couplings:
             coupling.net.final_proj.bias[6:] = 3.0
     images = crops // 4 + np.uint8(96)
-    images[[150, 151, 260]] = random_images(3)
+    images[[50, 51, 86]] = random_images(3)
     _, about = comes_back(jet, images)
     assert about["borrowed_bits"] == 0 and 0 < about["stored_bits"]
     told = bound(jet, images[about["coded"]], about["noise"])
     assert about["net_bits"] / 48 / len(told) == pytest.approx(told.mean(), abs=2e-3)
-    assert {150, 151, 260}.isdisjoint(about["coded"]) and len(about["coded"]) > 200
+    assert {50, 51, 86}.isdisjoint(about["coded"]) and len(about["coded"]) > 66
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8, 1), (5, 7, 3), (4, 6, 2), (1, 1, 1), (2, 3, 5)])
@@ -517,7 +518,7 @@ def test_a_body_that_lies_is_noticed(jet, content):
     for size in (0, 4, 8):
         refused(jet, signed(content[:body + size] + b"\xff" * 8 + content[body + size + 8:]))
     first = len(content) - 32 - 4 * len(words)  # words that are read last: these give other pixels
-    for place in [*range(first + 3, first + 9), *np.linspace(body, len(content) - 33, 14).astype(int)]:
+    for place in [*range(first + 3, first + 9), *np.linspace(body, len(content) - 33, 8).astype(int)]:
         refused(jet, signed(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]))
 
 
@@ -638,7 +639,7 @@ def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(crops, m
     fragile, plain = encode(jet, images)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0.05)
     content, about = encode(jet, images)
-    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 100
+    assert file_format.read_file(content)[0]["ties"] and about["ties"] > 50
     assert about["net_bits"] == plain["net_bits"]
     monkeypatch.setattr(Coupling, "affine", elsewhere)
     monkeypatch.setattr(lifting, "NEAR_TIE", 0)  # a reader has the file's word alone
@@ -647,7 +648,7 @@ def test_a_rounding_that_another_machine_does_otherwise_does_not_matter(crops, m
 
 
 def test_float64_leaves_few_roundings_open(jet, crops):
-    about = encode(jet, crops[:100])[1]
+    about = encode(jet, crops)[1]
     assert about["ties"] < 50 and about["header_bits"] < 8 * 2000
 
 
