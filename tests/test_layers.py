@@ -54,9 +54,17 @@ def import_graph(sources):
     """{module: the modules of these that it imports, at its top or in a function}."""
     graph = {}
     for module, text in sources.items():
-        names = {name for node in ast.walk(ast.parse(text)) for name in imported(node, module)}
+        names = {name for node in statements(ast.parse(text)) for name in imported(node, module)}
         graph[module] = {name for name in names if name in sources and name != module}
     return graph
+
+
+def statements(node):
+    """The statements of a module, and those within them; no expression holds any."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
+            yield child
+            yield from statements(child)
 
 
 def imported(node, module):

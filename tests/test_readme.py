@@ -1,5 +1,6 @@
 """The pages: README within its bounds, links that lead somewhere, and commands that exist."""
 import ast
+import functools
 import re
 import runpy
 import shlex
@@ -86,6 +87,7 @@ def test_commands_name_scripts_that_are_there(page):
             assert arguments[0] in ("export", "pack"), arguments
 
 
+@functools.cache
 def flags_of_commands():
     """{(script, subcommand): {flag: the pages that use it}} over all pages."""
     used = {}
@@ -167,7 +169,8 @@ def test_every_known_image_set_is_on_the_page_of_image_sets():
 def test_the_experiment_of_the_page_runs_and_draws(tmp_path):
     page = (ROOT / "docs/changing.md").read_text()
     (code,) = re.findall(r'^    """Which .*?^        sweep.main\(EXPERIMENT\)$', page, re.M | re.S)
-    code = textwrap.dedent(code).replace("num_couplings=10", "num_couplings=2").replace("steps=80", "steps=2")
+    code = textwrap.dedent(code).replace("cifar10-subset", "cifar10-subset-vehicles").replace("steps=80", "steps=2")
+    code = code.replace("num_couplings=10", "num_couplings=2").replace("emb_dim=32", "emb_dim=8")
     names = {"__name__": "ablate_scale", "__file__": str(ROOT / EXAMPLE)}
     exec(compile(code, EXAMPLE, "exec"), names)
     folders = [word for name in ("runs", "results", "figures") for word in (f"--{name}-dir", str(tmp_path / name))]
