@@ -17,9 +17,10 @@ from PIL import Image
 import data
 from data import load_images
 from images.folder import seal
-from test_prepare import run
+from test_prepare import run, workers_are_threads
 from test_sources import TEST, TRAIN, binary_cifar, encoded, own_files, pickled_cifar, write_tar, write_tree
 
+pytestmark = pytest.mark.usefixtures("workers_are_threads")
 MUTATIONS = int(os.environ.get("JET_MUTATIONS", 60))
 WORDS = [b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"99999999999", b"-1", b"../../x", b"\x1b[2J\r\n", b"\"", b"[[", b"{"]
 VALUES = [None, True, -1, 0, 2 ** 63, 10 ** 40, 1e308, "", "x\x1b[31m\ny", "../../../x", "a" * 10 ** 5, [], {}, [[]] * 9, {"a": {}}, "f" * 64]

@@ -19,7 +19,7 @@ from test_prepare import run, workers_are_threads
 from test_sources import TEST, TRAIN, binary_cifar, encoded, write_tree
 from tests import forked
 
-PHOTOS = 80
+PHOTOS = 40
 LISTED = f"test: {PHOTOS // 10} held out of {PHOTOS}\n"  # what is said first
 
 
@@ -27,7 +27,7 @@ LISTED = f"test: {PHOTOS // 10} held out of {PHOTOS}\n"  # what is said first
 def photos(tmp_path_factory):
     """Larger JPEGs, of which some are damaged."""
     files = {f"{number:04d}.jpg": encoded(TRAIN[number], "JPEG", (130 + number % 9, 100)) for number in range(PHOTOS)}
-    for number in (5, 60, 79):
+    for number in (5, 30, 39):
         files[f"{number:04d}.jpg"] = b"no image"
     return write_tree(tmp_path_factory.mktemp("photos") / "photos", files)
 
@@ -49,7 +49,7 @@ def finish(*arguments):
 
 def slowly(monkeypatch):
     decode = readers.decode
-    monkeypatch.setattr(readers, "decode", lambda *given: time.sleep(0.01) or decode(*given))
+    monkeypatch.setattr(readers, "decode", lambda *given: time.sleep(0.02) or decode(*given))
 
 
 def contents(folder):
@@ -153,7 +153,7 @@ def test_ctrl_c_ends_in_one_line(photos, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_ends_in_one_line_and_goes_on(photos, tmp_path):
-    for size, begun, reason in ((2 ** 12, "", "files.sqlite: "), (2 ** 19, LISTED, "File too large")):
+    for size, begun, reason in ((2 ** 12, "", "files.sqlite: "), (2 ** 18, LISTED, "File too large")):
         def limit():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
