@@ -247,12 +247,9 @@ def stretch(jet):
 
 @pytest.mark.parametrize("switches", [(), ("actnorm", "invertible_dense")], ids="+".join)
 @pytest.mark.parametrize("mode", ["pairing", "masking"])
-@pytest.mark.parametrize("kinds", [("channels",), ("spatial",), ("channels", "spatial")],
-                         ids="+".join)
-def test_images_come_back(crops, kinds, mode, switches):
-    block = ("vit", "cnn")[(len(kinds) + (mode == "masking") + bool(switches)) % 2]  # with each of the others
-    jet = random_jet(std=0.05, num_couplings=2, kinds=kinds, split_mode=mode, block=block,
-                     **dict.fromkeys(switches, True))
+@pytest.mark.parametrize("block", ["vit", "cnn"])
+def test_images_come_back(crops, block, mode, switches):
+    jet = random_jet(std=0.05, split_mode=mode, block=block, **dict.fromkeys(switches, True))
     _, about = comes_back(stretch(jet), np.concatenate([crops[:5], random_images(1)]))
     assert about["noise"].shape == (6, 4, 4, 3)
 
@@ -279,11 +276,11 @@ def test_any_number_of_images_comes_back(crops, n):
 
 
 def test_a_file_is_the_same_each_time_and_its_reading_changes_nothing(crops):
-    jet, images = random_jet().float(), crops[:20].copy()
+    jet, images = random_jet().float(), crops[:10].copy()
     weights = {name: tensor.clone() for name, tensor in jet.state_dict().items()}
     content, _ = encode(jet, images)
     assert encode(jet, images)[0] == content and np.array_equal(decode(jet, content), images)
-    assert np.array_equal(images, crops[:20])
+    assert np.array_equal(images, crops[:10])
     now = jet.state_dict()
     assert all(torch.equal(tensor, now[name]) and tensor.dtype == now[name].dtype
                for name, tensor in weights.items())
@@ -291,10 +288,10 @@ def test_a_file_is_the_same_each_time_and_its_reading_changes_nothing(crops):
 
 def test_an_accelerated_jet_writes_the_same_file(crops):
     jet = random_jet(emb_dim=16, actnorm=True, invertible_dense=True).float()
-    content, _ = encode(jet, crops[:20])
+    content, _ = encode(jet, crops[:10])
     fast = kernels.accelerate(copy.deepcopy(jet))
-    assert encode(fast, crops[:20])[0] == content
-    assert np.array_equal(decode(fast, content), crops[:20])
+    assert encode(fast, crops[:10])[0] == content
+    assert np.array_equal(decode(fast, content), crops[:10])
 
 
 def test_another_layout_in_memory_changes_nothing(crops):

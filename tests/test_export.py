@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import export, load_jet, main, weights_id
+from convert import export, load_jet, main, opened, weights_id
 from formats import hub
 from formats.jet_pytorch import jet_pytorch_state
 from formats.official import official_tree
@@ -47,8 +47,8 @@ def test_official_trees_come_back_per_tensor(name):
 
 
 def test_jet_pytorch_comes_back_per_tensor():
-    theirs = torch.load(GOLDEN / "jet_pytorch_port.pt", weights_only=True)
-    ours = jet_pytorch_state(load_jet(GOLDEN / "jet_pytorch_port.pt", num_heads=4))
+    weights = opened(GOLDEN / "jet_pytorch_port.pt")
+    theirs, ours = weights.content, jet_pytorch_state(load_jet(weights, num_heads=4))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) and theirs[name].dtype == ours[name].dtype for name in theirs)
 
