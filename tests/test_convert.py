@@ -304,7 +304,7 @@ def test_a_loaded_jet_is_fast_and_a_jet_like_any_other(tmp_path):
     assert jet.double() is jet and torch.equal(jet(x.double())[0], exact(x.double())[0])
 
 
-BARE = [{"num_couplings": 3, "block_depth": 2}, {"block": "cnn", "actnorm": True, "invertible_dense": True}, {"split_mode": "masking"},
+BARE = [{"num_couplings": 3, "block_depth": 3}, {"block": "cnn", "actnorm": True, "invertible_dense": True}, {"split_mode": "masking"},
         {"kinds": ("spatial",)}, {"image_size": (16, 32), "spatial_splits": ("vstripes-inv",)},
         {"kinds": ("channels",)}]
 WRAPPED = {
