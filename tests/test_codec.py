@@ -28,8 +28,6 @@ from jet import Coupling, Jet, JetConfig
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "assets" / "jet_cifar10"
 HEADER = len(file_format.MAGIC) + 8
-
-
 PRIOR = Prior()
 
 
@@ -92,18 +90,15 @@ def random_operation(rng, coder, prior):
     if kind == 0:
         bits = int(rng.integers(1, 31))
         values = rng.integers(0, 2 ** bits, count)
-        return ((lambda: coder.push_bits(values, bits)),
-                (lambda _: np.array_equal(coder.pop_bits(count, bits), values)))
+        return (lambda: coder.push_bits(values, bits)), (lambda _: np.array_equal(coder.pop_bits(count, bits), values))
     if kind == 1:
         bits = int(rng.integers(1, 31))
-        return ((lambda: coder.pop_bits(count, bits)),
-                (lambda popped: coder.push_bits(popped, bits) is None))
+        return (lambda: coder.pop_bits(count, bits)), (lambda popped: coder.push_bits(popped, bits) is None)
     if kind == 2:
         m = int(rng.integers(3, 9))
         z = rng.normal(size=count) * 10 ** rng.uniform(-2, 2.5) / lifting.delta(m)
         z = z.astype(np.int64)
-        return ((lambda: prior.push(coder, z, m)),
-                (lambda _: np.array_equal(prior.pop(coder, count, m), z)))
+        return (lambda: prior.push(coder, z, m)), (lambda _: np.array_equal(prior.pop(coder, count, m), z))
     x, shift = coder.lanes[:rng.integers(1, len(coder.lanes) + 1)], rng.integers(0, 31)
     shift = np.maximum(rng.integers(0, 31, len(x)), 12) if shift else np.zeros(len(x), np.int64)
     p = rng.integers(2 ** 12, 2 ** 13, len(x)) if shift.all() else rng.integers(1, 3, len(x))
@@ -223,8 +218,7 @@ def test_a_latent_costs_its_normal_density(noise_bits):
 def test_latents_beyond_the_tables_come_back_and_are_counted(noise_bits):
     prior, step = PRIOR, 1 / lifting.delta(noise_bits)
     last = int(prior.ends[-1]) << noise_bits - 2
-    z = np.array([0, -1, last - 1, -last, last, -last - 1, int(65 * step), -int(1e4 * step),
-                  2 ** 46 - 1, -2 ** 46, 5])
+    z = np.array([0, -1, last - 1, -last, last, -last - 1, int(65 * step), -int(1e4 * step), 2 ** 46 - 1, -2 ** 46, 5])
     coder = full_coder(np.random.default_rng(0), 3)
     lanes, words = coder.lanes.copy(), coder.words.copy()
     assert prior.push(coder, z, noise_bits) == 6
@@ -439,8 +433,7 @@ def test_other_weights_are_refused(content):
 
 
 def test_another_config_is_refused(content):
-    for changes in ({"scale_factor": 2.5}, {"norm_eps": 1e-5}, {"gelu": "exact"},
-                    {"image_size": (16, 8)}):
+    for changes in ({"scale_factor": 2.5}, {"norm_eps": 1e-5}, {"gelu": "exact"}, {"image_size": (16, 8)}):
         refused(random_jet(**changes), content, "another config")
 
 
@@ -485,26 +478,20 @@ def test_a_header_that_was_written_again_is_none_that_lies(jet, content, crops):
 
 
 @pytest.mark.parametrize("changes", [
-    {"batches": [6]}, {"batches": [1, 1, 4]}, {"batches": [1, 1]}, {"batches": []},
-    {"batches": [1] * 7}, {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": [-1, 1, 1, 1, 1, 1]},
-    {"batches": [-2, 1, 1, 1, 1, 1]}, {"batches": [-3, 1, 1, 1, 1, 1]}, {"batches": [1, 1, 1, 1, 1, 0]},
-    {"batches": [1, 1, 1, 1, 1, -2]}, {"batches": [0] * 6}, {"batches": [-1] * 6},
-    {"batches": [6, -1]}, {"batches": None}, {"batches": 5}, {"batches": "111111"},
-    {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2},
-    {"words": lambda n: n + 2},
-    {"words": 0}, {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None},
-    {"words": "7"},
-    {"shape": [6, 4, 4]}, {"shape": [7, 4, 4, 3]}, {"shape": [6, 4, 4, 1]}, {"shape": [6, 4, 4, 6]},
-    {"shape": [6, 2, 8, 3]},
-    {"shape": [6, 4, 4, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None},
-    {"shape": {"8": 8}},
-    {"shape": [10 ** 15, 4, 4, 3], "batches": [10 ** 15]},
-    {"pixels": "0" * 64}, {"pixels": 1}, {"weights": None}, {"config": "0" * 32}, {"bits": None},
-    {"ties": 3}, {"ties": [1]}, {"ties": [[0, 0, "bias", [[10 ** 9, 1]]]]},
-    {"ties": [[0, 0, "bias", [["a", "b"]]]]},
+    {"batches": [6]}, {"batches": [1, 1, 4]}, {"batches": [1, 1]}, {"batches": []}, {"batches": [1] * 7},
+    {"batches": [0, 1, 1, 1, 1, 1]}, {"batches": [-1, 1, 1, 1, 1, 1]}, {"batches": [-2, 1, 1, 1, 1, 1]},
+    {"batches": [-3, 1, 1, 1, 1, 1]}, {"batches": [1, 1, 1, 1, 1, 0]}, {"batches": [1, 1, 1, 1, 1, -2]},
+    {"batches": [0] * 6}, {"batches": [-1] * 6}, {"batches": [6, -1]}, {"batches": None}, {"batches": 5},
+    {"batches": "111111"}, {"words": lambda n: n - 1}, {"words": lambda n: n + 1}, {"words": lambda n: n - 2},
+    {"words": lambda n: n + 2}, {"words": 0}, {"words": -1}, {"words": 1e9}, {"words": 10 ** 30}, {"words": None},
+    {"words": "7"}, {"shape": [6, 4, 4]}, {"shape": [7, 4, 4, 3]}, {"shape": [6, 4, 4, 1]}, {"shape": [6, 4, 4, 6]},
+    {"shape": [6, 2, 8, 3]}, {"shape": [6, 4, 4, 3.0]}, {"shape": [6, 2 ** 40, 2 ** 40, 3]}, {"shape": None},
+    {"shape": {"8": 8}}, {"shape": [10 ** 15, 4, 4, 3], "batches": [10 ** 15]}, {"pixels": "0" * 64}, {"pixels": 1},
+    {"weights": None}, {"config": "0" * 32}, {"bits": None}, {"ties": 3}, {"ties": [1]},
+    {"ties": [[0, 0, "bias", [[10 ** 9, 1]]]]}, {"ties": [[0, 0, "bias", [["a", "b"]]]]},
     {"ties": [[0, 0, "bias", 7]]}, {"ties": [[0, 0, "scale", [[0, 10 ** 30]]]]},
-    {"ties": [[0, 0, "scale", [[0, 0]]]]},
-    {"ties": [[0, 0, "scale", [[0, 10 ** 15]]]]}, {"ties": [[[0], 0, "bias", []]]}], ids=" ".join)
+    {"ties": [[0, 0, "scale", [[0, 0]]]]}, {"ties": [[0, 0, "scale", [[0, 10 ** 15]]]]},
+    {"ties": [[[0], 0, "bias", []]]}], ids=" ".join)
 def test_a_header_that_lies_is_noticed(jet, content, changes):
     refused(jet, with_header(content, **changes))
 
@@ -520,8 +507,7 @@ def test_a_body_that_lies_is_noticed(jet, content):
 
 
 def test_what_is_no_file_of_ours_is_refused(jet, content):
-    for other in (b"", b"\0", b"JET", b"JETCODEC", bytes(1000), b"\x89PNG" * 50,
-                  np.random.default_rng(0).bytes(500)):
+    for other in (b"", b"\0", b"JET", b"JETCODEC", bytes(1000), b"\x89PNG" * 50, np.random.default_rng(0).bytes(500)):
         refused(jet, other)
     for text in (b"", b"{", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 10 ** 5, b"NaN"):
         refused(jet, signed(content[:HEADER - 4] + struct.pack("<I", len(text)) + text + bytes(32)))
@@ -568,10 +554,8 @@ def test_what_is_no_file_is_not_read(tiny, tmp_path, kind):
 # ---- what cannot be written
 
 @pytest.mark.parametrize("images", [
-    random_images(3, channels=1), random_images(3, height=2),
-    random_images(3).transpose(0, 3, 1, 2), random_images(0), random_images(3)[0],
-    random_images(3)[None],
-    random_images(3).astype(np.int64), random_images(3) / 255],
+    random_images(3, channels=1), random_images(3, height=2), random_images(3).transpose(0, 3, 1, 2), random_images(0),
+    random_images(3)[0], random_images(3)[None], random_images(3).astype(np.int64), random_images(3) / 255],
                          ids=lambda images: f"{images.dtype} {images.shape}")
 def test_images_that_do_not_fit_are_refused(jet, images):
     with pytest.raises(CodecError, match="this Jet takes uint8") as error:
@@ -672,8 +656,7 @@ def file(tmp_path_factory):
 
 
 def test_a_fresh_process_with_other_threads_decodes(file, tmp_path):
-    done = subprocess.run([sys.executable, "codec.py", "decode", file,
-                           "--checkpoint", RUN / "checkpoint.pt",
+    done = subprocess.run([sys.executable, "codec.py", "decode", file, "--checkpoint", RUN / "checkpoint.pt",
                            "--threads", "2", "--out", tmp_path / "images.npy"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

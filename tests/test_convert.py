@@ -69,8 +69,7 @@ def test_official_config_is_read_off_the_file():
     config = load_jet(GOLDEN / "jet_nonsquare_ext.npz").config
     assert (config.image_size, config.patch_size, config.num_couplings) == ((24, 16), 4, 7)
     assert (config.block_depth, config.emb_dim, config.num_heads) == (1, 12, 4)
-    assert config.kinds == ("channels", "spatial", "spatial", "channels", "spatial", "spatial",
-                            "channels")
+    assert config.kinds == ("channels", "spatial", "spatial", "channels", "spatial", "spatial", "channels")
     assert config.spatial_splits == SPATIAL_SPLITS[:4]
     assert (config.gelu, config.norm_eps, config.scale_factor) == ("tanh", 1e-6, 2.0)
 
@@ -103,11 +102,9 @@ SPATIAL_MASKS = "params/spatial_coupling_masks-FREEZE_ME"
     (lambda tree: tree.pop(f"{DNN}/posemb"), "not an official parameter tree .*posemb"),
     (lambda tree: tree.pop(f"{DNN}/final_proj/bias"), "final_proj/bias"),
     (lambda tree: tree.pop("params/channel_coupling_masks-FREEZE_ME"), "channel_coupling_masks"),
-    (lambda tree: tree.update({f"{DNN}/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}),
-     "do not fit"),
+    (lambda tree: tree.update({f"{DNN}/init_proj/kernel": np.zeros((6, 5, 24), np.float32)}), "do not fit"),
     (lambda tree: tree.update({KEY: tree[KEY].swapaxes(2, 3)}), "key: kernel"),
-    (lambda tree: tree.update({f"{DNN}/vit/encoderblock_0/LayerNorm_9/scale": np.ones((6, 24))}),
-     "unknown leaf"),
+    (lambda tree: tree.update({f"{DNN}/vit/encoderblock_0/LayerNorm_9/scale": np.ones((6, 24))}), "unknown leaf"),
     (lambda tree: tree.update({SPATIAL_MASKS: np.ones((6, 16, 16))}), "not one-hot"),
     (lambda tree: tree.update({SPATIAL_MASKS: np.stack([np.eye(16)] * 6)}), "none of the known"),
 ])
@@ -255,8 +252,7 @@ def run_dir(tmp_path):
     """A run folder with the checkpoints of steps 1 and 2."""
     for step in (1, 2):
         torch.manual_seed(step)
-        save_checkpoint(tmp_path, {"step": step, "config": {"model": vars(CONFIG)},
-                                   "model": Jet(CONFIG).state_dict()})
+        save_checkpoint(tmp_path, {"step": step, "config": {"model": vars(CONFIG)}, "model": Jet(CONFIG).state_dict()})
     return tmp_path
 
 
@@ -289,8 +285,7 @@ def test_a_loaded_jet_is_fast_and_a_jet_like_any_other(tmp_path):
     plain, x = Jet(config), torch.rand(2, 3, 8, 8)
     for parameter in plain.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    save_checkpoint(tmp_path, {"step": 1, "config": {"model": vars(config)},
-                               "model": plain.state_dict()})
+    save_checkpoint(tmp_path, {"step": 1, "config": {"model": vars(config)}, "model": plain.state_dict()})
     jet = load_jet(tmp_path)
     if kernels.compiled.library():
         assert kernels.used_by(jet) == "C"
@@ -304,15 +299,14 @@ def test_a_loaded_jet_is_fast_and_a_jet_like_any_other(tmp_path):
     assert jet.double() is jet and torch.equal(jet(x.double())[0], exact(x.double())[0])
 
 
-BARE = [{"num_couplings": 3, "block_depth": 3}, {"block": "cnn", "actnorm": True, "invertible_dense": True}, {"split_mode": "masking"},
-        {"kinds": ("spatial",)}, {"image_size": (16, 32), "spatial_splits": ("vstripes-inv",)},
-        {"kinds": ("channels",)}]
+BARE = [{"num_couplings": 3, "block_depth": 3}, {"block": "cnn", "actnorm": True, "invertible_dense": True},
+        {"split_mode": "masking"}, {"kinds": ("spatial",)}, {"kinds": ("channels",)},
+        {"image_size": (16, 32), "spatial_splits": ("vstripes-inv",)}]
 WRAPPED = {
     "alone": lambda state: state, "state_dict": lambda state: {"state_dict": state},
     "model, step": lambda state: {"model": state, "step": 3, "optimizer": {"state": {}}},
     "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    "_orig_mod.": lambda state: {f"module._orig_mod.{name}": tensor
-                                 for name, tensor in state.items()},
+    "_orig_mod.": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     "compiled couplings": lambda state: {re.sub(r"^(couplings\.\d+)\.", r"\1._orig_mod.", name): tensor
                                          for name, tensor in state.items()},
     "parameters": lambda state: {name: torch.nn.Parameter(tensor) if tensor.is_floating_point()
@@ -403,10 +397,10 @@ def peak_mib():
 def test_a_small_npz_with_a_large_appetite_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "NPZ_BYTES", files.NPZ_BYTES // 8)
     path = tmp_path / "weights.npz"
+    header = {"descr": "<f4", "fortran_order": False}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("a.npy", "w") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
-                                                        "shape": (3 * 2 ** 22,)})
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (3 * 2 ** 22,)})
             for _ in range(3):
                 file.write(bytes(2 ** 24))
     assert path.stat().st_size < 2 ** 18
@@ -415,8 +409,7 @@ def test_a_small_npz_with_a_large_appetite_is_refused(tmp_path, monkeypatch):
         load_jet(path)
     with zipfile.ZipFile(path, "w") as archive:  # a header that promises more than there is
         with archive.open("a.npy", "w") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False,
-                                                        "shape": (2 ** 40,)})
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (2 ** 40,)})
     with pytest.raises(CheckpointError, match="needs more bytes"):
         load_jet(path)
     assert peak_mib() - before < 38

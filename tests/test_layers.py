@@ -138,8 +138,7 @@ def lines_with(module, text):
 
 @pytest.mark.parametrize("module, text, line", [
     ("jet", "import harness.flags", "jet imports harness.flags: jet may import nothing of ours"),
-    ("harness.flags", "def f():\n    from train import train",
-     "harness.flags imports train: harness may import jet"),
+    ("harness.flags", "def f():\n    from train import train", "harness.flags imports train: harness may import jet"),
     ("harness.flags", "from .. import data", "harness.flags imports data: "),
     ("sweeps.sweep", "from paper_figures.style import x",
      "sweeps.sweep imports paper_figures.style: sweeps may import jet"),
