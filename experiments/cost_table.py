@@ -3,6 +3,7 @@
     python experiments/cost_table.py > docs/cost.md      # half a minute, no GPU
 """
 import dataclasses
+import functools
 import importlib
 import itertools
 import sys
@@ -69,8 +70,18 @@ but the last {BUCKET / 2 ** 20:.0f} MiB beside backward; Adam on every GPU at
 
 
 def coupling_bytes(config, precision):
-    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds."""
+    """Bytes per image that one coupling keeps for backward, the mean of a cycle of kinds.
+
+    Counted with one block and with two: each further one keeps as much as the second.
+    """
     cycle = dataclasses.replace(config, num_couplings=len(config.kinds))
+    one, two = (_counted_bytes(dataclasses.replace(cycle, block_depth=depth), precision)
+                for depth in (1, min(2, config.block_depth)))
+    return one + (config.block_depth - 1) * (two - one)
+
+
+@functools.cache
+def _counted_bytes(cycle, precision):
     with torch.device("meta"):  # sizes, and no values
         jet = Jet(cycle)
     with FakeTensorMode(allow_non_fake_inputs=True):
