@@ -9,7 +9,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -33,24 +32,37 @@ from harness.run_folder import RunLog, is_running, read_done, read_error, read_p
 from harness.signals import Signals
 from jet import JetConfig
 from tests import forked
+import train as train_module
 from train import TrainConfig, train
 
-MODEL = JetConfig(image_size=8, num_couplings=2, kinds=("channels", "spatial"), block_depth=1,
-                  emb_dim=8, num_heads=2)
+MODEL = JetConfig(image_size=8, num_couplings=1, kinds=("channels",), block_depth=1, emb_dim=8,
+                  num_heads=2)
+train_module.code_version = functools.cache(train_module.code_version)
 
 
-@pytest.fixture
-def config(tmp_path):
-    np.save(tmp_path / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
-    return TrainConfig(model=MODEL, data=str(tmp_path / "images.npy"), batch_size=8, total_steps=6,
+def config_of(folder):
+    np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:40, ::4, ::4])
+    return TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=8, total_steps=6,
                        lr=1e-2)
 
 
 @pytest.fixture
-def whole(tmp_path, config):
+def config(tmp_path):
+    return config_of(tmp_path)
+
+
+@pytest.fixture
+def short(config):
+    """Of a run of which a step is enough."""
+    return dataclasses.replace(config, total_steps=1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
     """The checkpoint of an unbroken run."""
-    train(config, tmp_path / "whole", quiet=True)
-    return read_tensors(tmp_path / "whole/checkpoint.pt")
+    folder = tmp_path_factory.mktemp("whole")
+    train(config_of(folder), folder / "run", quiet=True)
+    return read_tensors(folder / "run/checkpoint.pt")
 
 
 def same_weights(run_dir, state):
@@ -72,7 +84,7 @@ def steps_of_checkpoints(run_dir):
 def held(folder, **changes):
     """A claim file by somebody who is not this process."""
     folder.mkdir(exist_ok=True)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead = subprocess.Popen(["true"])
     dead.wait()
     claim = {"host": "elsewhere", "pid": dead.pid, "machine": this_machine(), "started": 1,
              "job": None, "token": "x"} | changes
@@ -209,15 +221,15 @@ def test_a_process_that_lost_its_claim_writes_no_more(tmp_path, config, monkeypa
     assert not (tmp_path / "run/error.txt").exists() and not (tmp_path / "run/done.json").exists()
 
 
-def test_a_run_that_another_process_has_finished_meanwhile_is_not_done_again(tmp_path, config,
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_done_again(tmp_path, short,
                                                                              monkeypatch):
     def other(self, wait_s, original=Claim.take):
         monkeypatch.undo()
-        train(config, tmp_path / "run", quiet=True)
+        train(short, tmp_path / "run", quiet=True)
         original(self, wait_s)
     monkeypatch.setattr(Claim, "take", other)
     monkeypatch.setattr(run_folder, "save_checkpoint", None)
-    assert train(config, tmp_path / "run", quiet=True)["num_images"] == 40
+    assert train(short, tmp_path / "run", quiet=True)["num_images"] == 40
     assert (tmp_path / "run/log.txt").read_text().count("finished") == 1
 
 
@@ -316,14 +328,14 @@ def test_a_file_is_whole_whatever_writes_it_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_leftovers_of_killed_writers_are_removed(tmp_path, config):
+def test_leftovers_of_killed_writers_are_removed(tmp_path, short):
     for name in (".checkpoint.pt.0123.tmp", ".claim.json.4567.tmp"):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path, older_than_s=60)
     assert len(list(tmp_path.glob(".*"))) == 2
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.checkpoint.pt.0123.tmp").write_text("x")
-    train(config, tmp_path / "run", stop_after=1, quiet=True)
+    train(short, tmp_path / "run", stop_after=1, quiet=True)
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -424,10 +436,10 @@ def test_a_signal_stops_a_run_with_a_checkpoint_of_that_step(tmp_path, config, m
     assert same_weights(tmp_path / "run", whole)
 
 
-def test_who_wants_more_steps_is_told_how(tmp_path, config):
-    train(config, tmp_path / "run", quiet=True)
-    longer = dataclasses.replace(config, total_steps=config.total_steps + 1)
-    with pytest.raises(TrainingError, match="total_steps was 6 and is now 7.*--init-from"):
+def test_who_wants_more_steps_is_told_how(tmp_path, short):
+    train(short, tmp_path / "run", quiet=True)
+    longer = dataclasses.replace(short, total_steps=short.total_steps + 1)
+    with pytest.raises(TrainingError, match="total_steps was 1 and is now 2.*--init-from"):
         train(longer, tmp_path / "run", quiet=True)
 
 
@@ -463,9 +475,9 @@ def test_an_evaluation_that_was_stopped_is_done_again(tmp_path, config, monkeypa
 
 
 def flags_of(config, run_dir):
-    return ["--data", config.data, "--batch_size", "8", "--total_steps", "3000", "--model.num_couplings", "2",
+    return ["--data", config.data, "--batch_size", "8", "--total_steps", "3000", "--model.num_couplings", "1",
             "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2", "--model.kinds", "channels",
-            "spatial", "--run-dir", str(run_dir)]
+            "--run-dir", str(run_dir)]
 
 
 def after_the_first_step(run_dir, is_running):
@@ -521,18 +533,18 @@ def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_p
     ignored.join(60)
 
 
-def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path, config):
-    train(config, tmp_path / "one", quiet=True)
-    other = dataclasses.replace(config, seed=1)
+def test_the_result_of_another_run_is_not_taken_for_this_ones(tmp_path, short):
+    train(short, tmp_path / "one", quiet=True)
+    other = dataclasses.replace(short, seed=1)
     (tmp_path / "two").mkdir()
     (tmp_path / "two/done.json").write_bytes((tmp_path / "one/done.json").read_bytes())
     with pytest.raises(TrainingError, match="two/done.json belongs .* seed was 0 and is now 1"):
         train(other, tmp_path / "two", quiet=True)
-    assert train(config, tmp_path / "one", quiet=True)["config"]["seed"] == 0
+    assert train(short, tmp_path / "one", quiet=True)["config"]["seed"] == 0
     # the same images at another path are the same run
-    np.save(tmp_path / "again.npy", np.load(config.data))
-    moved = dataclasses.replace(config, data=str(tmp_path / "again.npy"))
-    os.unlink(config.data)
+    np.save(tmp_path / "again.npy", np.load(short.data))
+    moved = dataclasses.replace(short, data=str(tmp_path / "again.npy"))
+    os.unlink(short.data)
     assert train(moved, tmp_path / "one", quiet=True)["config"]["seed"] == 0
 
 
@@ -556,9 +568,9 @@ def test_a_result_that_no_run_can_have_is_refused_in_one_line(tmp_path, finished
     assert str(error.value).isprintable() and len(str(error.value)) < 500 + len(str(tmp_path))
 
 
-def test_one_image_has_no_standard_error(tmp_path, config):
-    np.save(tmp_path / "one.npy", np.load(config.data)[:1])
-    alone = dataclasses.replace(config, data=str(tmp_path / "one.npy"), batch_size=1)
+def test_one_image_has_no_standard_error(tmp_path, short):
+    np.save(tmp_path / "one.npy", np.load(short.data)[:1])
+    alone = dataclasses.replace(short, data=str(tmp_path / "one.npy"), batch_size=1)
     done = train(alone, tmp_path / "run", quiet=True)
     assert train(alone, tmp_path / "run", quiet=True)["num_images"] == done["num_images"] == 1
 
@@ -574,12 +586,12 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["log.txt", "metrics.csv", "lock"])
-def test_nothing_is_written_through_a_link_in_a_run_folder(tmp_path, config, name):
+def test_nothing_is_written_through_a_link_in_a_run_folder(tmp_path, short, name):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     with contextlib.suppress(TrainingError, OSError):
-        train(config, tmp_path / "run", quiet=True)
+        train(short, tmp_path / "run", quiet=True)
     assert (tmp_path / "mine").read_text() == "precious"
 
 
@@ -593,7 +605,7 @@ def test_a_lock_cuts_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "done.json", "claim.json", "metrics.csv",
                                   "error.txt", "checkpoint.pt"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "deep", "bytes", "folder"])
-def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, config, name, kind):
+def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, short, name, kind):
     path = tmp_path / "run" / name
     path.parent.mkdir()
     if kind == "pipe":
@@ -607,7 +619,7 @@ def test_what_is_no_file_of_ours_ends_in_one_line(tmp_path, config, name, kind):
     previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
     signal.alarm(60)
     try:
-        train(config, path.parent, quiet=True)
+        train(short, path.parent, quiet=True)
     except (UserError, OSError) as error:
         line = printable(one_line(error))
         assert (name if name != "claim.json" else "another process") in line
@@ -632,8 +644,7 @@ def half_done(tmp_path_factory):
     """(the configuration of a run that was stopped, its checkpoint's content)."""
     folder = tmp_path_factory.mktemp("half_done")
     np.save(folder / "images.npy", load_images("cifar10-subset", "train").array[:8, ::4, ::4])
-    config = TrainConfig(model=dataclasses.replace(MODEL, num_couplings=1, kinds=("channels",)),
-                         data=str(folder / "images.npy"), batch_size=4, total_steps=3)
+    config = TrainConfig(model=MODEL, data=str(folder / "images.npy"), batch_size=4, total_steps=3)
     train(config, folder / "run", stop_after=2, quiet=True)
     return config, torch.load(folder / "run/checkpoint.pt", weights_only=True)
 
