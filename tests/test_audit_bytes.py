@@ -1,6 +1,7 @@
 """An adapter's number has a file that a fresh process decodes, or the certificate says why not."""
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from experiments import audit_bpd
 from test_audit_corpus import AFFINE, IMAGES
 from test_audit_faults import LocalWorker, write_set
 from test_codec import random_jet
+from tests import forked
 
 FAST = ["--draws", "1", "--iw", "1", "--jacobians", "1", "--threads", "1"]
 
@@ -95,7 +97,12 @@ def test_the_size_of_the_weights_stands_beside_the_file(tmp_path, monkeypatch):
         f"its weight files have 928, its code {len(AFFINE)}")
 
 
-def test_a_jet_s_images_come_back_in_a_fresh_process_and_cost_what_they_should(tmp_path, monkeypatch):
+def test_a_jet_s_images_come_back_in_another_process_and_cost_what_they_should(tmp_path, monkeypatch):
+    def run(command, **_):  # in a fork: a fresh process decodes an adapter's, above
+        process = forked.start(*command[1:])
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode, stderr="")
+    monkeypatch.setattr(code_length, "subprocess", SimpleNamespace(run=run))
     jet, path = random_jet(std=0.02, image_size=8, patch_size=4), tmp_path / "jet.pt"
     for coupling in jet.couplings:  # flat images take less than their pixels
         coupling.net.final_proj.bias.data[24:] = 3.0
