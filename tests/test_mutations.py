@@ -11,10 +11,10 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -29,14 +29,16 @@ import codec
 import convert
 import evaluate
 import train
-from audit import certificates
+from audit import adapters, certificates
 from data import fingerprint
 from experiments import audit_bpd, plot_run, throughput
 from grid_rows import grid_rows
+from harness import files
 from harness.claim import this_machine
 from jet import Jet, JetConfig
-from paper_figures import figure3, figure4, figure5, tables, training
+from paper_figures import figure3, figure4, figure5, style, tables
 from paper_figures import throughput as throughput_figure
+from tests import forked
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 COUNT = int(os.environ.get("JET_MUTATIONS", 1))
@@ -54,6 +56,18 @@ def forward(x):
 def inverse(z):
     return z / 2, z.new_full((len(z),), -0.6931471805599453 * z[0].numel())
 """
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Adapters begin as forks, and of figures all is drawn but the pixels, where it comes to stand."""
+    def save(figure, *_):
+        figure.set_layout_engine("none")
+        figure.draw_without_rendering()
+        style.plt.close(figure)
+        return []
+    monkeypatch.setattr(style, "save", save)
+    monkeypatch.setattr(adapters, "subprocess", forked.SUBPROCESS)
 
 
 # ---- what is mutated: one whole file of each format, and the command that reads it
@@ -168,10 +182,7 @@ def merged(path):
 
 
 def plotted(path):
-    with pytest.MonkeyPatch.context() as patch:  # all but the pixels
-        patch.setattr(training.style, "save", lambda figure, *_: figure.draw_without_rendering() or [])
-        plot_run.main([str(path.parent)])
-    training.style.plt.close("all")
+    plot_run.main([str(path.parent)])
 
 
 def packed(path):
@@ -500,42 +511,30 @@ def test_mutated_files_give_a_result_or_one_line(whole, tmp_path):
     assert not faults
 
 
-# A process has, for the system, at least the peak of the one that it was forked from: of this small one, not of pytest.
-WATCH = """if True:
-    import json, os, runpy, sys, torch
-    for number, command in enumerate(json.loads(sys.argv[2])):
-        if not (child := os.fork()):
-            out = os.open(f"{sys.argv[1]}/{number}.txt", os.O_CREAT | os.O_WRONLY)
-            os.dup2(out, 1), os.dup2(out, 2)
-            sys.argv, sys.path[0] = command, os.path.dirname(command[0])
-            runpy.run_path(command[0], run_name="__main__")
-            sys.exit()
-        _, status, used = os.wait4(child, 0)
-        print(os.waitstatus_to_exitcode(status), used.ru_maxrss)
-"""
+def program(command):
+    """(exit code, what was printed, the bytes that it took) of a program in a fork."""
+    before = peak_bytes()
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
+    code, printed, message = ended(lambda path: runpy.run_path(path, run_name="__main__"), sys.argv[0])
+    return code, printed + message, peak_bytes() - before
 
 
-def test_programs_end_in_one_line_and_take_little_memory(whole, tmp_path):
+def test_programs_end_in_one_line_and_take_little_memory(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "NPZ_BYTES", 2 ** 23)
     certificate = json.loads((whole / "certificate.json").read_text())
     certificate["settings"]["model_flags"] = ["--help"]
     certificate["sha256"] = certificates.seal(certificate)
     (tmp_path / "certificate.json").write_text(json.dumps(certificate))
     with zipfile.ZipFile(tmp_path / "weights.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for number, array in enumerate([npy_of(2 ** 20)] * 400):  # a megabyte each, and 5 kilobytes in the archive
+        for number, array in enumerate([npy_of(2 ** 20)] * 20):  # a megabyte each, and 5 kilobytes in the archive
             archive.writestr(f"{number}.npy", array)
-    commands = [["experiments/audit_bpd.py", "--check", str(tmp_path / "certificate.json")],
-                ["evaluate.py", str(tmp_path / "weights.npz"), "--data", str(whole / "set")]]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (4 * MAX_BYTES, 4 * MAX_BYTES))
-    watched = subprocess.run([sys.executable, "-c", WATCH, tmp_path, json.dumps(commands)], cwd=ROOT,
-                             capture_output=True, text=True, preexec_fn=limit)
-    codes, peaks = zip(*(map(int, line.split()) for line in watched.stdout.splitlines()))
-    said = [(tmp_path / f"{number}.txt").read_text() for number in (0, 1)]
-    assert codes == (2, 1), said
-    assert all(text.count("\n") == 1 and len(text) < 2100 and "error: " in text for text in said)
-    assert "its model_flags are none: " in said[0] and "unpacks to" in said[1]
-    assert max(peaks) * 1024 < MAX_BYTES
+    (code, said, taken), (npz_code, npz_said, npz_taken) = forked.each(
+        program, ["experiments/audit_bpd.py", "--check", str(tmp_path / "certificate.json")],
+        ["evaluate.py", str(tmp_path / "weights.npz"), "--data", str(whole / "set")])
+    assert (code, npz_code) == (2, 1)
+    assert all(len(text.splitlines()) == 1 and len(text) < 2100 and "error: " in text for text in (said, npz_said))
+    assert "its model_flags are none: " in said and "unpacks to" in npz_said
+    assert max(taken, npz_taken) < MAX_BYTES // 2
 
 
 def npy_of(size):
