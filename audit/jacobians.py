@@ -251,8 +251,9 @@ def stochastic_logdet(subject, x, label, step, rng):
             w = subject.vjp(x, label, y.view(x.shape)).flatten()
             pairs.append((y, w))
             alphas.append(float(w @ v))
+            Q = torch.stack(basis)
             for _ in range(2):  # all of them, twice: rounding makes them no longer orthogonal
-                w = w - torch.stack(basis).T @ (torch.stack(basis) @ w)
+                w = w - Q.T @ (Q @ w)
             betas.append(float(w.norm()))
             if betas[-1] < 1e-9 * abs(alphas[0]):
                 break
