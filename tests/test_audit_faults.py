@@ -1,4 +1,5 @@
 """An audit passes what is sound, and each fault is caught by the check that is there for it."""
+import functools
 import json
 import math
 import shutil
@@ -10,11 +11,12 @@ import torch
 import evaluate
 import jet as jet_module
 import kernels
-from audit import adapters, estimate, worker
+from audit import adapters, estimate, protocol, worker
+from audit import audit as whole_audit
 from audit.claims import Claim, verdict
 from audit.images import check_data
 from convert import load_jet
-from data import ImageSet, fingerprint, load_images
+from data import ImageSet, evaluation_noise, fingerprint, load_images
 from experiments import audit_bpd
 from harness.checkpoint import weights_checksum
 from jet import Coupling, Jet, JetConfig
@@ -22,7 +24,7 @@ from tests import forked
 
 IMAGES = load_images("cifar10-subset", "test").array[:144, :8, :8]
 SUPPORTS, WORKER = kernels.supports, adapters.Worker
-FAST = ["--codelength", "0", "--draws", "2", "--iw", "4", "--jacobians", "1", "--threads", "1"]
+FAST = ["--codelength", "0", "--draws", "2", "--iw", "2", "--jacobians", "1", "--threads", "1"]
 
 
 class LocalWorker:
@@ -40,24 +42,30 @@ class LocalWorker:
         wanted = [[kind, shape], [kind, shape[:1]]][:1 if name == "vjp" else 2]
         head = {"name": name, "wanted": wanted, "shape": tuple(arrays[0].shape), "dtype": str(arrays[0].dtype)[6:],
                 "bfloat16": False, **how}
-        content = [array.contiguous().numpy().tobytes() for array in arrays]
+        content = [array.contiguous().numpy() for array in arrays]
         try:
             body, parts = worker.run(self.model, head, content)
         except Exception as error:
             raise adapters.AuditError(f"{name} failed ({error})") from None
         if parts != wanted:
             raise adapters.AuditError(f"{name} returned {parts}")
-        found = []
-        for dtype, shape in parts:
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            found.append(torch.from_numpy(np.frombuffer(body[:size], dtype).reshape(shape).copy()))
-            body = body[size:]
-        return found
+        values = torch.from_numpy(np.frombuffer(body, kind).copy()).split([math.prod(shape) for _, shape in parts])
+        return [part.view(shape) for part, (_, shape) in zip(values, parts)]
+
+
+whole_audit.code_version = functools.cache(whole_audit.code_version)
+
+
+@functools.cache
+def noise_made_once(indices, *key):
+    return evaluation_noise(indices, *key)
 
 
 @pytest.fixture(autouse=True)
 def local(monkeypatch):
     monkeypatch.setattr(adapters, "Worker", LocalWorker)
+    for module in (evaluate, estimate, protocol):  # many audits are of the same images
+        monkeypatch.setattr(module, "evaluation_noise", lambda indices, *key: noise_made_once(tuple(indices), *key).clone())
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -254,6 +262,7 @@ def images_doubled_in_the_mean(monkeypatch):
 def test_fault_in_the_code_is_caught_by_its_check(tmp_path, run, folder, monkeypatch, fault,
                                                   caught_by):
     fault(monkeypatch)
+    monkeypatch.setattr(protocol, "IMAGES", 4)  # for none is caught there
     code, certificate = audit(tmp_path, "--checkpoint", run, "--data", folder)
     assert code == 1 and caught_by <= set(failed(certificate))
 

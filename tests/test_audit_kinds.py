@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_audit_corpus import AFFINE, IMAGES, audit, bits_of, corners, local
+from test_audit_corpus import AFFINE, IMAGES, QUICK, audit, bits_of, corners, local
 from test_audit_faults import write_set
 
 SET = np.concatenate([IMAGES[:144], IMAGES[144:]])
@@ -119,11 +119,11 @@ def bits(images):
     ids=["list with a prior", "density of z", "own noise", "variational noise", "a class", "an object", "vectors", "density beside it",
          "own noise of 5 bits"])
 def test_maps_of_every_kind_are_certified(audit, source):
-    assert audit(source)[:2] == ("certified", "")
+    assert audit(source, "--jacobians", "2")[:2] == ("certified", "")
 
 
 def test_five_bits_are_counted_as_such_and_named(audit):
-    found, reasons, certificate = audit(AFFINE + "BITS = 5")
+    found, reasons, certificate = audit(AFFINE + "BITS = 5", *QUICK)
     assert (found, reasons) == ("certified", "")
     levels = (IMAGES[144:] >> 3).astype(float)
     square = (((levels + 0.5) / 15.5 - 1 + 0.05) ** 2 + 1 / 12 / 15.5 ** 2) / 0.48 ** 2
@@ -135,11 +135,11 @@ def test_five_bits_are_counted_as_such_and_named(audit):
 def test_one_channel(audit, tmp_path):
     grey = IMAGES[:, :, :, :1]
     folder = write_set(tmp_path / "grey", grey[:144].copy(), grey[144:].copy())
-    assert audit(AFFINE, data=folder)[:2] == ("certified", "")
+    assert audit(AFFINE, *QUICK, data=folder)[:2] == ("certified", "")
 
 
 def test_labels_are_those_of_the_images(audit, labelled, corners):
-    found, reasons, certificate = audit(CONDITIONAL, data=labelled["classes"])
+    found, reasons, certificate = audit(CONDITIONAL, *QUICK, data=labelled["classes"])
     assert (found, reasons) == ("certified", "")
     s, m = 0.3 + 0.02 * LABELS[144:], (LABELS[144:] + 0.5) * 26 / 127.5 - 1
     x = (IMAGES[144:] + 0.5) / 127.5 - 1
@@ -185,6 +185,7 @@ def test_of_a_density_alone_it_is_said_that_nothing_shows_it_is_one(audit, sourc
 
 # ---- cheats of each kind
 
+BY_LABEL = "labels that add to the log-det"  # not at every image
 CHEATS = {
     "a density too high": (but(LOG_PROB, "flatten(1).sum(1)", "flatten(1).sum(1) + 2.0 * x[0].numel()"),
                            "refuted", "noise of known entropy"),
@@ -247,7 +248,7 @@ def dequantize_inverse(images, x):
 """, "refuted", "Inverse"),
     "a dequantizer without an inverse": (but(OWN_NOISE, "def dequantize_inverse", "def lost"),
                                          "not certified", "of its dequantizer"),
-    "labels that add to the log-det": (but(CONDITIONAL, "return (x - m) / s, -192 * s.flatten().log()",
+    BY_LABEL: (but(CONDITIONAL, "return (x - m) / s, -192 * s.flatten().log()",
                                            "return (x - m) / s, -192 * s.flatten().log() + 30 * (y > 2)"),
                                        "refuted", "log-det"),
 }
@@ -256,7 +257,7 @@ def dequantize_inverse(images, x):
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_of_each_kind_is_told(audit, labelled, name):
     source, expected, reason = CHEATS[name]
-    found, reasons, _ = audit(source, data=labelled["classes"])
+    found, reasons, _ = audit(source, "--jacobians", "4" if name == BY_LABEL else "2", data=labelled["classes"])
     assert found == expected and reason in reasons, reasons
 
 
@@ -277,7 +278,7 @@ def inverse(z, y):
 
 def test_labels_that_name_the_image_are_refuted(audit, labelled, tmp_path):
     np.save(tmp_path / "test.npy", IMAGES[144:])
-    found, reasons, _ = audit(MEMORISED.format(path=f"{tmp_path}/test.npy"), data=labelled["names"])
+    found, reasons, _ = audit(MEMORISED.format(path=f"{tmp_path}/test.npy"), *QUICK, data=labelled["names"])
     assert found == "refuted" and "Data: labels" in reasons and "images much like these" in reasons
 
 
@@ -290,7 +291,7 @@ def test_labels_that_name_the_image_are_refuted(audit, labelled, tmp_path):
     (BITS, ["--claim-bound", "exact", "--claim-dequantization", "none"], "not certified: Identity")])
 def test_a_claim_is_held_to_what_the_model_measures(audit, source, flags, expected):
     bits = bits_of(audit, source)
-    found, reasons, certificate = audit(source, "--claim", f"{bits:.2f}", *flags)
+    found, reasons, certificate = audit(source, "--claim", f"{bits:.2f}", *flags, *QUICK)
     assert f"{found}: {reasons}".startswith(expected)
     assert "claim" in reasons or certificate["verdict"]["result"] == "reproduced"
 
