@@ -32,12 +32,10 @@ from harness.run_folder import RunLog, is_running, read_done, read_error, read_p
 from harness.signals import Signals
 from jet import JetConfig
 from tests import forked
-import train as train_module
 from train import TrainConfig, train
 
 MODEL = JetConfig(image_size=8, num_couplings=1, kinds=("channels",), block_depth=1, emb_dim=8,
                   num_heads=2)
-train_module.code_version = functools.cache(train_module.code_version)
 
 
 def config_of(folder):

@@ -42,7 +42,6 @@ from train import TrainConfig, train
 ROOT = Path(__file__).resolve().parents[1]
 ONE = JetConfig(image_size=8, num_couplings=1, kinds=("channels", "spatial"), block_depth=1, emb_dim=8, num_heads=2)
 MODEL = dataclasses.replace(ONE, num_couplings=2)
-train_module.code_version = functools.cache(train_module.code_version)
 
 
 def save_images(folder):
