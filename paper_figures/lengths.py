@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-from paper_figures import inference, style
+from paper_figures import inference, regime, style
 from paper_figures.inference import Arms, Contrast, quantile
 from paper_figures.per_image import read_per_image
-from paper_figures.regime import epochs_of
 from paper_figures.results_csv import final_rows
 
 POINT = ("block", "block_depth", "emb_dim", "patch_size", "epochs")
@@ -34,7 +33,8 @@ def read(path, rows, experiment):
     import pandas as pd  # takes half a second: imported where it is used
     both = pd.concat([rows[rows["seed"] == 0].drop(columns="epochs", errors="ignore"),
                       more.drop(columns="epochs")], ignore_index=True)
-    both["epochs"] = [f"{epochs_of(both.loc[[index]])[0]:g}" for index in both.index]
+    runs = zip(both["dataset"], both["total_steps"], both["batch_size"])
+    both["epochs"] = [f"{regime.epochs(*run):g}" for run in runs]
     return both.astype(dict.fromkeys(POINT, str)), images
 
 
