@@ -70,7 +70,7 @@ def read_csv(path, experiment, **options):
         _check_shape(content.decode())
         rows = pd.read_csv(io.BytesIO(content), keep_default_na=False, low_memory=False, **options)
         for name in rows:
-            if not is_numeric_dtype(rows[name]) and not rows[name].map(is_cell).all():
+            if not is_numeric_dtype(rows[name]) and not all(map(is_cell, rows[name])):
                 raise ValueError(f"{name} has a cell that is no line of text")
         return rows
     except FileNotFoundError:
@@ -187,15 +187,17 @@ def _check_values(path, rows, swept):
     for name, (low, high) in {**LIMITS, **MAYBE}.items():
         given = rows[name]
         numbers = given if is_numeric_dtype(given) else given.map(_number)
-        wrong = ~numbers.between(low, high)
+        values = numbers.to_numpy()
+        wrong = ~((low <= values) & (values <= high))
         if name in WHOLE:
-            wrong |= numbers % 1 != 0
+            with np.errstate(invalid="ignore"):  # of inf
+                wrong |= values % 1 != 0
         if name not in swept:  # else it stays text
             rows[name] = numbers
         elif name in WHOLE:
-            wrong |= ~given.str.fullmatch("[0-9]+")
+            wrong |= ~given.str.fullmatch("[0-9]+").to_numpy(bool)
         if name in MAYBE:
-            wrong &= given.notna()
+            wrong &= given.notna().to_numpy()
         if not wrong.any():
             continue
         run_id, value = rows["run_id"][wrong].iloc[0], numbers[wrong].iloc[0]
