@@ -130,9 +130,10 @@ def over_seeds(rows, by):
 
     Runs of different numbers of parameters or compute are never averaged.
     """
-    points = rows.groupby([*by, "train_flops", "num_params"], as_index=False).agg(
-        mean=("bits_per_dim", "mean"), low=("bits_per_dim", "min"), high=("bits_per_dim", "max"),
-        error=("bits_per_dim_se", "max"))
+    groups = rows.groupby([*by, "train_flops", "num_params"])
+    bits, errors = groups["bits_per_dim"], groups["bits_per_dim_se"]
+    points = bits.mean().to_frame("mean").assign(
+        low=bits.min(), high=bits.max(), error=errors.max()).reset_index()
     if rows["seed"].nunique() == 1:
         points = points.assign(low=points["mean"] - points["error"],
                                high=points["mean"] + points["error"])
