@@ -221,10 +221,9 @@ browser = pytest.mark.browser
 if not BROWSER:
     browser = lambda test: pytest.mark.browser(pytest.mark.skip(reason="no Chromium: apt-get install chromium")(test))
 
-# It runs outside the page, which is shown in a frame of a given width, as it is.
+# It runs outside the page, which is shown in a frame of each width, as it is.
 SCRIPT = """
-const frame = document.querySelector("iframe");
-frame.addEventListener("load", () => {
+for (const frame of document.querySelectorAll("iframe")) frame.addEventListener("load", () => {
   const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement, report = {};
   const column = (table, k) => [...table.tBodies[0].rows].map((row) => row.cells[k].textContent);
   report.width = [root.clientWidth, root.scrollWidth];
@@ -260,11 +259,11 @@ frame.addEventListener("load", () => {
       .map((table) => [table.className, table.scrollWidth, table.parentElement.clientWidth, table.textContent.slice(0, 60)]),
   };
   const result = document.createElement("pre");
-  result.id = "report";
+  result.id = frame.id;
   result.textContent = JSON.stringify(report);
   document.body.append(result);
 });
-frame.src = PAGE;
+for (const frame of document.querySelectorAll("iframe")) frame.src = PAGE;
 """
 A4, A4_WIDE = 688, 1047  # pixels between the margins of paper
 
@@ -278,20 +277,18 @@ def run_browser(folder, *flags):
     return ended.stdout, ended.stderr
 
 
-def look(folder, width):
-    """What SCRIPT reports of the committed page at this width, and what the console said."""
-    outside = folder / f"{width}.html"
-    script = SCRIPT.replace("PAGE", json.dumps((SITE / "index.html").as_uri()))
-    outside.write_text(f'<body><iframe style="border: 0; width: {width}px; height: 844px"></iframe><script>{script}</script>')
-    dom, said = run_browser(folder, "--dump-dom", outside.as_uri())
-    (report,) = re.findall(r'<pre id="report">(.*?)</pre>', dom, re.S)
-    return json.loads(html.unescape(report)) | {"console": re.findall(r".*CONSOLE.*", said)}
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser")
-    return {width: look(folder, width) for width in (PHONE, A4, DESK)}
+    """{width: what SCRIPT reports of the committed page, and what the console said at any width}."""
+    folder, widths = tmp_path_factory.mktemp("browser"), (PHONE, A4, DESK)
+    frames = "".join(f'<iframe id="{width}" style="border: 0; width: {width}px; height: 844px"></iframe>' for width in widths)
+    script = SCRIPT.replace("PAGE", json.dumps((SITE / "index.html").as_uri()))
+    (folder / "outside.html").write_text(f"<body>{frames}<script>{script}</script>")
+    dom, said = run_browser(folder, "--dump-dom", (folder / "outside.html").as_uri())
+    found = {int(width): json.loads(html.unescape(report)) | {"console": re.findall(r".*CONSOLE.*", said)}
+             for width, report in re.findall(r'<pre id="(\d+)">(.*?)</pre>', dom, re.S)}
+    assert tuple(sorted(found)) == widths
+    return found
 
 
 @browser
