@@ -41,3 +41,11 @@ def drawn(monkeypatch):
     monkeypatch.setattr(style, "save", lambda figure, name, out_dir: figures.append((figure, name)) or [])
     yield figures
     style.plt.close("all")
+
+
+@pytest.fixture
+def rough(monkeypatch):
+    """Files of figures are small: few pixels, and outlines of letters instead of parts of fonts, which take long."""
+    from paper_figures import style
+    for name, value in (("pdf.fonttype", 3), ("savefig.dpi", 60)):
+        monkeypatch.setitem(style.plt.rcParams, name, value)

@@ -86,9 +86,7 @@ def test_names_come_in_the_known_order_and_then_by_their_numbers():
     assert style.ordered(["12x1", "new", "8x2", "b", "8x1", "a"], ("b", "a")) == ["b", "a", "8x1", "8x2", "12x1", "new"]
 
 
-def test_the_command_line_draws_files_that_are_byte_stable(save, tmp_path, capsys, monkeypatch):
-    for name, value in (("pdf.fonttype", 3), ("savefig.dpi", 60)):  # to put fonts into a PDF in part takes most of the time
-        monkeypatch.setitem(style.plt.rcParams, name, value)
+def test_the_command_line_draws_files_that_are_byte_stable(save, tmp_path, capsys, monkeypatch, rough):
     rows = fixture_rows("medium")
     main("--csv", str(save(rows)), "--out", str(tmp_path / "one"))
     paths = [tmp_path / "one/figure4_medium.pdf", tmp_path / "one/figure4_medium.png"]
