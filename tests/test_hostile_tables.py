@@ -70,7 +70,7 @@ DAMAGES = {
     "a column too few": lambda text: "\n".join(line.partition(",")[2] for line in text.splitlines()),
     "many columns": lambda text: "a," * 10 ** 6 + "a\n",
     "many columns, few bytes": lambda text: "," * 60_000 + "\n",
-    "one cell": lambda text: text + "a" * 10 ** 7, "large": lambda text: "a\n" * 2 ** 24,
+    "one cell": lambda text: text + "a" * 10 ** 6, "large": lambda text: b"a\n" * 2 ** 24,
     "an open quote": lambda text: text.replace(",", ',"', 3),
     "control": lambda text: each_line(text, lambda line: line.replace("a", "\x1b[2J").replace(
         "e", "\x1b[2J")),
@@ -108,8 +108,8 @@ def peak_mib():
     ("coupling", "seed", ["", "0.5", "-1", "9" * 400, "1e400", "nan"]),
     ("coupling", "num_images", ["", "0", "1.5", "nan", "9" * 400]),
     ("coupling", "grid_points", ["", "0", "96.5", "1e9"]), ("coupling", "step", ["", "1.5", "-1"]),
-    *[("coupling", name, ["", "0", "-1", "2.5", "nan", "9" * 400, "x"]) for name in (
-        "num_couplings", "block_depth", "emb_dim", "patch_size", "batch_size", "num_params")],
+    ("coupling", "num_params", ["", "0", "-1", "2.5", "nan", "9" * 400, "x"]), *[("coupling", name, ["0", "2.5", "x"]) for name in (
+        "num_couplings", "block_depth", "emb_dim", "patch_size", "batch_size")],
     ("coupling", "lr", ["", "-1", "nan", "inf", "x"]), ("coupling", "train_flops", ["", "-1", "nan"]),
     ("coupling", "fingerprint", ["", "0" * 63, "g" * 64, "0" * 65]),
     ("coupling", "train_fingerprint", ["", "x"]), ("coupling", "split", ["", "valid"]),
@@ -129,7 +129,7 @@ def test_cells_that_hold_no_such_value_are_refused(tables, tmp_path, which, colu
             csv.writer(file).writerows(rows)
         with pytest.raises(ResultsError) as error:
             read(tmp_path / "in.csv")
-        assert "\n" not in str(error.value) and len(str(error.value)) < 2000, cell
+        assert "\n" not in str(error.value) and len(str(error.value)) < 2000 and "mixes" not in str(error.value), cell
 
 
 def test_the_committed_tables_are_read():

@@ -255,7 +255,7 @@ def test_latex_and_markdown_escape_what_they_would_read():
 
 @pytest.mark.parametrize("experiment", TABLES)
 def test_equal_rows_are_equal_bytes_in_any_order(write, experiment):
-    rows = fixture_rows(experiment, "small", seeds=(0, 1))
+    rows = fixture_rows(experiment, seeds=(0, 1))
     first = write(rows, "one")
     assert first == write(rows.iloc[::-1], "two") == write(rows.sample(frac=1, random_state=0), "three")
     rows["bits_per_dim"] += 0.1
