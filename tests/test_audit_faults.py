@@ -25,6 +25,8 @@ from tests import forked
 IMAGES = load_images("cifar10-subset", "test").array[:144, :8, :8]
 SUPPORTS, WORKER = kernels.supports, adapters.Worker
 FAST = ["--codelength", "0", "--draws", "2", "--iw", "2", "--jacobians", "1", "--threads", "1"]
+made_once = functools.cache(evaluation_noise)
+whole_audit.code_version = functools.cache(whole_audit.code_version)
 
 
 class LocalWorker:
@@ -49,23 +51,16 @@ class LocalWorker:
             raise adapters.AuditError(f"{name} failed ({error})") from None
         if parts != wanted:
             raise adapters.AuditError(f"{name} returned {parts}")
-        values = torch.from_numpy(np.frombuffer(body, kind).copy()).split([math.prod(shape) for _, shape in parts])
+        sizes = [math.prod(shape) for _, shape in parts]
+        values = torch.from_numpy(np.frombuffer(body, kind).copy()).split(sizes)
         return [part.view(shape) for part, (_, shape) in zip(values, parts)]
-
-
-whole_audit.code_version = functools.cache(whole_audit.code_version)
-
-
-@functools.cache
-def noise_made_once(indices, *key):
-    return evaluation_noise(indices, *key)
 
 
 @pytest.fixture(autouse=True)
 def local(monkeypatch):
     monkeypatch.setattr(adapters, "Worker", LocalWorker)
     for module in (evaluate, estimate, protocol):  # many audits are of the same images
-        monkeypatch.setattr(module, "evaluation_noise", lambda indices, *key: noise_made_once(tuple(indices), *key).clone())
+        monkeypatch.setattr(module, "evaluation_noise", lambda indices, *key: made_once(tuple(indices), *key).clone())
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -185,7 +185,6 @@ def test_of_a_density_alone_it_is_said_that_nothing_shows_it_is_one(audit, sourc
 
 # ---- cheats of each kind
 
-BY_LABEL = "labels that add to the log-det"  # not at every image
 CHEATS = {
     "a density too high": (but(LOG_PROB, "flatten(1).sum(1)", "flatten(1).sum(1) + 2.0 * x[0].numel()"),
                            "refuted", "noise of known entropy"),
@@ -248,7 +247,7 @@ def dequantize_inverse(images, x):
 """, "refuted", "Inverse"),
     "a dequantizer without an inverse": (but(OWN_NOISE, "def dequantize_inverse", "def lost"),
                                          "not certified", "of its dequantizer"),
-    BY_LABEL: (but(CONDITIONAL, "return (x - m) / s, -192 * s.flatten().log()",
+    "labels that add to the log-det": (but(CONDITIONAL, "return (x - m) / s, -192 * s.flatten().log()",
                                            "return (x - m) / s, -192 * s.flatten().log() + 30 * (y > 2)"),
                                        "refuted", "log-det"),
 }
@@ -257,7 +256,8 @@ def dequantize_inverse(images, x):
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_of_each_kind_is_told(audit, labelled, name):
     source, expected, reason = CHEATS[name]
-    found, reasons, _ = audit(source, "--jacobians", "4" if name == BY_LABEL else "2", data=labelled["classes"])
+    jacobians = "4" if "labels" in name else "2"  # some images' log-dets are right
+    found, reasons, _ = audit(source, "--jacobians", jacobians, data=labelled["classes"])
     assert found == expected and reason in reasons, reasons
 
 
