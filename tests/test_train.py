@@ -754,13 +754,10 @@ def test_recomputed_activations_take_the_same_memory_at_any_depth(tmp_path):
 
     def measure(couplings):
         def step(*arguments, real=recipe.training_step):
-            def memory(name):
-                return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
-            before = memory("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
+            peak = memory.watch_memory(torch.device("cpu"))
             result = real(*arguments)
             gradients_and_moments = 3 * sum(parameter.nbytes for parameter in arguments[0].parameters())
-            peaks.append(memory("VmHWM") - before - gradients_and_moments)
+            peaks.append(peak() * 2 ** 30 - gradients_and_moments)
             return result
         peaks = []
         recipe.training_step = step  # of this process alone
