@@ -93,7 +93,7 @@ def test_the_command_line_draws_files_that_are_byte_stable(save, tmp_path, capsy
     assert capsys.readouterr().out.split() == list(map(str, paths))
     for one, two in zip(paths, figure4.draw(save(rows), tmp_path / "two"), strict=True):
         assert one.read_bytes() == two.read_bytes() and len(one.read_bytes()) > 5000
-    monkeypatch.delitem(style.METADATA, "pdf")  # it would take time
+    monkeypatch.setattr(style, "METADATA", {"png": style.METADATA["png"]})  # a PDF would take time
     rows["bits_per_dim"] += 0.1
     assert figure4.draw(save(rows), tmp_path / "three")[0].read_bytes() != paths[1].read_bytes()
 
