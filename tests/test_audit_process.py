@@ -121,7 +121,7 @@ def forward(x):
     import os, time
     os.fork()
     time.sleep(99)
-""", 4)], ids=["when it is read", "when it is asked"])
+""", 2)], ids=["when it is read", "when it is asked"])
 def test_one_that_hangs_is_ended_in_one_line(tmp_path, forks, source, limit):
     with pytest.raises(AuditError, match=f"took longer than {limit} s, and was ended: allow more by --adapter-limit"):
         Adapter(make(tmp_path, source), limit=limit)(torch.zeros(2, 3, 4, 4))
