@@ -46,6 +46,11 @@ def _become(program, arguments, out, env, before):
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
     before()
+    become(program, *arguments)
+
+
+def become(program, *arguments):
+    """Run a program in this process, as Python would."""
     sys.argv = [str(program), *map(str, arguments)]
     sys.path.insert(0, os.path.dirname(program))
     runpy.run_path(str(program), run_name="__main__")

@@ -209,10 +209,17 @@ TINY = [str(TESTS.parent / "train.py"), "--data", "cifar10-subset", "--batch_siz
         "1", "--model.emb_dim", "4", "--model.num_heads", "1", "--model.patch_size", "16"]
 
 
-def test_torchrun_starts_the_processes_of_one_run(tmp_path):
-    from torch.distributed.run import main
+def test_torchrun_starts_the_processes_of_one_run(tmp_path, monkeypatch):
+    import torch._dynamo  # noqa: F401  here once for both
+    from torch.distributed import run
+
+    def in_forks(arguments, real=run.config_from_args):
+        config, _, (_, *command) = real(arguments)  # of Python, -u and the command
+        config.start_method = "fork"
+        return config, forked.become, command
+    monkeypatch.setattr(run, "config_from_args", in_forks)
     flags = ["--standalone", "--nproc-per-node", "2", *TINY, "--total_steps", "2", "--run-dir", str(tmp_path / "run")]
-    torchrun = forked.FORK.Process(target=main, args=[flags])  # starts new processes
+    torchrun = forked.FORK.Process(target=run.main, args=[flags])
     torchrun.start()
     torchrun.join(300)
     assert torchrun.exitcode == 0
