@@ -15,6 +15,7 @@ from data import load_images
 from experiments import audit_bpd
 from test_audit_corpus import AFFINE, IMAGES
 from test_audit_faults import LocalWorker, write_set
+from test_audit_process import forks
 from test_codec import random_jet
 from tests import forked
 
@@ -36,7 +37,7 @@ def ended(capsys, *arguments):
     return code, out + err
 
 
-def test_a_whole_audit_leaves_a_file_that_decodes(tmp_path, capsys):
+def test_a_whole_audit_leaves_a_file_that_decodes(tmp_path, capsys, forks):
     folder, model = write_set(tmp_path / "set", IMAGES[:64], IMAGES[64:80]), tmp_path / "model.py"
     model.write_text(AFFINE)
     code, said = ended(capsys, "--adapter", model, "--data", folder, *FAST, "--codelength", 3, "--out", tmp_path / "out")
