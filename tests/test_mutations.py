@@ -89,7 +89,7 @@ def whole(tmp_path_factory):
                     "--out", f"{folder}/images.jet", "--threads", "1"])
         with contextlib.suppress(SystemExit):
             audit_bpd.main(["--checkpoint", f"{folder}/done", "--data", f"{folder}/set", *FAST,
-                            "--claim", "8.0", "--out", f"{folder}/audits"])
+                            "--claim", "8.56", "--out", f"{folder}/audits"])
     next((folder / "audits").glob("*.json")).rename(folder / "certificate.json")
     (folder / "stopped/claim.json").write_text(json.dumps(
         {"host": "a", "pid": 1, "machine": this_machine(), "started": 1, "job": None,
@@ -548,7 +548,8 @@ def test_the_whole_files_give_a_result(whole, tmp_path):
     for name, number, command in cases(whole):
         shutil.copytree(whole, tmp_path / "copy")
         code, printed, message = ended(command, tmp_path / "copy" / name)
-        assert (code, message) == (0, ""), (name, number, printed)
+        expected = 3 if name == "reported.csv" else 0  # a claim of another set is not comparable
+        assert (code, message) == (expected, ""), (name, number, printed)
         shutil.rmtree(tmp_path / "copy")
 
 
