@@ -11,9 +11,12 @@ gc.disable()  # until all is imported
 def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
     import train
+    from audit import audit
+    from images import prepare
     from sweeps import local
     one_thread()
-    train.code_version = functools.cache(train.code_version)  # git takes longer than tiny runs do
+    once = functools.cache(train.code_version)  # git takes longer than tiny runs do
+    train.code_version = audit.code_version = prepare.code_version = once
     local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things
     os.fsync = lambda file: None  # nothing here must outlive the machine
     gc.freeze()

@@ -35,7 +35,14 @@ def popen(command, env=None, start_new_session=False, **_):
     return start(*command[1:], env=env, daemon=True, before=os.setsid if start_new_session else lambda: None)
 
 
-SUBPROCESS = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)  # in place of the module
+def run(command, **_):
+    """As subprocess.run, likewise; what the program printed is not known."""
+    process = popen(command)
+    process.join()
+    return types.SimpleNamespace(returncode=process.exitcode, stderr="")
+
+
+SUBPROCESS = types.SimpleNamespace(run=run, Popen=popen, DEVNULL=subprocess.DEVNULL)  # in place of the module
 
 
 def _become(program, arguments, out, env, before):

@@ -1,7 +1,6 @@
 """An adapter's number has a file that a fresh process decodes, or the certificate says why not."""
 import hashlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,11 +98,7 @@ def test_the_size_of_the_weights_stands_beside_the_file(tmp_path, monkeypatch):
 
 
 def test_a_jet_s_images_come_back_in_another_process_and_cost_what_they_should(tmp_path, monkeypatch):
-    def run(command, **_):  # in a fork: a fresh process decodes an adapter's, above
-        process = forked.start(*command[1:])
-        process.join()
-        return SimpleNamespace(returncode=process.exitcode, stderr="")
-    monkeypatch.setattr(code_length, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(code_length, "subprocess", forked.SUBPROCESS)  # a fresh one decodes an adapter's, above
     jet, path = random_jet(std=0.02, image_size=8, patch_size=4), tmp_path / "jet.pt"
     for coupling in jet.couplings:  # flat images take less than their pixels
         coupling.net.final_proj.bias.data[24:] = 3.0

@@ -12,7 +12,6 @@ import evaluate
 import jet as jet_module
 import kernels
 from audit import adapters, estimate, protocol, worker
-from audit import audit as whole_audit
 from audit.claims import Claim, verdict
 from audit.images import check_data
 from convert import load_jet
@@ -26,7 +25,6 @@ IMAGES = load_images("cifar10-subset", "test").array[:144, :8, :8]
 SUPPORTS, WORKER = kernels.supports, adapters.Worker
 FAST = ["--codelength", "0", "--draws", "2", "--iw", "2", "--jacobians", "1", "--threads", "1"]
 made_once = functools.cache(evaluation_noise)
-whole_audit.code_version = functools.cache(whole_audit.code_version)
 
 
 class LocalWorker:

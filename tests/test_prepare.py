@@ -14,8 +14,7 @@ from harness.errors import DataError
 from images import command, prepare
 
 pytestmark = pytest.mark.usefixtures("workers_are_threads")
-command._parser = functools.cache(command._parser)  # the two are a good part of a small command
-prepare.code_version = functools.cache(prepare.code_version)
+command._parser = functools.cache(command._parser)  # a good part of a small command
 IMAGES = {split: load_images("cifar10-subset", split).array[:6] for split in data.SPLITS}
 
 

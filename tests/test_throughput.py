@@ -553,9 +553,9 @@ def taken_and_planned(recompute):
     """GiB that a step takes, and as many as are planned."""
     config = TrainConfig(batch_size=24, model=JetConfig(
         image_size=32, patch_size=2, num_couplings=2, block_depth=1, emb_dim=128, num_heads=2))
-    jet, x = Jet(config.model), torch.rand(24, 3, 32, 32)
+    jet, x = Jet(config.model), torch.rand(config.batch_size, 3, 32, 32)
     optimizer = recipe.make_optimizer(jet.parameters(), config)
-    _, line = memory.fit_memory(jet, optimizer, config, recompute, 24, 2 ** 40)
+    _, line = memory.fit_memory(jet, optimizer, config, recompute, config.batch_size, 2 ** 40)
     small = Jet(config.model)  # its step reads what is read once of libraries and modules
     small.checkpoint_activations = jet.checkpoint_activations
     recipe.training_step(small, recipe.make_optimizer(small.parameters(), config), x[:1], 0, config)
