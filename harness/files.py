@@ -13,6 +13,9 @@ import zipfile
 
 import numpy as np
 
+from harness.errors import BusyError
+
+LOCK_WAIT_S = 30  # for another process: what is done within a lock takes moments
 NPZ_BYTES, NPZ_RATIO = 2 ** 28, 20  # an .npz may unpack to so much, and so many times its size
 NPZ_ARRAYS = 10_000  # an .npz may hold so many
 MAX_TEXT_BYTES = 2 ** 26  # of a text that is read whole: ours are far smaller
@@ -107,11 +110,29 @@ def named_in_errors(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Within, no other process has this file locked; without a word where there are no locks."""
+    """Within, no other process has this file locked; without a word where there are no locks.
+
+    Raises BusyError where another one keeps it locked, as one that is suspended does.
+    """
     with open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b") as lock:  # nothing is cut
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        end = time.monotonic() + LOCK_WAIT_S
+        while is_locked_elsewhere(lock):
+            if time.monotonic() >= end:
+                raise BusyError(f"{path}: another process has had it locked for {LOCK_WAIT_S} s: "
+                                "wait for that to end, let it go on (fg), or end it")
+            time.sleep(0.02)
         yield
+
+
+def is_locked_elsewhere(file):
+    """Lock an open file, unless another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        pass
+    return False
 
 
 def time_there(folder):

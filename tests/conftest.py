@@ -1,6 +1,7 @@
 import functools
 import gc
 import os
+import threading
 
 import pytest
 
@@ -12,9 +13,12 @@ def pytest_collection_finish():
     """In each worker, and not in the process that hands tests out: that one needs no torch."""
     import train
     from audit import audit
+    from harness.progress import Bar
     from images import prepare
     from sweeps import local
     one_thread()
+    Bar.set_lock(threading.RLock())  # else one that all forks share: a fork that is killed may have it
+    Bar.monitor_interval = 0  # no thread beside tests, which might have that lock in the moment of a fork
     once = functools.cache(train.code_version)  # git takes longer than tiny runs do
     train.code_version = audit.code_version = prepare.code_version = once
     local.idle_cores = lambda: 1  # where no --jobs is given: in this process, in which tests watch and change things

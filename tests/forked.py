@@ -5,6 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import types
 
 FORK = multiprocessing.get_context("fork")
@@ -21,13 +22,21 @@ def each(function, *arguments):
     """What a function returns for each of the arguments, in a fork of its own, one after the other."""
     answers = []
     for argument in arguments:
-        queue = FORK.SimpleQueue()
-        process = FORK.Process(target=lambda: queue.put(function(argument)))
+        answer, end = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=lambda: end.send(function(argument)))
         process.start()
+        end.close()  # or a process that dies would be waited for
+        answers.append(answer.recv())
         process.join()
-        assert process.exitcode == 0
-        answers.append(queue.get())
     return answers
+
+
+def wait_until(happened, *processes, seconds=180):  # on a busy machine processes take a minute to begin
+    """Wait for something that happens while processes run."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end and all(process.is_alive() for process in processes), "it did not happen"
+        time.sleep(0.01)
 
 
 def popen(command, env=None, start_new_session=False, **_):

@@ -14,6 +14,7 @@ import pytest
 import data
 from data import load_images
 from harness.errors import DataError
+from harness.files import locked
 from images import prepare, readers
 from test_prepare import run, workers_are_threads
 from test_sources import TEST, TRAIN, binary_cifar, encoded, write_tree
@@ -126,8 +127,9 @@ def test_two_at_once(photos, tmp_path, capsys, monkeypatch):
     slowly(monkeypatch)
     first = begin(photos, tmp_path / "set", 1)
     partial = tmp_path / "set/partial"
-    while not (partial / "claim.json").exists() or list(partial.glob(".claim.json.*.tmp")):  # it has the lock until then
-        time.sleep(0.02)
+    forked.wait_until((partial / "claim.json").exists, first)
+    with locked(partial / "lock"):  # which it has for a moment more
+        pass
     os.kill(first.pid, signal.SIGSTOP)
     try:
         code, _, error = run(capsys, *command(photos, tmp_path / "set"))
@@ -144,8 +146,7 @@ def test_two_at_once(photos, tmp_path, capsys, monkeypatch):
 def test_ctrl_c_ends_in_one_line(photos, tmp_path, monkeypatch):
     slowly(monkeypatch)
     process = begin(photos, tmp_path / "set", 2, out=tmp_path / "said")
-    while not (tmp_path / "set" / "partial" / "train.npy").exists():
-        time.sleep(0.01)
+    forked.wait_until((tmp_path / "set" / "partial" / "train.npy").exists, process)
     os.kill(process.pid, signal.SIGINT)
     process.join(30)
     said = (tmp_path / "said").read_text()

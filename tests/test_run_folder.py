@@ -20,7 +20,7 @@ import torch
 import evaluate
 import recipe
 from data import load_images
-from harness import claim as claim_module, run_folder
+from harness import claim as claim_module, files, run_folder
 from harness.checkpoint import read_checkpoint, read_tensors, save_checkpoint
 from harness.claim import Claim, process_started, read_claim, this_machine
 from harness.errors import (BusyError, CheckpointError, TrainingError, UserError, one_line,
@@ -174,6 +174,22 @@ def test_of_many_that_see_a_dead_holder_one_takes_over(tmp_path):
         assert len(won) == 1
         won[0].check()
         won[0].release()
+
+
+def test_a_process_suspended_with_the_lock_is_waited_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 0.2)
+    with locked(tmp_path / "lock"):  # for another open file as by another process
+        with pytest.raises(BusyError, match=r"/lock: another process has had it locked for 0.2 s: wait for that to end"):
+            Claim(tmp_path).take()
+        monkeypatch.setattr(files, "LOCK_WAIT_S", 60)
+        claim = Claim(tmp_path)
+        waiting = threading.Thread(target=claim.take, daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    waiting.join(30)
+    assert not waiting.is_alive() and {path.name for path in tmp_path.iterdir()} == {"lock", "claim.json"}
+    claim.release()
 
 
 def test_a_claim_is_waited_for(tmp_path):
@@ -478,17 +494,10 @@ def flags_of(config, run_dir):
             "--run-dir", str(run_dir)]
 
 
-def after_the_first_step(run_dir, is_running):
-    end = time.monotonic() + 60
-    while read_progress(run_dir)[0] < 1:
-        assert is_running() and time.monotonic() < end
-        time.sleep(0.02)
-
-
 def started(config, run_dir, out, before=lambda: None):
     """train.py in a process of its own, after its first step."""
     running = forked.start(ROOT / "train.py", *flags_of(config, run_dir), out=out, before=before)
-    after_the_first_step(run_dir, running.is_alive)
+    forked.wait_until(lambda: read_progress(run_dir)[0] >= 1, running)
     return running
 
 
@@ -523,10 +532,7 @@ def test_a_closed_terminal_leaves_a_checkpoint_unless_it_was_to_be_ignored(tmp_p
                       lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     step = read_progress(tmp_path / "ignored")[0]
     os.kill(ignored.pid, signal.SIGHUP)
-    end = time.monotonic() + 60
-    while read_progress(tmp_path / "ignored")[0] < step + 20:
-        assert ignored.is_alive() and time.monotonic() < end
-        time.sleep(0.02)
+    forked.wait_until(lambda: read_progress(tmp_path / "ignored")[0] >= step + 20, ignored)
     ignored.terminate()
     ignored.join(60)
 

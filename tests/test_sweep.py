@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,8 +187,8 @@ def test_a_lost_csv_comes_back_from_the_runs(finished):
 
 def test_sigkill_in_the_middle_and_the_same_command_give_the_same_rows(finished, tmp_path):
     killed = started(tmp_path, "--seeds", "9", "--checkpoint-every-s", "0")
-    while not (list(tmp_path.glob("runs/*/*/done.json")) and len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) > 1):
-        assert killed.is_alive()
+    forked.wait_until(lambda: list(tmp_path.glob("runs/*/*/done.json")) and len(list(
+        tmp_path.glob("runs/*/*/checkpoint.pt"))) > 1, killed)
     killed.kill()
     killed.join()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/done.json")}
@@ -285,20 +284,13 @@ def test_workers_end_with_their_parent(tmp_path, forked_workers):
     def running():
         return [folder for folder in tmp_path.glob("runs/*/*/") if run_folder.is_running(folder)]
     killed = started(tmp_path, "--scale", "small", "--seeds", "2", "--jobs", "2", "--threads", "1")
-    wait_until(lambda: len(running()) == 2)
+    forked.wait_until(lambda: len(running()) == 2)
     killed.kill()
     killed.join()
-    wait_until(lambda: not running())
+    forked.wait_until(lambda: not running())
     # the parent is at a run, too, and had no time for its checkpoint
     assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 1
     assert not list(tmp_path.glob("runs/*/*/done.json"))
-
-
-def wait_until(happened, seconds=180):  # on a busy machine processes take a minute to begin
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("flags", [(), ("--jobs", "2")], ids=["one", "jobs"])

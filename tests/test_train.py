@@ -165,9 +165,7 @@ def test_sigkill_and_the_same_command_end_with_the_same_bits(tmp_path, config, c
              "--model.num_couplings", "1", "--model.block_depth", "1", "--model.emb_dim", "8", "--model.num_heads", "2",
              "--model.kinds", "channels", "spatial", "--lr", "1e-2", "--checkpoint-every-s", "0", "--run-dir", str(tmp_path / "killed")]
     killed = forked.start(ROOT / "train.py", *flags, before=slow_steps)
-    while not (tmp_path / "killed/checkpoint.pt").exists():
-        assert killed.is_alive()
-        time.sleep(0.01)
+    forked.wait_until((tmp_path / "killed/checkpoint.pt").exists, killed)
     killed.kill()
     killed.join()
     step = checkpoint(tmp_path / "killed")["step"]
