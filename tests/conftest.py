@@ -1,12 +1,27 @@
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
+
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there: see one_thread
 gc.disable()  # until all is imported
+
+
+def pytest_collection():
+    """Where nothing is compiled yet, every second worker begins with the last tests: so each compiles half of them."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2:
+        for path in sorted(TESTS.glob("test_*.py"), reverse=True):
+            if list(TESTS.glob(f"__pycache__/{path.stem}.*")):
+                break
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # told when the tests are collected
+                importlib.import_module(path.stem)
 
 
 def pytest_collection_finish():

@@ -173,7 +173,7 @@ def served(tmp_path, monkeypatch):
         Hub.files[revision] = {"jet.npz": (tmp_path / f"{revision}.npz").read_bytes(), "README.md": b"# a card",
                                "modeling.py": b"raise SystemExit('it was run')"}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield jets

@@ -196,7 +196,7 @@ def test_a_claim_is_waited_for(tmp_path):
     first, second = Claim(tmp_path), Claim(tmp_path)
     first.take()
     threading.Timer(0.3, first.release).start()
-    second.take(wait_s=20)
+    second.take(wait_s=5)
     second.check()
     second.release()
 

@@ -258,7 +258,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.content, server.limit, server.ranges, server.tag, server.asked = b"", 2 ** 30, True, '"a"', []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
