@@ -1,6 +1,7 @@
 """An adapter has a process of its own: its folder is at hand there, the auditor is out of reach."""
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def is_confined():
     return ctypes.CDLL(None).syscall(444, None, 0, 1) >= 1
 
 
-def test_its_folder_is_importable_and_its_data_is_its_own_and_its_files_are_hashed(tmp_path):
+def test_its_folder_is_importable_and_its_data_is_its_own_and_its_files_are_hashed(tmp_path, forks, monkeypatch):
+    monkeypatch.delitem(sys.modules, "data")  # as in a new process
     (tmp_path / "data.py").write_text("SCALE = 0.25")
     (tmp_path / "late.py").write_text("ONE = 1")
     torch.save({"shift": torch.ones(1)}, tmp_path / "weights.pt")
