@@ -116,7 +116,7 @@ def locked(path):
     """
     with open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b") as lock:  # nothing is cut
         end = time.monotonic() + LOCK_WAIT_S
-        while is_locked_elsewhere(lock):
+        while not take_lock(lock):
             if time.monotonic() >= end:
                 raise BusyError(f"{path}: another process has had it locked for {LOCK_WAIT_S} s: "
                                 "wait for that to end, let it go on (fg), or end it")
@@ -124,15 +124,15 @@ def locked(path):
         yield
 
 
-def is_locked_elsewhere(file):
-    """Lock an open file, unless another process has."""
+def take_lock(file):
+    """Lock an open file; returns False where another process has it locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError:  # no locks here
         pass
-    return False
+    return True
 
 
 def time_there(folder):

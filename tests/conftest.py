@@ -14,9 +14,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there: see one_threa
 gc.disable()  # until all is imported
 
 
-def pytest_collection():
+def pytest_collection(session):
     """Where nothing is compiled yet, every second worker begins with the last tests: so each compiles half of them."""
-    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2:
+    are_all = not session.config.option.file_or_dir
+    if are_all and int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2:
         for path in sorted(TESTS.glob("test_*.py"), reverse=True):
             if list(TESTS.glob(f"__pycache__/{path.stem}.*")):
                 break
