@@ -118,7 +118,7 @@ def test_weights_that_it_names_are_hashed_whatever_reads_them(tmp_path, forks):
     assert "not there" not in digests
 
 
-@pytest.mark.parametrize("source, limit", [("import time\ntime.sleep(99)", 1), (AFFINE + """
+@pytest.mark.parametrize("source, limit", [("import time\ntime.sleep(99)", 0.3), (AFFINE + """
 def forward(x):
     import os, time
     os.fork()
