@@ -28,6 +28,7 @@ def each(function, *arguments):
         end.close()  # or a process that dies would be waited for
         answers.append(answer.recv())
         process.join()
+        assert process.exitcode == 0
     return answers
 
 
